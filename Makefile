@@ -1,0 +1,37 @@
+# `make demo` and `make test` do all the set-up by themselves; a second call installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROMPTS := "a noto emoji of Santa Claus, medium skin tone" "a twemoji emoji of red apple" \
+	"a noto emoji of flag of Japan" "a twemoji emoji of dog face" \
+	"a noto emoji of woman surfing, dark skin tone" "a twemoji emoji of fire engine"
+
+.PHONY: demo test test-slow lint clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	@echo "== Training a small denoiser from scratch on the embedded pictures, for a minute (the loss falls)"
+	rm -rf runs/demo
+	$(BIN)/deepspeed --num_gpus 1 ldm/train.py --config configs/demo.yaml
+	@echo "== Drawing six prompts with the weights that this project trained"
+	$(BIN)/python txt2img.py $(foreach prompt,$(PROMPTS),--prompt $(prompt)) --outdir outputs/demo
+	@echo "== The pictures are in outputs/demo, what the minute of training draws in runs/demo/samples"
+
+test: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,91 @@
+"""From the bytes of a sample to pixels and captions, or to the reason why that cannot be."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from data.shards import RawSample
+
+IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+
+
+@dataclass(frozen=True, slots=True)
+class BadSample:
+    """A sample that cannot be used: what a person needs to find it and mend it."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key} in {self.shard}: {self.reason}"
+
+
+class BadSampleError(Exception):
+    """Carries the reason; the loader turns it into a BadSample."""
+
+
+def decode_pixels(raw: RawSample, image_size: int) -> torch.Tensor:
+    """Pixels 3 x S x S, float32 in [-1, 1]; transparency becomes white, other shapes are centre-cropped.
+
+    Raises BadSampleError if there is no image or it does not decode.
+    """
+    data = next((raw.members[extension] for extension in IMAGE_EXTENSIONS if extension in raw.members), None)
+    if data is None:
+        raise BadSampleError(f"no image among its members {sorted(raw.members)}")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            picture = over_white(image)
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise BadSampleError(f"the image does not decode ({str(error).splitlines()[0]})") from error
+    picture = square(picture, image_size)
+    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return flat.view(image_size, image_size, 3).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent shows white."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image.copy()
+    if image.mode == "I;16":  # Pillow would clip 16-bit grey to 255 instead of scaling it
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The centred square of an image, resized to size x size; untouched where it already fits."""
+    if image.size == (size, size):
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+
+
+def read_captions(raw: RawSample) -> list[str]:
+    """All captions, best first: the .txt, then json["caption"] and json["captions"], each once.
+
+    Raises BadSampleError if none has text: an empty caption would teach that the prompt means nothing.
+    """
+    captions: list[str] = []
+    try:
+        if "txt" in raw.members:
+            captions.append(raw.members["txt"].decode("utf-8"))
+        if "json" in raw.members:
+            record = json.loads(raw.members["json"])
+            more = record.get("captions") or []
+            captions += [record.get("caption") or "", *(more if isinstance(more, list) else [more])]
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise BadSampleError(f"its caption or json does not parse ({error})") from error
+    if not all(isinstance(caption, str) for caption in captions):
+        raise BadSampleError("a caption is not text")
+    captions = list(dict.fromkeys(caption.strip() for caption in captions if caption.strip()))
+    if not captions:
+        raise BadSampleError("no caption (neither in .txt nor in .json)")
+    return captions

@@ -1,0 +1,59 @@
+"""Writing shards in img2dataset's layout, so that the same samples always give the same bytes."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+KEY_DIGITS_IN_SHARD = 4  # as img2dataset names samples: shard number, then four digits
+
+
+def write_shards(samples: Sequence[tuple[bytes, str, dict[str, Any]]], folder: Path, *, shards: int) -> None:
+    """Deal samples (lossless WebP bytes, best caption, record) to `shards` tars of nearly equal size.
+
+    Writes 00000.tar.gz, 00000_stats.json, ... and sizes.json. Each file appears under its name only when whole.
+    The tars are compressed, because a tar spends 3 kB of headers and padding on a sample and a small picture takes
+    less than that itself. Raises ValueError if a shard would be empty, or hold more samples than its keys can number.
+    """
+    if not 1 <= shards <= len(samples):
+        raise ValueError(f"{len(samples)} samples cannot fill {shards} shards: use fewer shards")
+    per_shard = -(-len(samples) // shards)
+    if per_shard > 10**KEY_DIGITS_IN_SHARD:
+        raise ValueError(f"{per_shard} samples a shard are more than {10**KEY_DIGITS_IN_SHARD}: use more shards")
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes: dict[str, int] = {}
+    for number in range(shards):
+        own = samples[number::shards]
+        _write_tar(own, folder / f"{number:05d}.tar.gz", number)
+        stats = {"count": len(own), "successes": len(own), "failed_to_download": 0, "failed_to_resize": 0}
+        _write_json(stats | {"status_dict": {"success": len(own)}}, folder / f"{number:05d}_stats.json")
+        sizes[f"{number:05d}.tar.gz"] = len(own)
+    _write_json(sizes, folder / "sizes.json")
+
+
+def _write_tar(samples: Sequence[tuple[bytes, str, dict[str, Any]]], path: Path, number: int) -> None:
+    from webdataset import TarWriter
+
+    # A fixed owner and time, in the tar and in the gzip header, make the bytes depend on the samples alone.
+    buffer = io.BytesIO()
+    with TarWriter(buffer, encoder=False, user="nobody", group="nobody", mtime=0) as tar:
+        for index, (image, caption, record) in enumerate(samples):
+            key = f"{number:05d}{index:0{KEY_DIGITS_IN_SHARD}d}"
+            record = record | {"key": key, "status": "success"}
+            text = json.dumps(record, ensure_ascii=False, sort_keys=True)
+            tar.write({"__key__": key, "webp": image, "txt": caption.encode(), "json": text.encode()})
+    _write(gzip.compress(buffer.getvalue(), compresslevel=9, mtime=0), path)
+
+
+def _write_json(value: dict[str, Any], path: Path) -> None:
+    _write((json.dumps(value, indent=1, sort_keys=True) + "\n").encode(), path)
+
+
+def _write(data: bytes, path: Path) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)

@@ -1,0 +1,77 @@
+"""What all commands share: their words on the command line, and errors of one line with an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+USER_ERROR, DATA_ERROR, CHECKPOINT_ERROR, NON_FINITE_ERROR = 2, 3, 4, 6
+INTERRUPTED = 130
+
+
+def training_arguments(description: str) -> argparse.ArgumentParser:
+    """--config and section.key=value words, and --local_rank, which the deepspeed launcher adds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of the run, as in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    return parser
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Options in full only; a mistake in them is one line, which names the nearest option."""
+
+    def __init__(self, description: str) -> None:
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=style, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (-[\w-]+)[^:]*: ", r"\1: ", message)  # without the option's other names
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, cutoff=0)
+            message = f"unknown option {unknown[1]}, did you mean {near[0]}? --help lists all"
+        self.exit(USER_ERROR, f"error: {' '.join(message.split())}\n")
+
+
+def hyphenated(words: Sequence[str]) -> list[str]:
+    """The same words, options written with underscores (--n_samples=2) with hyphens (--n-samples=2)."""
+    option = re.compile(r"--[A-Za-z][\w-]*(?==|$)")
+    return [option.sub(lambda match: match[0].replace("_", "-"), word, count=1) if option.match(word) else word for word in words]
+
+
+def run_command(
+    main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, words: Sequence[str] | None = None
+) -> int:
+    """Run main(args); a mistake becomes one line on stderr and an exit code (2 user, 3 data, 4 checkpoint, 6 NaN).
+
+    words: of the command line; None: as it was given.
+    """
+    args = parser.parse_intermixed_args(words)
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        code = _exit_code(error)
+        if args.debug or code is None:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return code
+    return 0
+
+
+def _exit_code(error: Exception) -> int | None:
+    # Named by class, not imported: this file must answer --help before torch is loaded.
+    codes = {"DataError": DATA_ERROR, "CheckpointError": CHECKPOINT_ERROR, "NonFiniteError": NON_FINITE_ERROR}
+    if type(error).__name__ in codes:
+        return codes[type(error).__name__]
+    return USER_ERROR if isinstance(error, (ValueError, OSError)) else None

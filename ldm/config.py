@@ -1,0 +1,180 @@
+"""YAML -> frozen dataclasses, and back: the one file that knows YAML and pydantic.
+
+Each component's config stands beside its class; here are the run-level ones, one a training command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError, create_model
+
+from data.loader import DataConfig
+from ldm.denoisers import DenoiserConfig
+from ldm.diffusion import ObjectiveConfig, PathConfig
+from ldm.engine import EngineConfig, OptimConfig
+from ldm.run import RunConfig
+from ldm.samplers import SAMPLERS
+from text import TextEncoderConfig
+from text.clip import ImageTowerConfig
+from vae.autoencoder import AutoencoderKLConfig
+from vae.losses import VAELossConfig
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETrainConfig:
+    run: RunConfig
+    data: DataConfig
+    validation: DataConfig
+    vae: AutoencoderKLConfig
+    loss: VAELossConfig
+    optim: OptimConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTrainConfig:
+    run: RunConfig
+    data: DataConfig
+    validation: DataConfig
+    text: TextEncoderConfig
+    image: ImageTowerConfig
+    optim: OptimConfig
+    shift: int = 4  # pixels by which a picture is moved, at most, when it is shown
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained, upon what. Latent channels and context width follow from the two folders."""
+
+    vae: str  # folder that holds vae/: a run of vae/train.py, or a whole model
+    text: str  # folder that holds text_encoder/ and tokenizer/: a run of text/train.py, or a whole model
+    denoiser: Annotated[DenoiserConfig, Field(discriminator="kind")]
+    path: Annotated[PathConfig, Field(discriminator="kind")]
+    objective: ObjectiveConfig
+    caption_dropout: float = 0.1  # share of captions replaced by "", which guidance needs
+    keep_latents: bool = False  # in memory after the first visit: for sets that fit
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"model.caption_dropout is {self.caption_dropout}, expected a share from 0 to 1")
+        if self.path.kind == "rectified_flow" and self.objective.prediction == "eps":
+            raise ValueError(
+                "model.objective.prediction is eps on model.path rectified_flow, where pure noise says nothing of the "
+                "picture: use velocity"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """The sheet that is drawn while training: a row a prompt, always from the same noise."""
+
+    prompts: tuple[str, ...]
+    pictures: int = 4  # a prompt
+    steps: int = 20
+    scale: float = 4.0
+    sampler: str = "dpmpp_2m"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"preview.sampler is {self.sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        if not self.prompts or self.pictures < 1 or self.steps < 1:
+            raise ValueError("preview.prompts, preview.pictures and preview.steps need one at least")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    run: RunConfig
+    data: DataConfig
+    validation: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    preview: PreviewConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` words, check everything.
+
+    Raises ValueError, one line naming the key, for a missing file, an unknown key or a wrong value.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"config {path} cannot be read ({error.strerror}): give a YAML file, as in configs/") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        _apply(tree, override)
+    return parse(kind, tree, source=str(path))
+
+
+def parse(kind: type[Config], tree: Any, *, source: str) -> Config:
+    """Check a tree of plain values against the dataclass `kind`; raises ValueError as load_config does."""
+    # A wrapper with extra="forbid" is what makes pydantic refuse unknown keys in the plain dataclasses below it.
+    wrapper = create_model("Root", __config__=ConfigDict(extra="forbid"), root=(kind, ...))
+    try:
+        return wrapper.model_validate({"root": tree}).root  # pyright: ignore[reportAttributeAccessIssue]
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_first_error(error, kind)}") from error
+
+
+def dump(config: Any) -> str:
+    """The resolved configuration as YAML; parsing it gives an equal one."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _apply(tree: Any, override: str) -> None:
+    path, equals, text = override.partition("=")
+    *sections, key = path.split(".")
+    if not equals or not key:
+        raise ValueError(f"{override!r} is not an override: write section.key=value")
+    for section in sections:
+        tree = tree.setdefault(section, {}) if isinstance(tree, dict) else None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{override!r}: {'.'.join(sections)} is a value, not a section")
+    tree[key] = yaml.safe_load(text)
+
+
+def _first_error(error: ValidationError, kind: type) -> str:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"][1:]]
+    where = ".".join(place)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(kind)
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}")
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if first["type"] in ("missing", "value_error") else f" (given {first['input']!r})"
+    return f"{where}: {message}{given}" if where else message
+
+
+def _known_keys(kind: Any) -> set[str]:
+    """Every field's name in a dataclass and the dataclasses below it."""
+    import typing
+
+    found: set[str] = set()
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        for entry in dataclasses.fields(kind):
+            found |= {entry.name} | _known_keys(hints[entry.name])
+    else:
+        for inner in typing.get_args(kind):
+            found |= _known_keys(inner)
+    return found

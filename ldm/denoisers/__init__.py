@@ -1,0 +1,32 @@
+"""Denoisers: networks that see noisy latents, a time and a text, and predict what the objective asks for.
+
+All share one call, `forward(x, t, context, context_mask, pooled) -> tensor like x`:
+x B x C x H x W latents; t B float timesteps on the scale 0..1000 that the sinusoidal embedding sees (the
+caller maps a path's times in [0, 1] to it); context B x L x D token states; context_mask B x L bool, True for
+a real token; pooled B x D. A fresh denoiser returns exactly zero.
+"""
+
+from typing import assert_never
+
+from torch import nn
+
+from ldm.denoisers.attention import describe_attention
+from ldm.denoisers.dit import DiT, DiTConfig
+from ldm.denoisers.unet import UNet, UNetConfig
+
+__all__ = ["DenoiserConfig", "DiT", "DiTConfig", "UNet", "UNetConfig", "build_denoiser", "describe_attention"]
+
+DenoiserConfig = UNetConfig | DiTConfig
+
+
+def build_denoiser(config: DenoiserConfig, *, latent_channels: int, context_width: int) -> nn.Module:
+    """A fresh denoiser. latent_channels follow from the VAE, context_width from the text encoder."""
+    match config:
+        case UNetConfig():
+            return UNet(
+                config, in_channels=latent_channels, out_channels=latent_channels, context_width=context_width
+            )
+        case DiTConfig():
+            return DiT(config, channels=latent_channels, context_width=context_width)
+        case _:
+            assert_never(config)

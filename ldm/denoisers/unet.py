@@ -1,0 +1,183 @@
+"""Stable Diffusion's U-Net (Rombach et al. 2022, arXiv:2112.10752), from the 860 M parameters of version 1.5
+down to a few million for latents of 16 x 16. Parameter names and shapes are those of diffusers.
+
+Legend: B batch, C channels, H x W latent size, T time width, M x D context.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.denoisers.embeddings import TimestepEmbedding
+from ldm.denoisers.unet_blocks import (
+    BlockSettings,
+    DownBlock,
+    MidBlock,
+    ResBlock,
+    SpatialTransformer,
+    TransformerBlock,
+    UpBlock,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The U-Net's shape; the defaults are those of Stable Diffusion 1.5.
+
+    One entry a level, from the full resolution down; each level halves the one before. attention_levels:
+    which levels attend to themselves and to the text (the middle always does). heads: one number for all
+    levels, or one for each (version 2: 5, 10, 20, 20). use_linear_projection: as in version 2.
+    """
+
+    kind: Literal["unet"] = "unet"
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    heads: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        if levels == 0:
+            raise ValueError("block_out_channels is empty: give one number of channels per level")
+        if len(self.attention_levels) != levels:
+            raise ValueError(
+                f"attention_levels has {len(self.attention_levels)} entries and block_out_channels has "
+                f"{levels}: give one per level"
+            )
+        if isinstance(self.heads, tuple) and len(self.heads) != levels:
+            raise ValueError(
+                f"heads has {len(self.heads)} entries and block_out_channels has {levels}: "
+                "give one per level, or one number for all"
+            )
+        if self.layers_per_block < 1 or self.norm_num_groups < 1 or min(self.heads_per_level) < 1:
+            raise ValueError(
+                f"layers_per_block={self.layers_per_block}, norm_num_groups={self.norm_num_groups} and "
+                f"heads={self.heads} must be 1 or more"
+            )
+        self._check_divisible()
+
+    def _check_divisible(self) -> None:
+        if self.block_out_channels[0] % 2:
+            raise ValueError(
+                f"block_out_channels[0]={self.block_out_channels[0]} must be even: "
+                "the time embedding is half cosines, half sines"
+            )
+        for level, channels in enumerate(self.block_out_channels):
+            if channels < 1 or channels % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels[{level}]={channels} is no multiple of norm_num_groups="
+                    f"{self.norm_num_groups}: change one of them"
+                )
+            in_the_middle = level == len(self.block_out_channels) - 1
+            heads = self.heads_per_level[level]
+            if (self.attention_levels[level] or in_the_middle) and channels % heads:
+                raise ValueError(
+                    f"block_out_channels[{level}]={channels} is no multiple of its {heads} heads: "
+                    "change one of them"
+                )
+
+    @property
+    def heads_per_level(self) -> tuple[int, ...]:
+        return self.heads if isinstance(self.heads, tuple) else (self.heads,) * len(self.block_out_channels)
+
+
+class UNet(nn.Module):
+    """Denoiser over latents of any size, conditioned on text by cross-attention.
+
+    in_channels differs from out_channels in inpainting models alone (9 and 4). context_width: of the text
+    encoder's token states.
+    """
+
+    def __init__(
+        self, config: UNetConfig, *, in_channels: int, out_channels: int, context_width: int
+    ) -> None:
+        super().__init__()
+        channels = config.block_out_channels
+        settings = BlockSettings(
+            layers=config.layers_per_block,
+            time_width=4 * channels[0],
+            context_width=context_width,
+            norm_num_groups=config.norm_num_groups,
+            use_linear_projection=config.use_linear_projection,
+        )
+        pairs = zip(config.heads_per_level, config.attention_levels, strict=True)
+        heads = [count if attends else None for count, attends in pairs]
+        last = len(channels) - 1
+        self.skips_per_block = config.layers_per_block + 1
+
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], settings.time_width)
+
+        width = channels[0]
+        skip_channels = [width]
+        self.down_blocks = nn.ModuleList()
+        for level, out in enumerate(channels):
+            self.down_blocks.append(DownBlock(width, out, heads[level], level < last, settings))
+            skip_channels += [out] * (config.layers_per_block + (level < last))
+            width = out
+
+        self.mid_block = MidBlock(width, config.heads_per_level[last], settings)
+
+        self.up_blocks = nn.ModuleList()
+        for level in range(last, -1, -1):
+            taken = [skip_channels.pop() for _ in range(self.skips_per_block)]
+            self.up_blocks.append(UpBlock(width, taken, channels[level], heads[level], level > 0, settings))
+            width = channels[level]
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, width, eps=1e-5)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """What is not named here keeps PyTorch's defaults: convolutions, norms and the time embedding."""
+        for module in self.modules():
+            # Transformer linears: Xavier uniform (Vaswani et al.'s reference code), biases zero, so that
+            # queries, keys and values keep the unit variance that the layer norm gives them.
+            if isinstance(module, TransformerBlock):
+                for linear in module.modules():
+                    if isinstance(linear, nn.Linear):
+                        nn.init.xavier_uniform_(linear.weight)
+                        if linear.bias is not None:
+                            nn.init.zeros_(linear.bias)
+
+            # The last layer of each residual branch is zero: every ResBlock and every SpatialTransformer
+            # begins as its skip connection (ADM's and Stable Diffusion's reference code).
+            if isinstance(module, ResBlock):
+                _zero(module.conv2)
+            if isinstance(module, SpatialTransformer):
+                _zero(module.proj_out)
+
+        # The output convolution is zero: a fresh network predicts exactly zero, whatever it is asked.
+        _zero(self.conv_out)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, context_mask: Tensor, pooled: Tensor) -> Tensor:
+        """Predicts a tensor like x, in its shape and dtype (for out_channels = in_channels).
+
+        x B x C x H x W latents, any H and W. t B float timesteps in 0..1000, the scale of the sinusoidal
+        embedding: the caller maps a path's times in [0, 1] to it. context B x M x D token states.
+        context_mask B x M and pooled B x D are not used, for Stable Diffusion uses neither: padding is
+        attended like any token. A model trained with a mask would meet unknown tokens in pipelines, which
+        pass none.
+        """
+        time = F.silu(self.time_embedding(t, x.dtype))                                  # B x T
+        h = self.conv_in(x)
+        skips = [h]
+        for block in self.down_blocks:
+            h, block_skips = block(h, time, context)
+            skips += block_skips
+        h = self.mid_block(h, time, context)
+        for block in self.up_blocks:
+            taken = [skips.pop() for _ in range(self.skips_per_block)]
+            # The next skip's size, not twice this one: down-sampling rounds odd sizes up.
+            out_size = skips[-1].shape[2:] if skips else x.shape[2:]
+            h = block(h, taken, time, context, out_size)
+        return self.conv_out(F.silu(self.conv_norm_out(h))).to(x.dtype)                 # B x C_out x H x W
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

@@ -1,0 +1,59 @@
+"""Exponential moving average of weights."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class EMA:
+    """Float32 shadows of named tensors, whatever their dtype: in bfloat16 small changes round away.
+
+    Update n = 1, 2, ...: shadow += (1 - d) (value - shadow), d = min(decay, (1 + n) / (10 + n)), so that
+    the average soon forgets its start. It sees names and tensors only: whole weights, or the shards that a
+    rank owns.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
+        """The shadows start as copies, on the tensors' own devices. decay in [0, 1)."""
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and below 1, not {decay}; 0.9999 is usual")
+        self.decay = decay
+        self.updates = 0
+        self.shadow = {name: value.detach().float().clone() for name, value in named_parameters}
+
+    @torch.no_grad()
+    def update(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Move the shadows towards the tensors: those of the start by name and shape, in any order."""
+        values = dict(named_parameters)
+        self._check_matches(values)
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        sources = [values[name].float() for name in self.shadow]
+        shadows = list(self.shadow.values())
+        torch._foreach_lerp_(shadows, sources, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates and the shadows themselves, not copies. decay belongs to the config."""
+        return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy a saved state into the shadows, in place; names and shapes must agree."""
+        self._check_matches(state["shadow"])
+        self.updates = state["updates"]
+        for name, shadow in self.shadow.items():
+            shadow.copy_(state["shadow"][name])
+
+    def _check_matches(self, values: Mapping[str, Tensor]) -> None:
+        if values.keys() != self.shadow.keys():
+            raise ValueError(
+                f"the EMA follows other names: missing {sorted(self.shadow.keys() - values.keys())}, "
+                f"unexpected {sorted(values.keys() - self.shadow.keys())}; use the model that it was made for"
+            )
+        for name, value in values.items():
+            if value.shape != self.shadow[name].shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, its EMA {tuple(self.shadow[name].shape)}; "
+                    "use the model that it was made for"
+                )

@@ -1,0 +1,116 @@
+"""A trained model as a folder that opens everywhere: diffusers' layout, safetensors only.
+
+    python -m ldm.export RUN/model weights/NAME --dtype fp16
+
+copies an export in another precision; ldm/train.py writes the first one, RUN/model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.commands import run_command
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ldm.denoisers import DenoiserConfig
+    from ldm.latent_diffusion import LatentDiffusion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What an export holds."""
+
+    model: LatentDiffusion
+    denoiser: nn.Module
+    config: DenoiserConfig
+    sample_size: int  # side of the native latents
+    notes: str  # foundry.yaml: the resolved configuration of the run
+
+
+def export(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
+    """Write the whole folder, which replaces an older one only when it is whole."""
+    from ldm.interop.denoiser import denoiser_folder, save_denoiser
+    from ldm.interop.files import write_json
+    from ldm.interop.scheduler import scheduler_config_json
+    from ldm.interop.vae import folded, save_vae
+    from text import OpenClipTextEncoder, TransformersTextEncoder, save_text_encoder, save_tokenizer
+
+    model, encoder = trained.model, trained.model.text_encoder
+    assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    part = denoiser_folder(trained.config)
+    save_denoiser(
+        trained.denoiser,
+        trained.config,
+        partial / part,
+        sample_size=trained.sample_size,
+        latent_channels=model.vae.config.latent_channels,
+        context_width=encoder.config.width,
+        dtype=dtype,
+    )
+    save_vae(folded(model.vae), partial / "vae", dtype=dtype)
+    save_text_encoder(encoder, partial / "text_encoder", dtype=dtype)
+    save_tokenizer(model.tokenizer, partial / "tokenizer")
+    (partial / "scheduler").mkdir()
+    write_json(scheduler_config_json(model.path, model.prediction), partial / "scheduler" / "scheduler_config.json")
+    write_json(model_index(part), partial / "model_index.json")
+    (partial / "foundry.yaml").write_text(trained.notes)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def model_index(part: str) -> dict[str, object]:
+    """model_index.json: which of diffusers' pipelines opens the folder, and what each subfolder is."""
+    common: dict[str, object] = {
+        "_diffusers_version": "0.30.0",
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if part == "transformer":
+        return {"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]} | common
+    nothing = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+    unet = {"unet": ["diffusers", "UNet2DConditionModel"], "requires_safety_checker": False}
+    return {"_class_name": "StableDiffusionPipeline"} | unet | common | nothing
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch
+
+    from ldm.pipeline import TextToImage
+
+    pipe = TextToImage.load(args.source, device="cpu", dtype="fp32")
+    notes = args.source / "foundry.yaml"
+    trained = Trained(
+        model=pipe.model,
+        denoiser=pipe.denoiser,
+        config=pipe.denoiser_config,
+        sample_size=pipe.native_size // pipe.factor,
+        notes=notes.read_text() if notes.exists() else "",
+    )
+    export(trained, args.target, dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype])
+    print(f"wrote {args.target}")
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ldm.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="an export, as RUN/model")
+    parser.add_argument("target", type=Path, help="the folder to write; an older one is replaced")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16", help="of the weights (default fp16)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, arguments()))

@@ -1,0 +1,149 @@
+"""Denoisers in diffusers' layout: unet/ (UNet2DConditionModel) or transformer/ (PixArtTransformer2DModel)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, assert_never
+
+import torch
+from torch import nn
+
+from ldm.denoisers import DenoiserConfig, DiTConfig, UNet, UNetConfig, build_denoiser
+from ldm.interop.files import load_strictly, read_json, read_weights, to_float32, write_json, write_weights
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+def denoiser_folder(config: DenoiserConfig) -> str:
+    """The folder's name that diffusers' pipelines look for."""
+    return "unet" if isinstance(config, UNetConfig) else "transformer"
+
+
+def save_denoiser(
+    denoiser: nn.Module,
+    config: DenoiserConfig,
+    folder: Path,
+    *,
+    sample_size: int,
+    latent_channels: int,
+    context_width: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write config.json and the weights. sample_size: side of the latents that it was trained on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    match config:
+        case UNetConfig():
+            content = unet_config_json(config, sample_size=sample_size, channels=latent_channels, context=context_width)
+        case DiTConfig():
+            content = dit_config_json(config, channels=latent_channels, context=context_width)
+        case _:
+            assert_never(config)
+    write_json(content, folder / "config.json")
+    write_weights({name: tensor.to(dtype) for name, tensor in denoiser.state_dict().items()}, folder / WEIGHTS_NAME)
+
+
+def load_denoiser(folder: Path) -> tuple[nn.Module, DenoiserConfig, int]:
+    """The network in float32, its config, and the side of its native latents. Raises ValueError for anything else."""
+    content = read_json(folder / "config.json")
+    kind = content.get("_class_name")
+    if kind == "UNet2DConditionModel":
+        config: DenoiserConfig = unet_config(content, source=folder / "config.json")
+        context_width = content["cross_attention_dim"]
+    elif kind == "PixArtTransformer2DModel":
+        config = dit_config(content)
+        context_width = content["caption_channels"]
+    else:
+        known = "UNet2DConditionModel or PixArtTransformer2DModel"
+        raise ValueError(f"{folder / 'config.json'} describes {kind!r}, expected {known}: give a denoiser's folder")
+    with torch.device("meta"):
+        if isinstance(config, UNetConfig):
+            channels = {"in_channels": content["in_channels"], "out_channels": content["out_channels"]}
+            denoiser: nn.Module = UNet(config, **channels, context_width=context_width)
+        else:
+            denoiser = build_denoiser(config, latent_channels=content["in_channels"], context_width=context_width)
+    load_strictly(denoiser, to_float32(read_weights(folder / WEIGHTS_NAME)), source=folder / WEIGHTS_NAME)
+    return denoiser, config, content["sample_size"]
+
+
+def unet_config_json(config: UNetConfig, *, sample_size: int, channels: int, context: int) -> dict[str, Any]:
+    """config.json as diffusers' UNet2DConditionModel writes it."""
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention_levels]
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention_levels)]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": "0.30.0",
+        "act_fn": "silu",
+        # The number of heads, whatever diffusers calls it.
+        "attention_head_dim": list(config.heads) if isinstance(config.heads, tuple) else config.heads,
+        "block_out_channels": list(config.block_out_channels),
+        "center_input_sample": False,
+        "cross_attention_dim": context,
+        "down_block_types": down,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": channels,
+        "layers_per_block": config.layers_per_block,
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": 1e-05,
+        "norm_num_groups": config.norm_num_groups,
+        "out_channels": channels,
+        "sample_size": sample_size,
+        "up_block_types": up,
+        "use_linear_projection": config.use_linear_projection,
+    }
+
+
+def unet_config(content: dict[str, Any], *, source: Path) -> UNetConfig:
+    """Our config from diffusers' keys. Raises ValueError for blocks that Stable Diffusion 1 and 2 do not have."""
+    known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+    unknown = [name for name in content["down_block_types"] if name not in known]
+    if unknown:
+        raise ValueError(f"{source} has a {unknown[0]}, expected {' or '.join(known)}: this U-Net is not supported")
+    heads = content["attention_head_dim"]
+    return UNetConfig(
+        block_out_channels=tuple(content["block_out_channels"]),
+        layers_per_block=content["layers_per_block"],
+        attention_levels=tuple(known[name] for name in content["down_block_types"]),
+        heads=tuple(heads) if isinstance(heads, list) else heads,
+        use_linear_projection=content.get("use_linear_projection", False),
+        norm_num_groups=content["norm_num_groups"],
+    )
+
+
+def dit_config_json(config: DiTConfig, *, channels: int, context: int) -> dict[str, Any]:
+    """config.json as diffusers' PixArtTransformer2DModel writes it."""
+    return {
+        "_class_name": "PixArtTransformer2DModel",
+        "_diffusers_version": "0.30.0",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "attention_head_dim": config.width // config.heads,
+        "caption_channels": context,
+        "cross_attention_dim": config.width,
+        "in_channels": channels,
+        "interpolation_scale": config.position_scale,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-06,
+        "norm_type": "ada_norm_single",
+        "num_attention_heads": config.heads,
+        "num_embeds_ada_norm": 1000,
+        "num_layers": config.depth,
+        "out_channels": channels,
+        "patch_size": config.patch_size,
+        "sample_size": config.sample_size,
+        "use_additional_conditions": False,
+    }
+
+
+def dit_config(content: dict[str, Any]) -> DiTConfig:
+    """Our config from diffusers' keys."""
+    return DiTConfig(
+        depth=content["num_layers"],
+        width=content["num_attention_heads"] * content["attention_head_dim"],
+        heads=content["num_attention_heads"],
+        sample_size=content["sample_size"],
+        patch_size=content["patch_size"],
+        interpolation_scale=content.get("interpolation_scale"),
+    )

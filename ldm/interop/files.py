@@ -1,0 +1,78 @@
+"""Weight folders: config.json and one safetensors file, read strictly; a file appears under its name only when whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SHOWN_KEYS = 5  # of a long list of wrong ones
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError, naming the file, if it is missing or is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: give the folder of a whole model") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give the folder of a whole model") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object: copy it again")
+    return content
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. Raises ValueError if it is missing, cut short or something else."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        raise ValueError(f"{path} is missing: give the folder of a whole model")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
+
+
+def write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Contiguous float tensors; the metadata names the format, without which other readers refuse the file."""
+    from safetensors.torch import save_file
+
+    partial = path.with_name(path.name + ".partial")
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(own, partial, {"format": "pt"})
+    partial.replace(path)  # and not written in place: the weights of a loaded network may still lie in the old file
+
+
+def load_strictly(network: nn.Module, weights: dict[str, Tensor], *, source: Path) -> None:
+    """Fill every parameter of a network (of meta tensors or real ones) and leave no tensor of the file unused.
+
+    Raises ValueError that counts what is missing, unexpected or of another shape, and shows the first few.
+    """
+    wanted = network.state_dict()
+    misshapen = sorted(k for k in wanted.keys() & weights.keys() if wanted[k].shape != weights[k].shape)
+    faults = {
+        "missing": sorted(wanted.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - wanted.keys()),
+        "of another shape": misshapen,
+    }
+    told = [f"{len(keys)} {fault} ({', '.join(keys[:SHOWN_KEYS])})" for fault, keys in faults.items() if keys]
+    if told:
+        raise ValueError(f"{source} does not fit its config: {'; '.join(told)}: give the file that belongs to it")
+    network.load_state_dict(weights, strict=True, assign=True)
+
+
+def to_float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(torch.float32) for name, tensor in weights.items()}

@@ -1,0 +1,108 @@
+"""The autoencoder in diffusers' layout: vae/config.json and vae/diffusion_pytorch_model.safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.interop.files import load_strictly, read_json, read_weights, to_float32, write_json, write_weights
+from vae import AutoencoderKL, AutoencoderKLConfig
+from vae.autoencoder import STABLE_DIFFUSION_SCALE
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+# Files older than diffusers 0.18, Stable Diffusion 1.5's among them, call the attention's layers by these names.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def save_vae(vae: AutoencoderKL, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write the autoencoder; its latents' statistics go into config.json as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(vae_config_json(vae.config), folder / "config.json")
+    write_weights({name: tensor.to(dtype) for name, tensor in vae.state_dict().items()}, folder / WEIGHTS_NAME)
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """Read an autoencoder, ours or diffusers', in float32. Raises ValueError for anything else."""
+    config = vae_config(read_json(folder / "config.json"), source=folder / "config.json")
+    with torch.device("meta"):
+        vae = AutoencoderKL(config)
+    weights = to_float32(read_weights(folder / WEIGHTS_NAME))
+    for old, new in OLD_NAMES.items():
+        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+    load_strictly(vae, weights, source=folder / WEIGHTS_NAME)
+    return vae
+
+
+def folded(vae: AutoencoderKL) -> AutoencoderKL:
+    """The same autoencoder with its latents' statistics inside its 1x1 convolutions, and the scale 0.18215 left.
+
+    Stable Diffusion's pipelines multiply z by a scale and know nothing of a mean, so for them z' must be
+    z' = (z - mean) / (0.18215 std): the last encoder layer takes that in, the first decoder layer its inverse.
+    """
+    config = dataclasses.replace(vae.config, latent_mean=None, latent_std=None)
+    copy = AutoencoderKL(config)
+    copy.load_state_dict(vae.state_dict())
+    channels = config.latent_channels
+    mean = torch.tensor(vae.config.latent_mean or (0.0,) * channels, dtype=torch.float64)
+    std = torch.tensor(vae.config.latent_std or (1 / STABLE_DIFFUSION_SCALE,) * channels, dtype=torch.float64)
+    factor = std * STABLE_DIFFUSION_SCALE  # z = factor z' + mean
+    with torch.no_grad():
+        quant, post = copy.quant_conv, copy.post_quant_conv
+        assert quant.bias is not None and post.bias is not None
+        quant.weight /= torch.cat([factor, torch.ones(channels)]).view(-1, 1, 1, 1)
+        quant.bias[:channels] = (quant.bias[:channels] - mean) / factor
+        quant.bias[channels:] -= 2 * factor.log()  # the other half is the log-variance
+        post.bias += post.weight.double().flatten(1) @ mean
+        post.weight *= factor.view(1, -1, 1, 1)
+    return copy
+
+
+def vae_config_json(config: AutoencoderKLConfig) -> dict[str, Any]:
+    """config.json as diffusers' AutoencoderKL writes it: latents = (z - latents_mean) scaling_factor / latents_std."""
+    levels = len(config.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.30.0",
+        "act_fn": "silu",
+        "block_out_channels": list(config.block_out_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "force_upcast": False,
+        "in_channels": 3,
+        "latent_channels": config.latent_channels,
+        "latents_mean": list(config.latent_mean) if config.latent_mean else None,
+        "latents_std": list(config.latent_std) if config.latent_std else None,
+        "layers_per_block": config.layers_per_block,
+        "mid_block_add_attention": True,
+        "norm_num_groups": config.norm_num_groups,
+        "out_channels": 3,
+        "sample_size": 64,
+        "scaling_factor": 1.0 if config.latent_std else STABLE_DIFFUSION_SCALE,
+        "shift_factor": None,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_post_quant_conv": True,
+        "use_quant_conv": True,
+    }
+
+
+def vae_config(content: dict[str, Any], *, source: Path) -> AutoencoderKLConfig:
+    """Our config from diffusers' keys. Raises ValueError if it describes another kind of network."""
+    if content.get("_class_name") != "AutoencoderKL":
+        raise ValueError(f"{source} describes {content.get('_class_name')!r}, expected 'AutoencoderKL': give a VAE's folder")
+    lacking = {"block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups"} - content.keys()
+    if lacking:
+        raise ValueError(f"{source} lacks {', '.join(sorted(lacking))}: copy it again")
+    channels = content["latent_channels"]
+    mean = content.get("latents_mean") or [content.get("shift_factor") or 0.0] * channels
+    scale = content.get("scaling_factor", STABLE_DIFFUSION_SCALE)
+    std = [value / scale for value in content.get("latents_std") or [1.0] * channels]
+    return AutoencoderKLConfig(
+        block_out_channels=tuple(content["block_out_channels"]),
+        layers_per_block=content["layers_per_block"],
+        latent_channels=channels,
+        norm_num_groups=content["norm_num_groups"],
+        latent_mean=tuple(mean),
+        latent_std=tuple(std),
+    )

@@ -1,0 +1,43 @@
+"""Latents of the training pictures: encoded once and kept, since the autoencoder is frozen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch
+from vae import AutoencoderKL, DiagonalGaussian
+
+
+class LatentEncoder:
+    """Batches -> latents B x C x h x w, drawn from the posterior.
+
+    With `keep`, each picture's mean and log-variance stay in memory after its first visit (8 kB for a 16 x 16 x 4
+    latent), and the autoencoder is not asked again. Without it every visit encodes anew, as large sets need.
+    """
+
+    def __init__(self, vae: AutoencoderKL, *, keep: bool, bf16: bool) -> None:
+        self.vae, self.keep, self.bf16 = vae, keep, bf16
+        self.device = next(vae.parameters()).device
+        self._kept: dict[tuple[int, int], Tensor] = {}  # (shard, index) -> mean and log-variance, 2C x h x w
+
+    def __call__(self, batch: Batch, noise: Tensor) -> Tensor:
+        """The posterior's samples for standard normal noise of the latents' shape."""
+        return self.moments(batch).sample(noise.to(self.device))
+
+    def moments(self, batch: Batch) -> DiagonalGaussian:
+        missing = [row for row, sample in enumerate(batch.samples) if sample not in self._kept]
+        if not self.keep:
+            return self._encode(batch.pixels)
+        if missing:
+            found = self._encode(batch.pixels[missing])
+            for row, moments in zip(missing, torch.cat([found.mean, found.logvar], dim=1), strict=True):
+                self._kept[batch.samples[row]] = moments
+        return DiagonalGaussian.from_moments(torch.stack([self._kept[sample] for sample in batch.samples]))
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor) -> DiagonalGaussian:
+        pixels = pixels.to(self.device).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            posterior = self.vae.encode(pixels)
+        return DiagonalGaussian(posterior.mean.float(), posterior.logvar.float())

@@ -1,0 +1,45 @@
+"""The training loop that the autoencoder, the text encoder and the denoiser share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from data.loader import Batch, CaptionedImages
+from ldm.engine import Engine
+from ldm.run import Run
+
+
+def train(
+    engine: Engine,
+    run: Run,
+    images: CaptionedImages,
+    losses: Callable[[Batch], dict[str, Tensor]],
+    sample: Callable[[int], None],
+) -> None:
+    """Take optimiser steps until run.steps or run.minutes is reached, from the newest checkpoint on.
+
+    losses(batch) returns scalars, of which "loss" is minimised and all are logged; sample(step) draws what the
+    network can do by now: every run.sample_every steps, from step 0 on.
+    """
+    config, batch_size = run.config, images.config.batch_size
+    checkpoint = run.newest_checkpoint()
+    if checkpoint is not None:
+        engine.load(checkpoint)
+        run.tell(f"resumed from {checkpoint}")
+    elif engine.step == 0:
+        sample(0)
+    batches = images.stream(position=engine.step)
+    while engine.step < config.steps and not run.out_of_time:
+        lr, parts = engine.lr, losses(next(batches))
+        engine.update(parts["loss"])
+        measures = {name: engine.mean(value) for name, value in parts.items()}
+        run.log_step(step=engine.step, lr=lr, images=engine.step * batch_size, **measures)
+        last = engine.step == config.steps or run.out_of_time
+        if engine.step % config.sample_every == 0 or last:
+            sample(engine.step)
+        if engine.step % config.checkpoint_every == 0 or last:
+            engine.save(run.checkpoint_path(engine.step), {"samples_seen": engine.step * batch_size})
+            run.drop_old_checkpoints()
+    batches.close()

@@ -1,0 +1,61 @@
+"""Learning rate as a pure function of the optimiser step: resuming needs no scheduler state."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, assert_never, get_args
+
+LRSchedule = Literal["constant", "cosine", "wsd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRConfig:
+    """wsd: warm-up, stable, linear decay to 0 over the last decay_fraction of the steps (1.0: all)."""
+
+    schedule: LRSchedule = "constant"
+    lr: float
+    warmup_steps: int = 0
+    decay_fraction: float = 0.2  # read by wsd alone
+
+    def __post_init__(self) -> None:
+        if self.schedule not in get_args(LRSchedule):
+            raise ValueError(f"schedule {self.schedule!r} is unknown; choose one of {get_args(LRSchedule)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, not {self.lr}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be 0 or more, not {self.warmup_steps}")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must be above 0 and at most 1, not {self.decay_fraction}")
+
+
+def warmup(step: int, warmup_steps: int) -> float:
+    """(step + 1) / warmup_steps, at most 1: no step is wasted on a rate of 0."""
+    return min(1.0, (step + 1) / max(1, warmup_steps))
+
+
+def linear_decay(step: int, total_steps: int, decay_fraction: float) -> float:
+    """1 until the last decay_fraction of the steps, then straight to 0 at total_steps."""
+    decay_steps = max(1, round(decay_fraction * total_steps))
+    return min(1.0, max(0.0, (total_steps - step) / decay_steps))
+
+
+def cosine_decay(step: int, total_steps: int, warmup_steps: int) -> float:
+    """(1 + cos(pi p)) / 2, p from 0 to 1. Loshchilov & Hutter 2016 (arXiv 1608.03983), eq. 5."""
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return (1 + math.cos(math.pi * min(1.0, max(0.0, progress)))) / 2
+
+
+def lr_at(config: LRConfig, step: int, total_steps: int) -> float:
+    """Learning rate of the optimiser step with this index, counted from 0.
+
+    Decays reach 0 at total_steps, one after the last. Where warm-up and decay overlap, the lower holds.
+    """
+    match config.schedule:
+        case "constant":
+            decay = 1.0
+        case "cosine":
+            decay = cosine_decay(step, total_steps, config.warmup_steps)
+        case "wsd":
+            decay = linear_decay(step, total_steps, config.decay_fraction)
+        case _:
+            assert_never(config.schedule)
+    return config.lr * min(warmup(step, config.warmup_steps), decay)

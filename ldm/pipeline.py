@@ -1,0 +1,167 @@
+"""From a prompt to pictures: what a program that only wants to draw needs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ldm.denoisers import DenoiserConfig
+from ldm.grids import to_images
+from ldm.interop.denoiser import WEIGHTS_NAME, denoiser_folder, load_denoiser
+from ldm.interop.scheduler import read_scheduler
+from ldm.interop.vae import load_vae
+from ldm.latent_diffusion import LatentDiffusion, guided
+from ldm.samplers import SAMPLERS, Denoise
+from text import load_text_encoder, load_tokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_BATCH = 16  # pictures drawn at once; more are drawn in turns, which changes none of them
+
+
+class TextToImage:
+    """A trained model, ready to draw.
+
+        pipe = TextToImage.load("weights/emoji64")
+        images = pipe("a noto emoji of red apple", steps=30, scale=5.0, seed=7, n=4)
+    """
+
+    def __init__(
+        self, model: LatentDiffusion, denoiser: nn.Module, config: DenoiserConfig, *, sample_size: int, name: str, weights_hash: str
+    ) -> None:
+        self.model, self.denoiser, self.denoiser_config = model, denoiser, config
+        self.name, self.weights_hash = name, weights_hash
+        self.factor = model.vae.config.factor  # H and W must be multiples of it
+        self.native_size = sample_size * self.factor  # pixels a side
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "auto", dtype: str = "auto") -> TextToImage:
+        """Read a folder in diffusers' layout: an export of this project, or Stable Diffusion's.
+
+        device: "auto" (CUDA if there is one), or a torch device. dtype: "auto" (bf16 on CUDA, else fp32), "fp32" or
+        "bf16". Nothing in the folder is executed. Raises ValueError or FileNotFoundError, naming the file, for
+        anything that is missing, cut short or something else.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no weights folder at {folder}: give one that holds vae/, text_encoder/ and a denoiser")
+        parts = [name for name in ("transformer", "unet") if (folder / name).is_dir()]
+        if len(parts) != 1:
+            found = sorted(entry.name for entry in folder.iterdir())[:8]
+            raise ValueError(f"{folder} holds {found}, expected unet/ or transformer/: this is not a text-to-image model")
+        place, precision = choose_device(device), choose_dtype(dtype, choose_device(device))
+        denoiser, config, sample_size = load_denoiser(folder / parts[0])
+        noise_path, prediction = read_scheduler(folder / "scheduler" / "scheduler_config.json")
+        vae, text_encoder = load_vae(folder / "vae"), load_text_encoder(folder / "text_encoder")
+        for network in (denoiser, vae, text_encoder):
+            network.eval().requires_grad_(False).to(device=place, dtype=precision)
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        model = LatentDiffusion(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, path=noise_path, prediction=prediction)
+        digest = hashlib.sha256((folder / denoiser_folder(config) / WEIGHTS_NAME).read_bytes()).hexdigest()[:10]
+        return cls(model, denoiser, config, sample_size=sample_size, name=folder.resolve().name, weights_hash=digest)
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        steps: int = 30,
+        scale: float = 5.0,
+        sampler: str = "dpmpp_2m",
+        seed: int = 0,
+        n: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Image.Image]:
+        """Draw n pictures; picture i depends on seed + i, not on the others.
+
+        scale: 1 is no guidance, more follows the prompt more closely. height, width: pixels, multiples of `factor`
+        (default: what the model was trained at). progress(done, all) is called after each denoising step.
+        Raises ValueError, naming the value, for what cannot be drawn.
+        """
+        pixels = self.draw(
+            prompt, negative_prompt=negative_prompt, steps=steps, scale=scale, sampler=sampler, seed=seed, n=n,
+            height=height, width=width, progress=progress,
+        )  # fmt: skip
+        return to_images(pixels)
+
+    def draw(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str,
+        steps: int,
+        scale: float,
+        sampler: str,
+        seed: int,
+        n: int,
+        height: int | None = None,
+        width: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """The same, as pixels n x 3 x H x W in about [-1, 1], before they are clamped and rounded."""
+        size = self._latent_size(height or self.native_size, width or self.native_size)
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        if n < 1 or steps < 1 or scale < 0:
+            raise ValueError(f"n ({n}) and steps ({steps}) must be at least 1, scale ({scale}) at least 0")
+        rounds = [range(start, min(start + MAX_BATCH, n)) for start in range(0, n, MAX_BATCH)]
+        drawn: list[Tensor] = []
+        for number, pictures in enumerate(rounds):
+            generators = [torch.Generator().manual_seed(seed + i) for i in pictures]
+            denoise = guided(self.model, self.denoiser, [prompt] * len(pictures), [negative_prompt] * len(pictures), scale)
+            if progress is not None:
+                denoise = counted(denoise, progress, start=number * steps, total=len(rounds) * steps)
+            latents = self.model.sample(denoise, generators, size=size, sampler=sampler, steps=steps)
+            drawn.append(self.model.decode(latents))
+        return torch.cat(drawn)
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that is longer than the text encoder can read; "" if all of it is read."""
+        return self.model.tokenizer.cut_off(prompt)
+
+    def _latent_size(self, height: int, width: int) -> tuple[int, int]:
+        patch = getattr(self.denoiser_config, "patch_size", 1)
+        for name, value in (("height", height), ("width", width)):
+            if value < 1 or value % (self.factor * patch):
+                raise ValueError(f"{name} is {value}, expected a multiple of {self.factor * patch}, as {self.native_size}")
+        return height // self.factor, width // self.factor
+
+
+def counted(denoise: Denoise, progress: Callable[[int, int], None], *, start: int, total: int) -> Denoise:
+    """The same function, telling how often it has been called. Samplers know nothing of progress."""
+    done = start
+
+    def counting(x_t: Tensor, t: Tensor) -> Tensor:
+        nonlocal done
+        x0 = denoise(x_t, t)
+        done += 1
+        progress(done, total)
+        return x0
+
+    return counting
+
+
+def choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected auto, cpu or cuda") from error
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in names:
+        raise ValueError(f"dtype is {dtype!r}, expected auto, {' or '.join(names)}")
+    return names[dtype]

@@ -1,0 +1,145 @@
+"""Pictures that tell how they were drawn, in files that never replace others.
+
+Each PNG carries two texts: `parameters`, which AUTOMATIC1111's interface and the sites that follow it read, and `foundry`,
+JSON with all that is needed to draw the picture again (for a sheet of pictures: a list of it).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ldm.samplers import SAMPLERS
+
+PARAMETERS, FOUNDRY = "parameters", "foundry"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that a picture depends on."""
+
+    prompt: str
+    negative_prompt: str
+    steps: int
+    scale: float
+    sampler: str  # a key of SAMPLERS
+    seed: int  # of this picture alone
+    width: int
+    height: int
+    model: str
+    weights_hash: str  # first 10 hex digits of the SHA-256 of the denoiser's file
+    device: str
+    precision: str
+    software: str
+
+
+def software() -> str:
+    """This program's name and, where it is installed, its version."""
+    try:
+        return f"Latent Foundry {importlib.metadata.version('latent-foundry')}"
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        return "Latent Foundry"
+
+
+def parameters_text(recipe: Recipe) -> str:
+    """A1111's text: the prompt, the negative prompt if there is one, and a last line of `key: value` pairs."""
+    pairs = {
+        "Steps": recipe.steps,
+        "Sampler": SAMPLERS[recipe.sampler].label,
+        "CFG scale": repr(recipe.scale).removesuffix(".0"),
+        "Seed": recipe.seed,
+        "Size": f"{recipe.width}x{recipe.height}",
+        "Model hash": recipe.weights_hash,
+        "Model": recipe.model,
+        "Version": recipe.software,
+    }
+    negative = f"\nNegative prompt: {recipe.negative_prompt}" if recipe.negative_prompt else ""
+    return f"{recipe.prompt}{negative}\n{', '.join(f'{key}: {_quote(str(value))}' for key, value in pairs.items())}"
+
+
+def _quote(value: str) -> str:
+    # Beyond A1111's , : and newline: its reader also strips blanks, and takes a leading " for a quotation.
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n]|^"|^\s|\s$|^$', value) else value
+
+
+def png_bytes(image: Image.Image, recipes: Sequence[Recipe]) -> bytes:
+    """A PNG file of a picture with its recipe, or of a sheet with those of its pictures in order.
+
+    The same picture and recipes give the same bytes. A sheet's `parameters` are its first picture's, as in A1111.
+    """
+    info = PngInfo()
+    info.add_text(PARAMETERS, parameters_text(recipes[0]))
+    items = [asdict(recipe) for recipe in recipes]
+    info.add_text(FOUNDRY, json.dumps(items[0] if len(items) == 1 else items))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def read_recipes(path: Path) -> list[Recipe]:
+    """The recipes in a PNG written by png_bytes. Raises ValueError or OSError if it has none or others."""
+    with Image.open(path, formats=["PNG"]) as image:
+        image.load()  # texts may also stand behind the pixels
+        text = image.info.get(FOUNDRY)
+    if text is None:
+        raise ValueError(f"{path} has no text {FOUNDRY!r}: it was not drawn by this program, or its metadata was removed")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the text {FOUNDRY!r} is not JSON") from error
+    items = content if isinstance(content, list) else [content]
+    kinds = get_type_hints(Recipe)
+    for item in items:
+        if not isinstance(item, dict) or {key: type(value) for key, value in item.items()} != kinds:
+            raise ValueError(f"{path}: the text {FOUNDRY!r} is not a recipe with {', '.join(kinds)}")
+    return [Recipe(**item) for item in items]
+
+
+class NumberedFiles:
+    """New PNG files of one folder, numbered on from the highest that is there: 00000.png, grid-0000.png."""
+
+    def __init__(self, folder: Path, *, prefix: str = "", digits: int) -> None:
+        self.folder, self.prefix, self.digits = folder, prefix, digits
+        folder.mkdir(parents=True, exist_ok=True)
+        name = re.compile(re.escape(prefix) + r"(\d+)\.png")
+        taken = [int(match[1]) for entry in folder.iterdir() if (match := name.fullmatch(entry.name))]
+        self.next = max(taken, default=-1) + 1
+
+    def write(self, content: bytes) -> Path:
+        """Write a file that appears only when whole, and never in place of another, whoever wrote that."""
+        partial = self.folder / f".{uuid.uuid4().hex}.partial"
+        try:
+            with open(partial, "xb") as file:
+                file.write(content)
+            while True:
+                path = self.folder / f"{self.prefix}{self.next:0{self.digits}d}.png"
+                self.next += 1
+                try:
+                    _name(partial, path)
+                    return path
+                except FileExistsError:  # another process took this number
+                    continue
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _name(partial: Path, path: Path) -> None:
+    """Give a file its name, unless that is taken (FileExistsError)."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # FAT and some network drives have no hard links; there the name stands empty for an instant
+        path.open("xb").close()
+        partial.replace(path)

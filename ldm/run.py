@@ -1,0 +1,111 @@
+"""A run's folder and what it tells: the progress line, metrics.jsonl, checkpoints, sample grids."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+CHECKPOINTS_KEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    name: str  # the run lives in FOLDER/NAME
+    folder: str = "runs"
+    steps: int
+    seed: int = 0
+    log_every: int = 50  # steps, like the next two
+    sample_every: int = 1000
+    checkpoint_every: int = 1000
+    minutes: float | None = None  # stop, with a checkpoint, after so long in this session
+    resume: Literal["auto", "never"] = "auto"  # auto: from the newest checkpoint of this run, if it has one
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "sample_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} must be at least 1, not {getattr(self, name)}")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"run.name must be one folder's name, not {self.name!r}")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / self.name
+
+
+class Run:
+    """What the main rank writes while training; the other ranks make one too and write nothing."""
+
+    def __init__(self, config: RunConfig, *, is_main: bool, config_text: str) -> None:
+        self.config, self.is_main = config, is_main
+        self.started = time.monotonic()
+        self._since = self.started  # time of the last progress line
+        self._losses: list[float] = []
+        found = self.newest_checkpoint()
+        if found is not None and config.resume == "never":
+            raise ValueError(
+                f"{config.path} already holds {found.name}: set run.resume=auto to continue it, or another run.name"
+            )
+        if is_main:
+            (config.path / "samples").mkdir(parents=True, exist_ok=True)
+            (config.path / "config.yaml").write_text(config_text)
+
+    def newest_checkpoint(self) -> Path | None:
+        return max(self._whole_checkpoints(), default=None)
+
+    def _whole_checkpoints(self) -> list[Path]:
+        found = sorted(self.config.path.glob("checkpoints/step_*/state.json"))
+        return [path.parent for path in found if path.parent.suffix != ".partial"]
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.config.path / "checkpoints" / f"step_{step:07d}"
+
+    def sample_path(self, step: int) -> Path:
+        return self.config.path / "samples" / f"step_{step:07d}.png"
+
+    def drop_old_checkpoints(self) -> None:
+        if self.is_main:
+            for path in self._whole_checkpoints()[:-CHECKPOINTS_KEPT]:
+                shutil.rmtree(path)
+
+    @property
+    def out_of_time(self) -> bool:
+        return self.config.minutes is not None and time.monotonic() - self.started > 60 * self.config.minutes
+
+    def log_step(self, *, step: int, loss: float, lr: float, images: int, **measures: float) -> None:
+        """After optimiser step number `step` (counted from 1): print and record every log_every steps.
+
+        The loss shown is the mean since the last line; `images` counts what all ranks saw since the start.
+        """
+        self._losses.append(loss)
+        if step % self.config.log_every and step != self.config.steps:
+            return
+        now = time.monotonic()
+        # Counted by the steps since the last line: `images` also holds what earlier sessions of the run saw.
+        rate = len(self._losses) * images / step / max(now - self._since, 1e-9)
+        seconds_left = (self.config.steps - step) * images / step / rate
+        mean = sum(self._losses) / len(self._losses)
+        self._since, self._losses = now, []
+        shown = "".join(f"  {name} {value:.4g}" for name, value in measures.items())
+        line = f"step {step}/{self.config.steps}  loss {mean:.4f}{shown}  lr {lr:.2e}  {rate:.1f} images/s"
+        self.tell(f"{line}  ETA {duration(seconds_left)}")
+        self.record(step=step, loss=mean, lr=lr, samples_seen=images, images_per_second=rate, **measures)
+
+    def tell(self, line: str) -> None:
+        if self.is_main:
+            print(line, flush=True)
+
+    def record(self, **measures: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.is_main:
+            with (self.config.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"time": round(time.time(), 1)} | measures) + "\n")
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 3661 -> "1:01:01"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

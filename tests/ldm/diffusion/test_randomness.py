@@ -1,0 +1,78 @@
+"""Random numbers of training: a function of (seed, position), whatever the batch; and random."""
+
+import torch
+
+from ldm.diffusion.randomness import mixed_seed, sample_randomness
+
+SHAPE = (4, 16, 16)
+
+
+def test_independent_of_the_grouping_into_batches():
+    whole = sample_randomness(7, range(100, 106), SHAPE)
+    for order in ([103], [105, 100], [104, 103, 101]):
+        part = sample_randomness(7, order, SHAPE)
+        rows = [position - 100 for position in order]
+        for numbers, expected in zip(part, whole, strict=True):
+            assert torch.equal(numbers, expected[rows])
+
+
+def test_shapes_dtypes_and_ranges():
+    eps, time_uniforms, drop_uniforms = sample_randomness(0, range(500), (1, 4, 4))
+    assert eps.shape == (500, 1, 4, 4) and eps.dtype == torch.float32
+    for uniforms in (time_uniforms, drop_uniforms):
+        assert uniforms.shape == (500,) and uniforms.dtype == torch.float32
+        assert (uniforms >= 0).all() and (uniforms < 1).all()
+        assert abs(uniforms.mean() - 0.5) < 4 * (1 / 12 / 500) ** 0.5
+        assert abs(uniforms.var() - 1 / 12) < 0.015
+
+
+def test_noise_is_standard_normal():
+    eps = sample_randomness(3, range(200), SHAPE).eps.double()
+    n = eps.numel()
+    assert abs(eps.mean()) < 4 / n**0.5
+    assert abs(eps.var() - 1) < 4 * (2 / n) ** 0.5
+    assert abs((eps**4).mean() - 3) < 4 * (96 / n) ** 0.5
+
+
+def test_positions_and_seeds_are_uncorrelated():
+    """All pairs of neighbours: a seed of seed + position would make some of them equal."""
+    rows = [sample_randomness(seed, range(20), SHAPE).eps.flatten(1) for seed in (0, 1, 2)]
+    correlation = torch.corrcoef(torch.cat(rows))
+    off_diagonal = correlation[~torch.eye(60, dtype=torch.bool)]
+    assert off_diagonal.abs().max() < 5 / 1024**0.5
+    assert abs(off_diagonal.std() - 1 / 1024**0.5) < 0.1 / 1024**0.5
+
+
+def test_time_and_drop_are_uncorrelated_with_each_other_and_with_the_noise():
+    eps, time_uniforms, drop_uniforms = sample_randomness(5, range(2000), (1, 4, 4))
+    table = torch.stack([time_uniforms, drop_uniforms, eps[:, 0, 0, 0], eps.flatten(1).mean(1)])
+    correlation = torch.corrcoef(table)[:2]
+    assert correlation[~torch.eye(2, 4, dtype=torch.bool)].abs().max() < 4 / 2000**0.5
+
+
+def test_same_bits_as_ever():
+    """A run resumed after an update of this program must go on with the same numbers."""
+    assert [mixed_seed(0, 0), mixed_seed(1, 2), mixed_seed(12, 10**9)] == [
+        3560153452049741418,
+        6417476540401971169,
+        8918232393175323630,
+    ]
+    eps, time_uniforms, drop_uniforms = sample_randomness(1, [2], SHAPE)
+    assert torch.allclose(
+        eps[0, 0, 0, :3], torch.tensor([0.5527112, 0.0642379, 0.2613832]), rtol=0, atol=1e-5
+    )
+    assert torch.allclose(
+        torch.cat([time_uniforms, drop_uniforms]), torch.tensor([0.2482343, 0.6519350]), rtol=0, atol=1e-6
+    )
+
+
+def test_low_bits_of_the_seed_are_mixed():
+    """PyTorch keeps only those: let there be no collision among the first positions of some runs."""
+    seeds = {mixed_seed(seed, position) & 0xFFFFFFFF for seed in range(4) for position in range(2000)}
+    assert len(seeds) == 8000
+
+
+def test_the_global_generator_is_left_alone():
+    before = torch.random.get_rng_state()
+    sample_randomness(0, range(3), SHAPE)
+    assert torch.equal(torch.random.get_rng_state(), before)

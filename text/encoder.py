@@ -1,0 +1,227 @@
+"""The text condition of a latent diffusion model: CLIP's text transformer, one interface, two backends.
+
+Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020),
+section 2.4. Shapes: B captions, L tokens (at most `context_length`), D width.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from text.tokenizer import BOS_ID, EOS_ID, TokenizerConfig, mask_to_eos
+
+if TYPE_CHECKING:
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+
+Activation = Literal["quick_gelu", "gelu"]
+Hidden = Literal["last", "penultimate"]
+LAYER_NORM_EPS = 1e-5  # of every published CLIP; a network with another is refused
+
+
+class TextCondition(NamedTuple):
+    """What a denoiser is told about its captions."""
+
+    context: Tensor  # B, L, D: token states
+    pooled: Tensor  # B, D: state of the EOS token
+    mask: Tensor  # B, L: bool, True up to and including the EOS
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """Sizes and conventions of a CLIP text transformer.
+
+    Stable Diffusion 1 is 768 wide, 12 layers, "quick_gelu", "last"; 2 is 1024, 24, "gelu", "penultimate".
+    `hidden` says after which layer the context is taken; the final layer norm follows in both cases. `pad_id`
+    is what the tokenizer pads with. `projection_dim` is the width of CLIP's joint space with images, which
+    the condition is not in.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    context_length: int = 77
+    vocab_size: int = 49408
+    activation: Activation = "quick_gelu"
+    hidden: Hidden = "last"
+    projection_dim: int | None = 512
+    pad_id: int = EOS_ID
+    bos_id: int = BOS_ID
+    eos_id: int = EOS_ID
+
+    def __post_init__(self) -> None:
+        sizes = ("width", "layers", "heads", "intermediate_size", "context_length", "vocab_size")
+        if wrong := {name: getattr(self, name) for name in sizes if getattr(self, name) < 1}:
+            raise ValueError(f"sizes of a text encoder must be at least 1, not {wrong}")
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not divisible by heads={self.heads}; change one of them")
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"activation={self.activation!r} is not one of {get_args(Activation)}")
+        if self.hidden not in get_args(Hidden):
+            raise ValueError(f"hidden={self.hidden!r} is not one of {get_args(Hidden)}")
+        if self.hidden == "penultimate" and self.layers < 2:
+            raise ValueError(
+                f"hidden='penultimate' needs 2 layers or more, not layers={self.layers}; use hidden='last'"
+            )
+        ids = {"pad_id": self.pad_id, "bos_id": self.bos_id, "eos_id": self.eos_id}
+        if wrong := {name: i for name, i in ids.items() if not 0 <= i < self.vocab_size}:
+            raise ValueError(f"{wrong} is outside the vocabulary; vocab_size={self.vocab_size}")
+
+    @property
+    def tokenizer(self) -> TokenizerConfig:
+        """The tokenizer that this encoder takes its ids from."""
+        return TokenizerConfig(context_length=self.context_length, pad_id=self.pad_id)
+
+
+class TextEncoder(nn.Module, ABC):
+    """Token ids B x L (int64) -> TextCondition, the same from both libraries for the same weights."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, ids: Tensor) -> TextCondition:
+        """Raises ValueError for ids that are not B x L with L up to `context_length`."""
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.context_length:
+            raise ValueError(
+                f"token ids are {tuple(ids.shape)}, not B x L with L from 1 to {self.config.context_length}"
+            )
+        context, last = self._context_and_last(ids)                                                 # B, L, D
+        mask = mask_to_eos(ids, self.config.eos_id)                                                 # B, L
+        rows = torch.arange(len(ids), device=ids.device)
+        pooled = last[rows, mask.sum(dim=1) - 1]                                                    # B, D
+        return TextCondition(context, pooled, mask)
+
+    @abstractmethod
+    def _context_and_last(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """States of `config.hidden` and of the last layer after the final layer norm, B x L x D each."""
+
+
+class TransformersTextEncoder(TextEncoder):
+    """transformers' CLIPTextModel as `model`, with random weights from torch's global generator."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__(config)
+        # Costs more than importing torch does, so nobody pays for it who only tokenizes.
+        from transformers.models.clip.modeling_clip import CLIPTextModel
+
+        self.model = CLIPTextModel(_transformers_config(config))
+
+    def _context_and_last(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        penultimate = self.config.hidden == "penultimate"
+        output = self.model(input_ids=ids, output_hidden_states=penultimate)
+        last = output.last_hidden_state
+        return self.model.final_layer_norm(output.hidden_states[-2]) if penultimate else last, last
+
+
+class OpenClipTextEncoder(TextEncoder):
+    """The text tower of an open_clip CLIP, CustomTextCLIP or TextTransformer, sharing its weights.
+
+    The configuration is read off the tower; the image tower and the projection into the joint space are left
+    behind. Raises TypeError for other models, ValueError for towers unlike CLIP's causal one, such as CoCa's.
+    """
+
+    def __init__(self, model: nn.Module, *, hidden: Hidden = "last", pad_id: int = 0) -> None:
+        tower = _text_tower(model)
+        super().__init__(_tower_config(tower, hidden, pad_id))
+        self.token_embedding = tower.token_embedding
+        self.positional_embedding = tower.positional_embedding
+        self.transformer = tower.transformer
+        self.ln_final = tower.ln_final
+        self.attn_mask: Tensor
+        self.register_buffer("attn_mask", tower.attn_mask, persistent=False)
+
+    def _context_and_last(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        length = ids.shape[1]
+        x = self.token_embedding(ids) + self.positional_embedding[:length]                          # B, L, D
+        causal = self.attn_mask[:length, :length]                                                   # L, L
+        chosen = self.config.layers - (2 if self.config.hidden == "penultimate" else 1)
+        last, states = self.transformer.forward_intermediates(x, attn_mask=causal, indices=[chosen])
+        return self.ln_final(states[0]), self.ln_final(last)
+
+
+def open_clip_text_cfg(config: TextEncoderConfig) -> dict[str, Any]:
+    """The `text_cfg` with which open_clip's CLIP or CustomTextCLIP builds this tower.
+
+    The activation is not in it, for open_clip sets that of both towers with CLIP's argument `quick_gelu`.
+    """
+    return {
+        "context_length": config.context_length,
+        "vocab_size": config.vocab_size,
+        "width": config.width,
+        "heads": config.heads,
+        "layers": config.layers,
+        # open_clip truncates width x mlp_ratio; half a unit more keeps a rounded quotient from losing one.
+        "mlp_ratio": (config.intermediate_size + 0.5) / config.width,
+    }
+
+
+def _transformers_config(config: TextEncoderConfig) -> "CLIPTextConfig":
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        intermediate_size=config.intermediate_size,
+        projection_dim=config.projection_dim,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        max_position_embeddings=config.context_length,
+        hidden_act=config.activation,
+        layer_norm_eps=LAYER_NORM_EPS,
+        pad_token_id=config.pad_id,
+        bos_token_id=config.bos_id,
+        eos_token_id=config.eos_id,
+    )
+
+
+def _text_tower(model: nn.Module) -> Any:
+    from open_clip.model import CLIP, CustomTextCLIP
+    from open_clip.transformer import TextTransformer
+
+    tower = model.text if isinstance(model, CustomTextCLIP) else model
+    if not isinstance(tower, CLIP | TextTransformer):
+        raise TypeError(
+            f"{type(tower).__name__} is no text tower of open_clip's own; use its CLIP or CustomTextCLIP"
+        )
+    if getattr(tower, "cls_emb", None) is not None or tower.attn_mask is None:
+        raise ValueError(
+            "this text tower has a class token or attends to later tokens, which CLIP's does not"
+        )
+    return tower
+
+
+def _tower_config(tower: Any, hidden: Hidden, pad_id: int) -> TextEncoderConfig:
+    """The configuration, off the modules; ValueError for blocks that transformers' CLIP does not have."""
+    from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+
+    block: Any = tower.transformer.resblocks[0]
+    mlp: Any = block.mlp
+    act = mlp.gelu
+    plain = type(block) is ResidualAttentionBlock and type(block.ls_1) is nn.Identity
+    exact_gelu = type(act) is nn.GELU and act.approximate == "none"
+    if not plain or not (exact_gelu or type(act) is QuickGELU) or tower.ln_final.eps != LAYER_NORM_EPS:
+        raise ValueError(
+            "this text tower's blocks are not CLIP's: they must be open_clip's ResidualAttentionBlock without"
+            f" layer scale, with GELU or QuickGELU and layer norms of eps {LAYER_NORM_EPS}"
+        )
+    projection = tower.text_projection
+    if isinstance(projection, nn.Linear):
+        projection_dim = projection.out_features
+    else:
+        projection_dim = None if projection is None else projection.shape[1]
+    return TextEncoderConfig(
+        width=tower.token_embedding.embedding_dim,
+        layers=len(tower.transformer.resblocks),
+        heads=block.attn.num_heads,
+        intermediate_size=mlp.c_fc.out_features,
+        context_length=tower.positional_embedding.shape[0],
+        vocab_size=tower.token_embedding.num_embeddings,
+        activation="gelu" if exact_gelu else "quick_gelu",
+        hidden=hidden,
+        projection_dim=projection_dim,
+        pad_id=pad_id,
+    )

@@ -1,0 +1,244 @@
+"""Stable Diffusion's KL autoencoder (Rombach et al. 2022, appendix G; Esser et al. 2021), of any size.
+
+Parameter names are those of diffusers' AutoencoderKL, so that weights pass both ways unchanged.
+
+B batch, C channels, H x W pixels, h x w latents, Z latent channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae.gaussian import DiagonalGaussian
+
+NORM_EPS = 1e-6  # Stable Diffusion's VAE; its U-Net uses 1e-5
+STABLE_DIFFUSION_SCALE = 0.18215  # 1 / standard deviation of its latents, which every reader of its files assumes
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderKLConfig:
+    """Each level after the first halves the picture: n levels make an autoencoder "f" 2^(n-1)."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    # Measured over the training set, one number a channel; latents = (z - mean) / std have unit variance.
+    latent_mean: tuple[float, ...] | None = None  # None: zero
+    latent_std: tuple[float, ...] | None = None  # None: Stable Diffusion's 1 / 0.18215
+
+    def __post_init__(self) -> None:
+        for name in ("layers_per_block", "latent_channels", "norm_num_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"vae.{name} must be at least 1, not {getattr(self, name)}")
+        if not self.block_out_channels:
+            raise ValueError("vae.block_out_channels is empty: give one width a level")
+        for width in self.block_out_channels:
+            if width < 1 or width % self.norm_num_groups:
+                raise ValueError(
+                    f"vae.block_out_channels holds {width}, not a multiple of vae.norm_num_groups "
+                    f"({self.norm_num_groups}): change either"
+                )
+        for name in ("latent_mean", "latent_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.latent_channels:
+                raise ValueError(
+                    f"vae.{name} has {len(values)} numbers for {self.latent_channels} latent channels: give one each"
+                )
+        if self.latent_std is not None and min(self.latent_std) <= 0:
+            raise ValueError(f"vae.latent_std must be positive, not {self.latent_std}: measure it again")
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side for one latent."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1 convolution on the shortcut where the width changes."""
+
+    def __init__(self, width_in: int, width_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, width_in, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, width_out, eps=NORM_EPS)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all positions of the picture, residual."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, width, eps=NORM_EPS)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list only for diffusers' name, to_out.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # B x hw x C
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        mixed = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+        return x + self.to_out[0](mixed).transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """Halve the picture; padded right and below only, as in Stable Diffusion (a symmetric pad shifts half a pixel)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the picture: nearest neighbours, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    def __init__(self, width_in: int, width_out: int, layers: int, groups: int, *, last: bool) -> None:
+        super().__init__()
+        widths = [width_in] + [width_out] * layers
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(width_out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [*self.resnets, *self.downsamplers]:
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    def __init__(self, width_in: int, width_out: int, layers: int, groups: int, *, last: bool) -> None:
+        super().__init__()
+        widths = [width_in] + [width_out] * layers
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(width_out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [*self.resnets, *self.upsamplers]:
+            x = layer(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(width, width, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(width, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    """Pixels -> moments: B x 3 x H x W -> B x 2Z x h x w."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(before, width, config.layers_per_block, groups, last=level == len(widths) - 1)
+            for level, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
+        )
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        h = self.conv_in(pixels)
+        for block in self.down_blocks:
+            h = block(h)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h))))
+
+
+class Decoder(nn.Module):
+    """z -> pixels: B x Z x h x w -> B x 3 x H x W."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(before, width, config.layers_per_block + 1, groups, last=level == len(widths) - 1)
+            for level, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            h = block(h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+class AutoencoderKL(nn.Module):
+    """Two languages are spoken here: *z* is what the networks see, *latents* are z shifted and scaled to unit variance.
+
+    Outside this class there are only pixels (B x 3 x H x W in [-1, 1]) and latents (B x Z x h x w).
+    """
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def posterior(self, pixels: Tensor) -> DiagonalGaussian:
+        """q(z | pixels), in z's own units. Raises ValueError unless H and W are multiples of the factor."""
+        if pixels.shape[-2] % self.config.factor or pixels.shape[-1] % self.config.factor:
+            raise ValueError(
+                f"a picture of {pixels.shape[-2]} x {pixels.shape[-1]} pixels does not divide by the autoencoder's "
+                f"factor {self.config.factor}: crop or resize it to a multiple"
+            )
+        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(pixels)))
+
+    def encode(self, pixels: Tensor) -> DiagonalGaussian:
+        """The distribution of the latents of these pixels."""
+        q = self.posterior(pixels)
+        mean, std = self._latent_statistics(q.mean)
+        return DiagonalGaussian((q.mean - mean) / std, q.logvar - 2.0 * torch.log(std))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> pixels; not clamped."""
+        mean, std = self._latent_statistics(latents)
+        return self.decode_z(latents * std + mean)
+
+    def decode_z(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
+        """One training pass: the reconstruction from a sample of the posterior, and the posterior. Noise B x Z x h x w."""
+        q = self.posterior(pixels)
+        return self.decode_z(q.sample(noise)), q
+
+    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        channels = self.config.latent_channels
+        mean = self.config.latent_mean or (0.0,) * channels
+        std = self.config.latent_std or (1.0 / STABLE_DIFFUSION_SCALE,) * channels
+        return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
