@@ -98,7 +98,7 @@ class CaptionedImages:
         return self._assemble(self.order.batch(number, rank=self.rank, ranks=self.ranks))
 
     def once(self, batch_size: int) -> Iterator[Batch]:
-        """Every sample once, in the order of the shards, with its best caption: for measuring. Bad ones are left out."""
+        """Every sample once, in the shards' own order, with its best caption: for measuring. Bad ones are left out."""
         everything = [(shard, index) for shard, own in enumerate(self.shards) for index in range(len(own))]
         for start in range(0, len(everything), batch_size):
             loaded = [
@@ -114,7 +114,9 @@ class CaptionedImages:
         pixels, captions, samples = [], [], []
         for visit in visits:
             index, (picture, texts) = self._load_or_next(visit)
-            choice = keyed_hash("caption", self.seed, visit.position) % len(texts) if self.config.captions == "any" else 0
+            choice = (
+                keyed_hash("caption", self.seed, visit.position) % len(texts) if self.config.captions == "any" else 0
+            )
             pixels.append(picture)
             captions.append(texts[choice])
             samples.append((visit.shard, index))

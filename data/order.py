@@ -47,7 +47,9 @@ class SampleOrder:
 
     def __init__(self, shard_sizes: Sequence[int], *, batch_size: int, lanes: int, seed: int) -> None:
         if not 1 <= lanes <= len(shard_sizes):
-            raise ValueError(f"data.lanes is {lanes} but there are {len(shard_sizes)} shards: need 1 <= lanes <= shards")
+            raise ValueError(
+                f"data.lanes is {lanes} but there are {len(shard_sizes)} shards: need 1 <= lanes <= shards"
+            )
         if batch_size % lanes:
             raise ValueError(f"the batch of {batch_size} is not a multiple of data.lanes ({lanes}): change either")
         if min(shard_sizes) < 1:

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data.shards import RawSample
 
@@ -41,7 +41,7 @@ def decode_pixels(raw: RawSample, image_size: int) -> torch.Tensor:
     try:
         with Image.open(io.BytesIO(data)) as image:
             picture = over_white(image)
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadSampleError(f"the image does not decode ({str(error).splitlines()[0]})") from error
     picture = square(picture, image_size)
     flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)

@@ -21,8 +21,8 @@ from typing import BinaryIO
 
 from data import DataError
 
-# KEY.EXTENSION as webdataset splits it: folders belong to the key, and all after the first dot of the file's name to
-# the extension. What has no such name (a README, macOS's ._files) is no sample.
+# KEY.EXTENSION as webdataset splits it: folders belong to the key, all behind the first dot of the file's name
+# to the extension. What has no such name (a README, macOS's ._files) is no sample.
 MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 
 

@@ -17,7 +17,7 @@ def write_shards(samples: Sequence[tuple[bytes, str, dict[str, Any]]], folder: P
 
     Writes 00000.tar.gz, 00000_stats.json, ... and sizes.json. Each file appears under its name only when whole.
     The tars are compressed, because a tar spends 3 kB of headers and padding on a sample and a small picture takes
-    less than that itself. Raises ValueError if a shard would be empty, or hold more samples than its keys can number.
+    less than that itself. Raises ValueError if a shard would be empty, or hold more than its keys can number.
     """
     if not 1 <= shards <= len(samples):
         raise ValueError(f"{len(samples)} samples cannot fill {shards} shards: use fewer shards")
@@ -36,7 +36,7 @@ def write_shards(samples: Sequence[tuple[bytes, str, dict[str, Any]]], folder: P
 
 
 def _write_tar(samples: Sequence[tuple[bytes, str, dict[str, Any]]], path: Path, number: int) -> None:
-    from webdataset import TarWriter
+    from webdataset.writer import TarWriter
 
     # A fixed owner and time, in the tar and in the gzip header, make the bytes depend on the samples alone.
     buffer = io.BytesIO()

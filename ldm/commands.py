@@ -34,15 +34,15 @@ class OneLineParser(argparse.ArgumentParser):
         message = re.sub(r"^argument (-[\w-]+)[^:]*: ", r"\1: ", message)  # without the option's other names
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, cutoff=0)
-            message = f"unknown option {unknown[1]}, did you mean {near[0]}? --help lists all"
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists all"
+            message = f"unknown option {unknown[1]}, {hint}"
         self.exit(USER_ERROR, f"error: {' '.join(message.split())}\n")
 
 
 def hyphenated(words: Sequence[str]) -> list[str]:
     """The same words, options written with underscores (--n_samples=2) with hyphens (--n-samples=2)."""
-    option = re.compile(r"--[A-Za-z][\w-]*(?==|$)")
-    return [option.sub(lambda match: match[0].replace("_", "-"), word, count=1) if option.match(word) else word for word in words]
+    return [re.sub(r"\A--[A-Za-z][\w-]*(?==|\Z)", lambda option: option[0].replace("_", "-"), word) for word in words]
 
 
 def run_command(

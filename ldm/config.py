@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, create_model
@@ -111,9 +111,13 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"config {path} cannot be read ({error.strerror}): give a YAML file, as in configs/") from error
+        raise ValueError(
+            f"config {path} cannot be read ({error.strerror}): give a YAML file, as in configs/"
+        ) from error
     except yaml.YAMLError as error:
         raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"config {path} holds no sections: see those in configs/")
     for override in overrides:
         _apply(tree, override)
     return parse(kind, tree, source=str(path))
@@ -159,7 +163,9 @@ def _first_error(error: ValidationError, kind: type) -> str:
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _known_keys(kind)
         near = difflib.get_close_matches(place[-1], known, n=1)
-        return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}")
+        return f"unknown key {where}" + (
+            f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}"
+        )
     message = first["msg"].removeprefix("Value error, ")
     given = "" if first["type"] in ("missing", "value_error") else f" (given {first['input']!r})"
     return f"{where}: {message}{given}" if where else message
@@ -167,14 +173,12 @@ def _first_error(error: ValidationError, kind: type) -> str:
 
 def _known_keys(kind: Any) -> set[str]:
     """Every field's name in a dataclass and the dataclasses below it."""
-    import typing
-
     found: set[str] = set()
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = get_type_hints(kind)
         for entry in dataclasses.fields(kind):
             found |= {entry.name} | _known_keys(hints[entry.name])
     else:
-        for inner in typing.get_args(kind):
+        for inner in get_args(kind):
             found |= _known_keys(inner)
     return found

@@ -6,7 +6,10 @@ the EMA and the checkpoints never see a rounded weight. Frozen networks stay out
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -75,11 +78,15 @@ def start_process() -> World:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-    from deepspeed.utils import logger
+    if os.environ["RANK"] == "0":
+        print("starting DeepSpeed (which compiles a helper the first time: half a minute)", flush=True)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns wherever there is no CUDA
+    with contextlib.redirect_stdout(io.StringIO()):
+        import deepspeed
+        from deepspeed.utils import logger
 
-    logger.setLevel("ERROR")
-    deepspeed.init_distributed(verbose=False)
+        logger.setLevel("ERROR")
+        deepspeed.init_distributed(verbose=False)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -152,7 +159,9 @@ class Engine:
         """
         value = self.mean(loss.detach())
         if not math.isfinite(value):
-            raise NonFiniteError(f"the loss of step {self.step} is {value}: lower optim.lr or set engine.precision=fp32")
+            raise NonFiniteError(
+                f"the loss of step {self.step} is {value}: lower optim.lr or set engine.precision=fp32"
+            )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self.lr
         self._engine.backward(loss)
@@ -211,11 +220,11 @@ class Engine:
         Raises CheckpointError if it was written by another number of ranks or under another ZeRO stage.
         """
         record = json.loads((folder / "state.json").read_text())
-        found = (record["ranks"], record["zero_stage"])
-        if found != (self.world.ranks, self.config.zero_stage):
+        ranks, stage = record["ranks"], record["zero_stage"]
+        if (ranks, stage) != (self.world.ranks, self.config.zero_stage):
             raise CheckpointError(
-                f"{folder} was written by {found[0]} ranks under ZeRO {found[1]}, this run has {self.world.ranks} under "
-                f"ZeRO {self.config.zero_stage}: start it as then, or set run.resume=never and another run.name"
+                f"{folder} was written by {ranks} ranks under ZeRO {stage}, this run has {self.world.ranks} under ZeRO "
+                f"{self.config.zero_stage}: start it as then, or set run.resume=never and another run.name"
             )
         if self._engine.load_checkpoint(str(folder), tag="state")[0] is None:
             raise CheckpointError(f"{folder} holds no DeepSpeed state: remove it, an older checkpoint will be taken")

@@ -99,15 +99,21 @@ def main(args: argparse.Namespace) -> None:
         sample_size=pipe.native_size // pipe.factor,
         notes=notes.read_text() if notes.exists() else "",
     )
-    export(trained, args.target, dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype])
+    export(
+        trained, args.target, dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+    )
     print(f"wrote {args.target}")
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ldm.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m ldm.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help="an export, as RUN/model")
     parser.add_argument("target", type=Path, help="the folder to write; an older one is replaced")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16", help="of the weights (default fp16)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp16", help="of the weights (default fp16)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -54,13 +54,19 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def sample(
-        self, denoise: Denoise, generators: Sequence[torch.Generator], *, size: tuple[int, int], sampler: str, steps: int
+        self,
+        denoise: Denoise,
+        generators: Sequence[torch.Generator],
+        *,
+        size: tuple[int, int],
+        sampler: str,
+        steps: int,
     ) -> Tensor:
         """Latents of h x w = `size` from noise, image i drawn with generators[i] alone: B x C x h x w, float32."""
         times = time_grid(self.path, steps)
         shape = (len(generators), self.vae.config.latent_channels, *size)
-        noise = noise_like(torch.empty(shape, device=self.device), generators)
-        start = self.path.sigma(times[0]).item() * noise
+        # Every path here ends in unit variance, or so near it that Stable Diffusion starts from plain noise too.
+        start = noise_like(torch.empty(shape, device=self.device), generators)
         return SAMPLERS[sampler].function(denoise, start, self.path, times, generators)
 
     @torch.no_grad()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ldm.denoisers import DenoiserConfig
+from ldm.denoisers import DenoiserConfig, describe_attention
 from ldm.grids import to_images
 from ldm.interop.denoiser import WEIGHTS_NAME, denoiser_folder, load_denoiser
 from ldm.interop.scheduler import read_scheduler
@@ -28,17 +28,39 @@ MAX_BATCH = 16  # pictures drawn at once; more are drawn in turns, which changes
 class TextToImage:
     """A trained model, ready to draw.
 
-        pipe = TextToImage.load("weights/emoji64")
-        images = pipe("a noto emoji of red apple", steps=30, scale=5.0, seed=7, n=4)
+    pipe = TextToImage.load("weights/emoji64")
+    images = pipe("a noto emoji of red apple", steps=30, scale=5.0, seed=7, n=4)
     """
 
     def __init__(
-        self, model: LatentDiffusion, denoiser: nn.Module, config: DenoiserConfig, *, sample_size: int, name: str, weights_hash: str
+        self,
+        model: LatentDiffusion,
+        denoiser: nn.Module,
+        config: DenoiserConfig,
+        *,
+        sample_size: int,
+        name: str,
+        weights_hash: str,
     ) -> None:
         self.model, self.denoiser, self.denoiser_config = model, denoiser, config
         self.name, self.weights_hash = name, weights_hash
-        self.factor = model.vae.config.factor  # H and W must be multiples of it
-        self.native_size = sample_size * self.factor  # pixels a side
+        self.native_size = sample_size * model.vae.config.factor  # pixels a side, as in training
+        # H and W must be multiples of this: whole latents, and whole patches of them.
+        self.factor = model.vae.config.factor * getattr(config, "patch_size", 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def attention(self) -> str:
+        """One line: which attention draws at the native size, and why."""
+        length = (self.native_size // self.factor) ** 2
+        return describe_attention(self.device, length, self.dtype, training=False)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "auto", dtype: str = "auto") -> TextToImage:
@@ -50,11 +72,15 @@ class TextToImage:
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise FileNotFoundError(f"no weights folder at {folder}: give one that holds vae/, text_encoder/ and a denoiser")
+            raise FileNotFoundError(
+                f"no weights folder at {folder}: give one that holds vae/, text_encoder/ and a denoiser"
+            )
         parts = [name for name in ("transformer", "unet") if (folder / name).is_dir()]
         if len(parts) != 1:
             found = sorted(entry.name for entry in folder.iterdir())[:8]
-            raise ValueError(f"{folder} holds {found}, expected unet/ or transformer/: this is not a text-to-image model")
+            raise ValueError(
+                f"{folder} holds {found}, expected unet/ or transformer/: this is not a text-to-image model"
+            )
         place, precision = choose_device(device), choose_dtype(dtype, choose_device(device))
         denoiser, config, sample_size = load_denoiser(folder / parts[0])
         noise_path, prediction = read_scheduler(folder / "scheduler" / "scheduler_config.json")
@@ -62,7 +88,9 @@ class TextToImage:
         for network in (denoiser, vae, text_encoder):
             network.eval().requires_grad_(False).to(device=place, dtype=precision)
         tokenizer = load_tokenizer(folder / "tokenizer")
-        model = LatentDiffusion(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, path=noise_path, prediction=prediction)
+        model = LatentDiffusion(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, path=noise_path, prediction=prediction
+        )
         digest = hashlib.sha256((folder / denoiser_folder(config) / WEIGHTS_NAME).read_bytes()).hexdigest()[:10]
         return cls(model, denoiser, config, sample_size=sample_size, name=folder.resolve().name, weights_hash=digest)
 
@@ -86,37 +114,40 @@ class TextToImage:
         (default: what the model was trained at). progress(done, all) is called after each denoising step.
         Raises ValueError, naming the value, for what cannot be drawn.
         """
+        if n < 1:
+            raise ValueError(f"n is {n}, expected at least 1 picture")
         pixels = self.draw(
-            prompt, negative_prompt=negative_prompt, steps=steps, scale=scale, sampler=sampler, seed=seed, n=n,
+            [prompt] * n, negative_prompt=negative_prompt, steps=steps, scale=scale, sampler=sampler, seed=seed,
             height=height, width=width, progress=progress,
         )  # fmt: skip
         return to_images(pixels)
 
     def draw(
         self,
-        prompt: str,
+        prompts: Sequence[str],
         *,
         negative_prompt: str,
         steps: int,
         scale: float,
         sampler: str,
         seed: int,
-        n: int,
         height: int | None = None,
         width: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """The same, as pixels n x 3 x H x W in about [-1, 1], before they are clamped and rounded."""
+        """One picture of each prompt, prompt i with seed + i, as pixels N x 3 x H x W in about [-1, 1]: not yet
+        clamped and rounded."""
         size = self._latent_size(height or self.native_size, width or self.native_size)
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
-        if n < 1 or steps < 1 or scale < 0:
-            raise ValueError(f"n ({n}) and steps ({steps}) must be at least 1, scale ({scale}) at least 0")
-        rounds = [range(start, min(start + MAX_BATCH, n)) for start in range(0, n, MAX_BATCH)]
+        if steps < 1 or scale < 0:
+            raise ValueError(f"steps ({steps}) must be at least 1 and scale ({scale}) at least 0")
+        rounds = range(0, len(prompts), MAX_BATCH)
         drawn: list[Tensor] = []
-        for number, pictures in enumerate(rounds):
-            generators = [torch.Generator().manual_seed(seed + i) for i in pictures]
-            denoise = guided(self.model, self.denoiser, [prompt] * len(pictures), [negative_prompt] * len(pictures), scale)
+        for number, start in enumerate(rounds):
+            own = prompts[start : start + MAX_BATCH]
+            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(own))]
+            denoise = guided(self.model, self.denoiser, own, [negative_prompt] * len(own), scale)
             if progress is not None:
                 denoise = counted(denoise, progress, start=number * steps, total=len(rounds) * steps)
             latents = self.model.sample(denoise, generators, size=size, sampler=sampler, steps=steps)
@@ -128,11 +159,10 @@ class TextToImage:
         return self.model.tokenizer.cut_off(prompt)
 
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
-        patch = getattr(self.denoiser_config, "patch_size", 1)
         for name, value in (("height", height), ("width", width)):
-            if value < 1 or value % (self.factor * patch):
-                raise ValueError(f"{name} is {value}, expected a multiple of {self.factor * patch}, as {self.native_size}")
-        return height // self.factor, width // self.factor
+            if value < 1 or value % self.factor:
+                raise ValueError(f"{name} is {value}, expected a multiple of {self.factor}, as {self.native_size}")
+        return height // self.model.vae.config.factor, width // self.model.vae.config.factor
 
 
 def counted(denoise: Denoise, progress: Callable[[int, int], None], *, start: int, total: int) -> Denoise:
@@ -150,12 +180,18 @@ def counted(denoise: Denoise, progress: Callable[[int, int], None], *, start: in
 
 
 def choose_device(device: str) -> torch.device:
+    """The device named, or the best there is. Raises ValueError for one that this machine does not have."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        place = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}, expected auto, cpu or cuda") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {device!r}, but {torch.cuda.device_count()} CUDA devices are here: use auto or cpu"
+        )
+    return place
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:

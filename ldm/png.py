@@ -1,7 +1,7 @@
 """Pictures that tell how they were drawn, in files that never replace others.
 
-Each PNG carries two texts: `parameters`, which AUTOMATIC1111's interface and the sites that follow it read, and `foundry`,
-JSON with all that is needed to draw the picture again (for a sheet of pictures: a list of it).
+Each PNG carries two texts: `parameters`, which AUTOMATIC1111's interface (A1111) and the sites that follow it read, and
+`foundry`, JSON with all that is needed to draw the picture again (for a sheet of pictures: a list of it).
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def parameters_text(recipe: Recipe) -> str:
 
 
 def _quote(value: str) -> str:
-    # Beyond A1111's , : and newline: its reader also strips blanks, and takes a leading " for a quotation.
-    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n]|^"|^\s|\s$|^$', value) else value
+    # Beyond the rule of A1111 (, : and newline): its reader strips leading blanks, and unquotes what starts with ".
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n]|^["\s]', value) else value
 
 
 def png_bytes(image: Image.Image, recipes: Sequence[Recipe]) -> bytes:
@@ -93,7 +93,7 @@ def read_recipes(path: Path) -> list[Recipe]:
         image.load()  # texts may also stand behind the pixels
         text = image.info.get(FOUNDRY)
     if text is None:
-        raise ValueError(f"{path} has no text {FOUNDRY!r}: it was not drawn by this program, or its metadata was removed")
+        raise ValueError(f"{path} has no text {FOUNDRY!r}: another program drew it, or its metadata was removed")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

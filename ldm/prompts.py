@@ -1,7 +1,7 @@
 """What to draw: one request, and text files of them.
 
-A prompt file holds a prompt on each line; blank lines and lines starting with # are skipped. Options at the end of a line
-replace the command line's for that line, in kohya's short form or in A1111's long one:
+A prompt file holds a prompt on each line; blank lines and lines starting with # are skipped. Options at the end of a
+line replace the command line's for that line, in kohya's short form or in A1111's long one:
 
     a red apple
     a red apple --n leaves, stalk --w 96 --h 64 --s 20 --d 7 --l 3.5
@@ -43,16 +43,17 @@ class Request:
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
         _check_text("negative prompt", self.negative_prompt)
-        _check_range("steps", self.steps, 1, MAX_STEPS)
-        _check_range("seed", self.seed, RANDOM_SEED, MAX_SEED)
+        check_range("steps", self.steps, 1, MAX_STEPS)
+        check_range("seed", self.seed, RANDOM_SEED, MAX_SEED)
         if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ValueError(f"scale is {self.scale}, expected a number from 0 (1: no guidance)")
+            raise ValueError(f"scale is {self.scale}, expected a number from 0 up (1 is no guidance)")
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None:
-                _check_range(name, side, 1, MAX_SIDE)
+                check_range(name, side, 1, MAX_SIDE)
 
 
-def _check_range(name: str, value: int, low: int, high: int) -> None:
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    """Raise ValueError unless low <= value <= high."""
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}, expected {low} to {high}")
 

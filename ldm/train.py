@@ -32,7 +32,7 @@ def main(args: Namespace) -> None:
 
     from data.loader import Batch, CaptionedImages
     from ldm.config import TrainConfig, dump, load_config
-    from ldm.denoisers import build_denoiser, describe_attention
+    from ldm.denoisers import describe_attention
     from ldm.diffusion import diffusion_loss, draw_times, noise_sample, sample_randomness, target
     from ldm.engine import Engine, start_process
     from ldm.latents import LatentEncoder
@@ -118,7 +118,9 @@ def preview(
     run.record(step=step, held_out_loss=loss)
     drawings(config, model, denoiser, run.sample_path(step))
     side = config.data.image_size // model.vae.config.factor
-    trained = Trained(model=model, denoiser=denoiser, config=config.model.denoiser, sample_size=side, notes=dump(config))
+    trained = Trained(
+        model=model, denoiser=denoiser, config=config.model.denoiser, sample_size=side, notes=dump(config)
+    )
     export(trained, config.run.path / "model", dtype=torch.float32)
 
 

@@ -95,9 +95,7 @@ def transformers_to_open_clip(state_dict: StateDict) -> dict[str, Tensor]:
             names = [f"encoder.layers.{layer[1]}.self_attn.{name}.{layer[3]}" for name in _QKV]
             if lost := [name for name in names if name not in flat]:
                 raise ValueError(f"not the weights of a CLIPTextModel: {_some('missing', lost)}")
-            result[f"transformer.resblocks.{layer[1]}.attn.in_proj_{layer[3]}"] = torch.cat(
-                [flat[n] for n in names]
-            )
+            result[f"transformer.resblocks.{layer[1]}.attn.in_proj_{layer[3]}"] = torch.cat([flat[n] for n in names])
         elif not layer or layer[2] not in ("self_attn.k_proj", "self_attn.v_proj"):
             unknown.append(key)
     if unknown:
@@ -269,7 +267,5 @@ def _some(fault: str, keys: Iterable[str]) -> str:
 def _whole(content: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = default if content.get(name) is None else content[name]
     if type(value) is not int or not 0 <= value <= 2**20:
-        raise ValueError(
-            f"{name} in a text encoder's config.json must be a whole number up to 2^20, not {value!r}"
-        )
+        raise ValueError(f"{name} in a text encoder's config.json must be a whole number up to 2^20, not {value!r}")
     return value

@@ -77,13 +77,9 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.context_length < 3:
-            raise ValueError(
-                f"context_length={self.context_length} leaves no room between BOS and EOS; use 3 or more"
-            )
+            raise ValueError(f"context_length={self.context_length} leaves no room between BOS and EOS; use 3 or more")
         if self.pad_id < 0:
-            raise ValueError(
-                f"pad_id={self.pad_id} is negative; use {EOS_ID} (Hugging Face) or 0 (open_clip)"
-            )
+            raise ValueError(f"pad_id={self.pad_id} is negative; use {EOS_ID} (Hugging Face) or 0 (open_clip)")
 
 
 class Tokenizer:
@@ -97,9 +93,7 @@ class Tokenizer:
         ids, merges = vocabulary or clip_vocabulary()
         _check_ids(ids)
         if config.pad_id >= len(ids):
-            raise ValueError(
-                f"pad_id={config.pad_id} is outside the vocabulary of {len(ids)} tokens; use {ids[EOS]}"
-            )
+            raise ValueError(f"pad_id={config.pad_id} is outside the vocabulary of {len(ids)} tokens; use {ids[EOS]}")
         self.vocab_size = len(ids)
         self.bos_id, self.eos_id = ids[BOS], ids[EOS]
         pad = next(token for token, i in ids.items() if i == config.pad_id)
@@ -113,7 +107,7 @@ class Tokenizer:
         for row, text in zip(result, texts, strict=True):
             ids = [self.bos_id, *self._encode(text).ids[: self.config.context_length - 2], self.eos_id]
             row[: len(ids)] = torch.tensor(ids)
-        return result                                                                               # B, L
+        return result  # B, L
 
     def mask(self, ids: Tensor) -> Tensor:
         """True up to and including the first EOS; bool, in the shape of `ids`."""
@@ -147,8 +141,8 @@ class Tokenizer:
 
 def mask_to_eos(ids: Tensor, eos_id: int) -> Tensor:
     """True up to and including the first EOS of a row, everywhere in a row without one; B x L bool."""
-    is_eos = ids == eos_id                                                                          # B, L
-    return is_eos.cumsum(dim=-1) - is_eos.long() == 0                                               # B, L
+    is_eos = ids == eos_id  # B, L
+    return is_eos.cumsum(dim=-1) - is_eos.long() == 0  # B, L
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -189,9 +183,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     if "added_tokens_decoder" not in settings and (folder / "special_tokens_map.json").is_file():
         special |= _read_json(folder / "special_tokens_map.json")
     names = {
-        key: _token_name(value)
-        for key, value in special.items()
-        if key in ("bos_token", "eos_token", "pad_token")
+        key: _token_name(value) for key, value in special.items() if key in ("bos_token", "eos_token", "pad_token")
     }
     vocabulary, added = _read_vocabulary(folder)
     added |= {_token_name(token) for token in settings.get("added_tokens_decoder", {}).values()}
@@ -208,9 +200,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 def _byte_pair_encoder(ids: dict[str, int], merges: list[tuple[str, str]], pad: str) -> tokenizers.Tokenizer:
     try:
-        model = models.BPE(
-            ids, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=EOS
-        )
+        model = models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=EOS)
     except Exception as error:  # the Rust library raises the bare class
         raise ValueError(f"the merges do not fit the vocabulary: {error}") from error
     encoder = tokenizers.Tokenizer(model)
@@ -227,9 +217,7 @@ def _byte_pair_encoder(ids: dict[str, int], merges: list[tuple[str, str]], pad: 
         (EOS, ids[EOS]), (BOS, ids[BOS]), trim_offsets=False, add_prefix_space=False
     )
     encoder.decoder = decoders.ByteLevel()
-    encoder.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (BOS, EOS, pad)]
-    )
+    encoder.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (BOS, EOS, pad)])
     return encoder
 
 
@@ -252,9 +240,7 @@ def _check_ids(ids: dict[str, int]) -> None:
     if BOS not in ids or EOS not in ids:
         raise ValueError(f"the vocabulary lacks {BOS} or {EOS}; is it CLIP's?")
     if set(ids.values()) != set(range(len(ids))):
-        raise ValueError(
-            f"the ids of a vocabulary of {len(ids)} tokens must be 0 to {len(ids) - 1}, each once"
-        )
+        raise ValueError(f"the ids of a vocabulary of {len(ids)} tokens must be 0 to {len(ids) - 1}, each once")
 
 
 def _read_vocabulary(folder: Path) -> tuple[Vocabulary, set[str]]:
@@ -264,21 +250,14 @@ def _read_vocabulary(folder: Path) -> tuple[Vocabulary, set[str]]:
         model = document.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
             raise ValueError(f"{folder / 'tokenizer.json'} holds no byte-pair encoding; is it CLIP's?")
-        merges = [
-            _merge(pair) if isinstance(pair, str) else (str(pair[0]), str(pair[1]))
-            for pair in model["merges"]
-        ]
+        merges = [_merge(pair) if isinstance(pair, str) else (str(pair[0]), str(pair[1])) for pair in model["merges"]]
         ids = model.get("vocab")
         added = {_token_name(token) for token in document.get("added_tokens", [])}
     else:
         ids = _read_json(folder / "vocab.json")
         lines = _read_text(folder / "merges.txt").split("\n")
         merges = [_merge(line) for line in (lines[1:] if lines[0].startswith("#version") else lines) if line]
-        added = (
-            set(_read_json(folder / "added_tokens.json"))
-            if (folder / "added_tokens.json").is_file()
-            else set()
-        )
+        added = set(_read_json(folder / "added_tokens.json")) if (folder / "added_tokens.json").is_file() else set()
     if not isinstance(ids, dict) or not all(isinstance(i, int) for i in ids.values()):
         raise ValueError(f"the vocabulary in {folder} is no table of tokens and ids")
     return Vocabulary(ids, merges), added
@@ -296,9 +275,7 @@ def _read_text(path: Path) -> str:
             " or vocab.json and merges.txt"
         )
     if path.stat().st_size > _MAX_FILE_BYTES:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes; a tokenizer's file has at most {_MAX_FILE_BYTES}"
-        )
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; a tokenizer's file has at most {_MAX_FILE_BYTES}")
     return path.read_text(encoding="utf-8")
 
 

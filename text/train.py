@@ -40,9 +40,7 @@ def main(args: Namespace) -> None:
     world = start_process()
     run = Run(config.run, is_main=world.is_main, config_text=dump(config))
     tokenize = Tokenizer(config.text.tokenizer)
-    images = CaptionedImages(
-        config.data, seed=config.run.seed, tokenize=tokenize, rank=world.rank, ranks=world.ranks
-    )
+    images = CaptionedImages(config.data, seed=config.run.seed, tokenize=tokenize, rank=world.rank, ranks=world.ranks)
     torch.manual_seed(config.run.seed)
     network = build_clip(config.text, config.image)
     total, batch_size = config.run.steps, config.data.batch_size

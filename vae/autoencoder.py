@@ -233,7 +233,10 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
-        """One training pass: the reconstruction from a sample of the posterior, and the posterior. Noise B x Z x h x w."""
+        """One training pass: the reconstruction from a sample of the posterior, and the posterior.
+
+        noise: standard normal, B x Z x h x w.
+        """
         q = self.posterior(pixels)
         return self.decode_z(q.sample(noise)), q
 

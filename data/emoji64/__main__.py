@@ -127,7 +127,9 @@ def captions(one: Emoji, style: str) -> list[str]:
     # Which tags is up to a hash, since they come in alphabetical order.
     spare.sort(key=lambda tag: keyed_hash("tags", one.code, style, tag))
     with_tags = ", ".join([f"{style} emoji", said, *spare[:3]])
-    return list(dict.fromkeys([f"a {style} emoji of {said}", one.label, with_tags, ", ".join([said, *spare[3:5], style])]))
+    return list(
+        dict.fromkeys([f"a {style} emoji of {said}", one.label, with_tags, ", ".join([said, *spare[3:5], style])])
+    )
 
 
 def encode(one: Emoji, style: str, packages: Path) -> tuple[bytes, str, dict[str, Any]]:
@@ -177,11 +179,15 @@ def check_packages(packages: Path) -> None:
         manifest = packages / name / "package.json"
         found = json.loads(manifest.read_text())["version"] if manifest.exists() else "nothing"
         if found != version:
-            raise ValueError(f"{packages / name} holds {found}, expected {version}: npm pack {name}@{version}, unpack it there")
+            raise ValueError(
+                f"{packages / name} holds {found}, expected {version}: npm pack {name}@{version}, unpack it there"
+            )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.emoji64", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m data.emoji64", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--packages", type=Path, required=True, help="folder that holds the three unpacked packages")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where train/, val/, unseen/ go")
     args = parser.parse_args()

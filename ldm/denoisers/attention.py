@@ -39,13 +39,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def describe_attention(device: torch.device | str, length: int, dtype: torch.dtype = torch.bfloat16) -> str:
-    """One line for the log: the kernel that training on `device` uses for self-attention, and why.
+def describe_attention(
+    device: torch.device | str, length: int, dtype: torch.dtype = torch.bfloat16, *, training: bool = True
+) -> str:
+    """One line for the log: the kernel that `device` uses for self-attention, and why.
 
     length: tokens of a sequence; dtype: what the matrix products run in (the autocast dtype).
     """
     device_type = torch.device(device).type
-    match _choose_kernel(device_type, dtype, length * length, needs_grad=True):
+    match _choose_kernel(device_type, dtype, length * length, needs_grad=training):
         case "explicit":
             return (
                 f"attention: explicit matrix products (the CPU's fused backward in {_name(dtype)} is slower "

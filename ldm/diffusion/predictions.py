@@ -57,9 +57,7 @@ def x0_from_v(v: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     return (alpha * x_t - sigma * v) / (alpha**2 + sigma**2)
 
 
-def x0_from_velocity(
-    u: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, d_alpha: Tensor, d_sigma: Tensor
-) -> Tensor:
+def x0_from_velocity(u: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, d_alpha: Tensor, d_sigma: Tensor) -> Tensor:
     """x_0 = (sigma' x_t - sigma u) / (sigma' alpha - sigma alpha'): x_t and u solved for x_0 and eps.
 
     The divisor is alpha sigma times the rate at which log(alpha / sigma) falls: positive on every path, 1 on

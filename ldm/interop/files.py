@@ -1,4 +1,4 @@
-"""Weight folders: config.json and one safetensors file, read strictly; a file appears under its name only when whole."""
+"""Weight folders, config.json and one safetensors file: read strictly, in place only when written whole."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write_weights(weights: dict[str, Tensor], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(own, partial, {"format": "pt"})
-    partial.replace(path)  # and not written in place: the weights of a loaded network may still lie in the old file
+    partial.replace(path)
 
 
 def load_strictly(network: nn.Module, weights: dict[str, Tensor], *, source: Path) -> None:

@@ -13,7 +13,7 @@ from vae import AutoencoderKL, AutoencoderKLConfig
 from vae.autoencoder import STABLE_DIFFUSION_SCALE
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-# Files older than diffusers 0.18, Stable Diffusion 1.5's among them, call the attention's layers by these names.
+# Older files, Stable Diffusion 1.5's among them, call the attention's layers by these names.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -61,7 +61,7 @@ def folded(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def vae_config_json(config: AutoencoderKLConfig) -> dict[str, Any]:
-    """config.json as diffusers' AutoencoderKL writes it: latents = (z - latents_mean) scaling_factor / latents_std."""
+    """As diffusers' AutoencoderKL writes it: latents = (z - latents_mean) * scaling_factor / latents_std."""
     levels = len(config.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
@@ -90,7 +90,9 @@ def vae_config_json(config: AutoencoderKLConfig) -> dict[str, Any]:
 def vae_config(content: dict[str, Any], *, source: Path) -> AutoencoderKLConfig:
     """Our config from diffusers' keys. Raises ValueError if it describes another kind of network."""
     if content.get("_class_name") != "AutoencoderKL":
-        raise ValueError(f"{source} describes {content.get('_class_name')!r}, expected 'AutoencoderKL': give a VAE's folder")
+        raise ValueError(
+            f"{source} describes {content.get('_class_name')!r}, expected 'AutoencoderKL': give a VAE's folder"
+        )
     lacking = {"block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups"} - content.keys()
     if lacking:
         raise ValueError(f"{source} lacks {', '.join(sorted(lacking))}: copy it again")

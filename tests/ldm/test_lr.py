@@ -53,9 +53,9 @@ def test_where_warm_up_meets_decay_the_lower_holds():
     config = LRConfig(schedule="wsd", lr=1.0, warmup_steps=10, decay_fraction=1.0)
     assert [lr_at(config, step, 10) for step in (0, 4, 5, 9)] == pytest.approx([0.1, 0.5, 0.5, 0.1])
     # A trial run of fewer steps than the warm-up is not an error.
-    assert [
-        lr_at(LRConfig(schedule="cosine", lr=1.0, warmup_steps=10), step, 3) for step in range(3)
-    ] == pytest.approx([0.1, 0.2, 0.3])
+    assert [lr_at(LRConfig(schedule="cosine", lr=1.0, warmup_steps=10), step, 3) for step in range(3)] == pytest.approx(
+        [0.1, 0.2, 0.3]
+    )
 
 
 @pytest.mark.parametrize(

@@ -121,9 +121,7 @@ def test_order_from_the_last_noise_level(name, path):
     assert measured_order(ode_errors(name, path, grids)) == pytest.approx(SAMPLERS[name].order, abs=0.1)
 
 
-def moments(
-    name: str, path: PathConfig, times: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> tuple[float, float]:
+def moments(name: str, path: PathConfig, times: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
     """Exact mean and variance of what a stochastic sampler draws on Gaussian data, without Monte Carlo.
 
     There everything is affine, so the picture is c + a x + sum_i b_i n_i. Pixel 0 carries the start x, pixel
@@ -179,9 +177,7 @@ def test_ddpm_posterior_is_bayes_rule(path):
     """q(x' | x, x0) from the joint Gaussian of (x', x) given x0, by conditioning, for several strides."""
     times = double(1.0, 0.97, 0.5, 0.1, 0.001, 0.0)
     for t, t_next in pairwise(times):
-        alpha, sigma, alpha_next, sigma_next = (
-            f(u).item() for u in (t, t_next) for f in (path.alpha, path.sigma)
-        )
+        alpha, sigma, alpha_next, sigma_next = (f(u).item() for u in (t, t_next) for f in (path.alpha, path.sigma))
         ratio = alpha / alpha_next
         covariance = ratio * sigma_next**2  # of x = ratio x' + fresh noise, and x'
         gain = covariance / sigma**2
@@ -203,9 +199,7 @@ def linear_eps_model() -> Callable[[Tensor, Tensor], Tensor]:
     return eps
 
 
-def our_picture(
-    name: str, x: Tensor, path: PathConfig, times: Tensor, seeds: Sequence[int] = (0, 1)
-) -> Tensor:
+def our_picture(name: str, x: Tensor, path: PathConfig, times: Tensor, seeds: Sequence[int] = (0, 1)) -> Tensor:
     eps = linear_eps_model()
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
@@ -221,9 +215,7 @@ SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
 def test_deterministic_samplers_against_diffusers(name):
     schedulers = {
-        "ddim": DDIMScheduler(
-            **SD_BETAS, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
-        ),
+        "ddim": DDIMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"),
         "dpmpp_2m": DPMSolverMultistepScheduler(
             **SD_BETAS,
             algorithm_type="dpmsolver++",
@@ -247,9 +239,7 @@ def test_deterministic_samplers_against_diffusers(name):
 
 def test_ddpm_against_diffusers():
     scheduler, path, eps = (
-        DDPMScheduler(
-            **SD_BETAS, clip_sample=False, variance_type="fixed_small", timestep_spacing="trailing"
-        ),
+        DDPMScheduler(**SD_BETAS, clip_sample=False, variance_type="fixed_small", timestep_spacing="trailing"),
         ScaledLinearBetaPath(),
         linear_eps_model(),
     )
@@ -257,9 +247,7 @@ def test_ddpm_against_diffusers():
     x = theirs = noise_like(torch.empty(1, 1, 4, 4), generators(5))
     (generator,) = generators(9)
     for timestep in scheduler.timesteps:
-        theirs = scheduler.step(
-            eps(theirs, timestep), int(timestep), theirs, generator=generator, return_dict=False
-        )[0]
+        theirs = scheduler.step(eps(theirs, timestep), int(timestep), theirs, generator=generator, return_dict=False)[0]
     ours = our_picture("ddpm", x, path, time_grid(path, 20), [9])
     assert theirs.abs().max() > 0.5
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()

@@ -188,9 +188,7 @@ def test_saved_folder_loads_in_transformers_and_here(backend: str, tmp_path: Pat
     assert torch.equal(ours.mask, expected.mask)
     load: Any = CLIPTextModel.from_pretrained
     theirs, report = load(tmp_path, local_files_only=True, output_loading_info=True)
-    assert not any(
-        report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     output = theirs(input_ids=ids)
     assert torch.equal(output.last_hidden_state, ours.context)
     assert torch.equal(output.pooler_output, ours.pooled)
@@ -237,9 +235,7 @@ def test_half_precision_files_are_loaded_as_float32(tmp_path: Path) -> None:
     save_text_encoder(encoder.half(), tmp_path)
     loaded = load_text_encoder(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    assert equal(
-        dict(loaded.model.state_dict()), {k: v.float() for k, v in encoder.model.state_dict().items()}
-    )
+    assert equal(dict(loaded.model.state_dict()), {k: v.float() for k, v in encoder.model.state_dict().items()})
 
 
 def test_faults_in_the_weights_are_counted_and_five_are_shown() -> None:

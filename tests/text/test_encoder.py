@@ -89,9 +89,7 @@ def test_stable_diffusion_2_is_the_output_of_a_model_without_the_last_layer() ->
     encoder = transformers_encoder(SD2)
     ids = token_ids(SD2)
     condition = encoder(ids)
-    shorter = CLIPTextModel(
-        type(encoder.model.config)(**{**encoder.model.config.to_dict(), "num_hidden_layers": 2})
-    )
+    shorter = CLIPTextModel(type(encoder.model.config)(**{**encoder.model.config.to_dict(), "num_hidden_layers": 2}))
     shorter.load_state_dict(encoder.model.state_dict(), strict=False)
     assert torch.equal(condition.context, shorter(input_ids=ids).last_hidden_state)
     assert torch.equal(condition.pooled, encoder.model(input_ids=ids).pooler_output)
@@ -160,9 +158,7 @@ def test_open_clip_encoder_shares_the_text_weights_and_leaves_the_image_tower() 
     model = open_clip_model(SD1, "CLIP")
     encoder = OpenClipTextEncoder(model)
     names = {name for name, _ in encoder.named_parameters()}
-    assert "positional_embedding" in names and not any(
-        name.startswith(("visual", "text_proj")) for name in names
-    )
+    assert "positional_embedding" in names and not any(name.startswith(("visual", "text_proj")) for name in names)
     before = encoder(token_ids(SD1)).pooled.detach()
     with torch.no_grad():
         model.positional_embedding.add_(torch.randn_like(model.positional_embedding))
@@ -200,9 +196,7 @@ def test_open_clip_builds_the_tower_that_the_config_describes(
     assert OpenClipTextEncoder(open_clip_model(config, "CustomTextCLIP")).config == config
 
 
-@pytest.mark.parametrize(
-    ("options", "projection_dim"), [({"proj_bias": True}, 24), ({"proj_type": "none"}, None)]
-)
+@pytest.mark.parametrize(("options", "projection_dim"), [({"proj_bias": True}, 24), ({"proj_type": "none"}, None)])
 def test_projection_width_is_read_off_the_tower(options: dict[str, Any], projection_dim: int | None) -> None:
     encoder = OpenClipTextEncoder(open_clip_model(SD1, "CustomTextCLIP", options), pad_id=49407)
     assert encoder.config == replace(SD1, projection_dim=projection_dim)

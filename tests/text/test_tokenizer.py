@@ -84,10 +84,7 @@ def up_to_eos(ids: torch.Tensor) -> list[int]:
 def random_texts(count: int) -> list[str]:
     rng = random.Random(0)
     blocks = [(32, 127), (0xA0, 0x250), (0x370, 0x500), (0x3040, 0x30FF), (0x1F300, 0x1F700), (0, 0xD800)]
-    return [
-        "".join(chr(rng.randrange(*rng.choice(blocks))) for _ in range(rng.randrange(60)))
-        for _ in range(count)
-    ]
+    return ["".join(chr(rng.randrange(*rng.choice(blocks))) for _ in range(rng.randrange(60))) for _ in range(count)]
 
 
 def hugging_face(folder: Path, kind: str) -> Any:
@@ -97,9 +94,7 @@ def hugging_face(folder: Path, kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["CLIPTokenizer", "AutoTokenizer"])
-def test_saved_folder_gives_transformers_the_same_ids(
-    tokenizer: Tokenizer, kind: str, tmp_path: Path
-) -> None:
+def test_saved_folder_gives_transformers_the_same_ids(tokenizer: Tokenizer, kind: str, tmp_path: Path) -> None:
     save_tokenizer(tokenizer, tmp_path)
     theirs = hugging_face(tmp_path, kind)
     texts = PLAIN + DAMAGED + SPECIAL + random_texts(500)
@@ -108,9 +103,7 @@ def test_saved_folder_gives_transformers_the_same_ids(
     assert torch.equal(ids, output.input_ids)
     assert theirs.model_max_length == 77
     assert theirs.pad_token_id == tokenizer.config.pad_id
-    assert (
-        (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id) == (49406, 49407)
-    )
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id) == (49406, 49407)
     whole = len(PLAIN + DAMAGED)  # a literal <|endoftext|> ends our mask, where transformers' covers all text
     assert torch.equal(tokenizer.mask(ids)[:whole], output.attention_mask[:whole].bool())
 
@@ -322,7 +315,5 @@ def test_tokenizing_imports_neither_open_clip_nor_transformers() -> None:
         "print(sorted({'open_clip', 'transformers', 'ftfy', 'diffusers', 'deepspeed'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(text.tokenizer.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout == "2368\n[]\n", done.stderr

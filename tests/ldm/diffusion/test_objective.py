@@ -25,9 +25,7 @@ def test_uniform_times_on_a_table_are_its_nodes():
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.6, 0.8)])
 def test_logit_normal_times(mean, std):
-    config = ObjectiveConfig(
-        prediction="velocity", time_sampling="logit_normal", logit_mean=mean, logit_std=std
-    )
+    config = ObjectiveConfig(prediction="velocity", time_sampling="logit_normal", logit_mean=mean, logit_std=std)
     times = draw_times(config, RectifiedFlowPath(), UNIFORMS).double()
     logits = torch.logit(times)
     assert logits.mean().item() == pytest.approx(mean, abs=1e-3)

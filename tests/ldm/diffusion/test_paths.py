@@ -177,9 +177,7 @@ def test_own_parameters_are_used():
 
 
 @every_table_path
-@pytest.mark.parametrize(
-    "wrong", [{"beta_start": 0.5, "beta_end": 0.1}, {"beta_start": 0.0}, {"beta_end": 1.0}]
-)
+@pytest.mark.parametrize("wrong", [{"beta_start": 0.5, "beta_end": 0.1}, {"beta_start": 0.0}, {"beta_end": 1.0}])
 def test_impossible_betas_are_refused(path, wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         type(path)(**wrong)

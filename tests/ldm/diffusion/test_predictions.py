@@ -82,9 +82,7 @@ def test_scalar_time_is_the_same_time_for_all(path, prediction):
     x_t, output = pair()
     one, many = torch.tensor(0.5, dtype=torch.float64), torch.full((3,), 0.5, dtype=torch.float64)
     assert torch.equal(to_x0(prediction, output, x_t, path, one), to_x0(prediction, output, x_t, path, many))
-    assert torch.equal(
-        target(prediction, output, x_t, path, one), target(prediction, output, x_t, path, many)
-    )
+    assert torch.equal(target(prediction, output, x_t, path, one), target(prediction, output, x_t, path, many))
     assert torch.equal(noise_sample(output, x_t, path, one), noise_sample(output, x_t, path, many))
 
 

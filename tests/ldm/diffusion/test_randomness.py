@@ -58,9 +58,7 @@ def test_same_bits_as_ever():
         8918232393175323630,
     ]
     eps, time_uniforms, drop_uniforms = sample_randomness(1, [2], SHAPE)
-    assert torch.allclose(
-        eps[0, 0, 0, :3], torch.tensor([0.5527112, 0.0642379, 0.2613832]), rtol=0, atol=1e-5
-    )
+    assert torch.allclose(eps[0, 0, 0, :3], torch.tensor([0.5527112, 0.0642379, 0.2613832]), rtol=0, atol=1e-5)
     assert torch.allclose(
         torch.cat([time_uniforms, drop_uniforms]), torch.tensor([0.2482343, 0.6519350]), rtol=0, atol=1e-6
     )

@@ -1,0 +1,95 @@
+"""Draw what a split's captions ask for, beside the true pictures, and count how often the right one is recognised.
+
+    python benchmarks/drawings.py --ckpt weights/emoji64 --split val --out docs/drawings_val.png
+    python benchmarks/drawings.py --ckpt runs/emoji64_dit/model --split val --clip runs/emoji64_clip/clip --count 379
+
+The captions are the first ones of the split's shards, which a hash has shuffled: nobody picks them. With --clip, the
+drawing and all pictures of the split in its style are embedded by that CLIP's image tower, and the true picture's rank
+among them by cosine is counted. That CLIP has seen the training pictures, so figures compare models, no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.loader import CaptionedImages, DataConfig
+from ldm import TextToImage
+from ldm.grids import save_image, sheet, to_images
+
+COLUMNS = 10
+TOPS = (1, 5, 10)
+
+
+def read_split(split: str, count: int) -> tuple[Tensor, list[str]]:
+    """Pixels and best captions of the first `count` pictures."""
+    config = DataConfig(shards=(f"data/emoji64/{split}/*.tar.gz",), lanes=1, captions="best")
+    pixels, captions = [], []
+    for batch in CaptionedImages(config, seed=0).once(64):
+        pixels.append(batch.pixels)
+        captions += batch.captions
+        if len(captions) >= count:
+            break
+    return torch.cat(pixels)[:count], captions[:count]
+
+
+def image_features(clip: Path, pixels: Tensor) -> Tensor:
+    """Unit features of an open_clip folder's image tower, N x D."""
+    from open_clip import CLIP
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+    from safetensors.torch import load_file
+
+    config = json.loads((clip / "open_clip_config.json").read_text())["model_cfg"]
+    vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
+    model = CLIP(config["embed_dim"], vision, text, quick_gelu=config["quick_gelu"], nonscalar_logit_scale=True)
+    model.load_state_dict(load_file(clip / "open_clip_model.safetensors"))
+    with torch.no_grad():
+        return torch.cat([model.eval().encode_image(part.clamp(-1, 1), normalize=True) for part in pixels.split(128)])
+
+
+def recognised(drawn: Tensor, true: Tensor, captions: list[str]) -> dict[str, float]:
+    """Share of drawings whose true picture is among the nearest of its style; features N x D."""
+    noto = torch.tensor(["noto" in caption for caption in captions])
+    similarity = drawn @ true.T
+    similarity[noto[:, None] != noto[None, :]] = -2.0
+    rank = (similarity > similarity.diagonal()[:, None]).sum(dim=1)
+    return {f"top_{k}": round((rank < k).float().mean().item(), 3) for k in TOPS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", type=Path, default=Path("weights/emoji64"))
+    parser.add_argument("--split", choices=("train", "val", "unseen"), default="val")
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--scale", type=float, default=5.0)
+    parser.add_argument("--sampler", default="dpmpp_2m")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clip", type=Path, help="RUN/clip of text/train.py: also count what is recognised")
+    parser.add_argument("--out", type=Path, help="sheet of the first 40: each drawing above the true picture")
+    args = parser.parse_args()
+    true, captions = read_split(args.split, args.count)
+    pipe = TextToImage.load(args.ckpt)
+    started = time.monotonic()
+    settings = {"negative_prompt": "", "steps": args.steps, "scale": args.scale, "sampler": args.sampler}
+    drawn = pipe.draw(captions, seed=args.seed, **settings)
+    found: dict[str, object] = {"split": args.split, "pictures": len(captions)} | settings
+    found["seconds"] = round(time.monotonic() - started, 1)
+    if args.clip:
+        found |= recognised(image_features(args.clip, drawn), image_features(args.clip, true), captions)
+    print(json.dumps(found))
+    if args.out:
+        images = []
+        for start in range(0, min(len(captions), 40), COLUMNS):
+            images += to_images(drawn[start : start + COLUMNS]) + to_images(true[start : start + COLUMNS])
+        labels = [caption for s in range(0, min(len(captions), 40), COLUMNS) for caption in captions[s : s + COLUMNS] * 2]
+        save_image(sheet(images, columns=COLUMNS, labels=labels, zoom=2), args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Batches: what stands for a bad sample, resuming at any batch, ranks, threads, captions."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import DataError
+from data.loader import Batch, CaptionedImages, DataConfig
+from data.samples import BadSample, BadSampleError
+from data.shards import RawSample
+
+SIZES = [3, 5, 2, 4]
+BAD = [(1, 0), (1, 1), (3, 2)]
+
+
+def images(shards: str, **settings: object) -> CaptionedImages:
+    """A loader of the tiny shards; DataConfig's settings and the loader's own are told apart by name."""
+    own = {name: settings.pop(name) for name in ("seed", "rank", "ranks", "tokenize", "on_bad") if name in settings}
+    config = DataConfig(**{"shards": (shards,), "image_size": 8, "batch_size": 8, "lanes": 4} | settings)  # pyright: ignore[reportArgumentType]
+    return CaptionedImages(config, **{"seed": 7} | own)  # pyright: ignore[reportArgumentType]
+
+
+def first(loader: CaptionedImages, count: int, position: int = 0) -> list[Batch]:
+    return list(itertools.islice(loader.stream(position), count))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    plain = (a.captions, a.positions, a.samples) == (b.captions, b.positions, b.samples)
+    return plain and torch.equal(a.pixels, b.pixels)
+
+
+def test_pixels_captions_and_samples_belong_together(tiny_shards: Callable[..., str]):
+    for batch in first(images(tiny_shards(SIZES), captions="best"), 4):
+        assert batch.pixels.shape == (8, 3, 8, 8) and batch.tokens is None
+        for picture, caption, (shard, index) in zip(batch.pixels, batch.captions, batch.samples, strict=True):
+            assert caption == f"{shard}/{index}"
+            expected = torch.tensor([10.0 * shard, 10.0 * index, 255.0]) / 127.5 - 1
+            assert torch.allclose(picture[:, 3, 5], expected, atol=1e-6)
+
+
+def test_an_epoch_shows_every_sample_once(tiny_shards: Callable[..., str]):
+    loader = images(tiny_shards(SIZES), batch_size=1, lanes=1)
+    assert len(loader) == 14
+    shown = [batch.samples[0] for batch in first(loader, 28)]
+    everything = [(shard, index) for shard, size in enumerate(SIZES) for index in range(size)]
+    assert sorted(shown[:14]) == sorted(shown[14:]) == everything
+    assert shown[:14] != shown[14:]
+
+
+def test_gzipped_shards_give_the_same_batches(tiny_shards: Callable[..., str], tmp_path: Path):
+    plain = first(images(tiny_shards(SIZES)), 3)
+    (tmp_path / "shards").rename(tmp_path / "plain")
+    zipped = first(images(tiny_shards(SIZES, suffix=".tar.gz")), 3)
+    assert all(same(a, b) for a, b in zip(plain, zipped, strict=True))
+
+
+def test_bad_samples_are_replaced_by_the_next_good_one(tiny_shards: Callable[..., str], tmp_path: Path):
+    """The others stay where they are."""
+    clean = first(images(tiny_shards(SIZES)), 6)
+    (tmp_path / "shards").rename(tmp_path / "clean")
+    mended = first(images(tiny_shards(SIZES, bad=BAD), on_bad=lambda bad: None), 6)
+    stand_in = {(1, 0): (1, 2), (1, 1): (1, 2), (3, 2): (3, 3)}
+    replaced = 0
+    for a, b in zip(clean, mended, strict=True):
+        assert b.samples == [stand_in.get(sample, sample) for sample in a.samples]
+        assert b.positions == a.positions
+        for place, sample in enumerate(a.samples):
+            if sample in BAD:
+                replaced += 1
+                shard, index = stand_in[sample]
+                assert b.captions[place].startswith(f"{shard}/{index}")
+            else:
+                assert b.captions[place] == a.captions[place]
+                assert torch.equal(b.pixels[place], a.pixels[place])
+    assert replaced > 3
+
+
+def test_the_last_sample_of_a_shard_is_replaced_by_its_first(tiny_shards: Callable[..., str]):
+    loader = images(tiny_shards([3], bad=[(0, 2)]), batch_size=3, lanes=1, on_bad=lambda bad: None)
+    assert sorted(loader.batch(0).samples) == [(0, 0), (0, 0), (0, 1)]
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_bad_samples_are_reported_once(tiny_shards: Callable[..., str], prefetch: int):
+    told: list[BadSample] = []
+    loader = images(tiny_shards(SIZES, bad=BAD), prefetch=prefetch, on_bad=told.append)
+    first(loader, 20)
+    assert sorted(loader.bad_samples) == sorted(BAD)
+    assert sorted(bad.key for bad in told) == ["000010000", "000010001", "000030002"]
+    for bad in told:
+        assert bad.shard.endswith(f"{bad.key[:5]}.tar") and "does not decode" in bad.reason
+
+
+def test_two_threads_that_meet_a_bad_sample_at_once_report_it_once(
+    tiny_shards: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+):
+    both = threading.Barrier(2, timeout=20)
+
+    def decode(raw: RawSample, image_size: int) -> torch.Tensor:
+        if raw.key.endswith("1"):
+            both.wait()
+            raise BadSampleError("bad")
+        return torch.zeros(3, image_size, image_size)
+
+    monkeypatch.setattr("data.loader.decode_pixels", decode)
+    told: list[BadSample] = []
+    first(images(tiny_shards([2]), batch_size=2, lanes=1, on_bad=told.append), 1)
+    assert [bad.key for bad in told] == ["000000001"]
+
+
+def test_by_default_bad_samples_are_printed(tiny_shards: Callable[..., str], capsys: pytest.CaptureFixture[str]):
+    images(tiny_shards([2], bad=[(0, 1)]), batch_size=2, lanes=1).batch(0)
+    assert capsys.readouterr().out.startswith("bad sample: 000000001 in ")
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_shard_of_bad_samples_alone_is_an_error(tiny_shards: Callable[..., str], prefetch: int):
+    shards = tiny_shards([2, 2], bad=[(1, 0), (1, 1)])
+    with pytest.raises(DataError, match=r"no sample of shard .*00001\.tar can be used"):
+        first(images(shards, batch_size=2, lanes=2, prefetch=prefetch, on_bad=lambda bad: None), 3)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("position", [0, 1, 5, 11])
+def test_a_stream_from_k_is_the_stream_from_0_advanced(tiny_shards: Callable[..., str], prefetch: int, position: int):
+    """Bad samples included, that the first loader met before and the second did not."""
+    shards = tiny_shards(SIZES, bad=BAD)
+    whole = first(images(shards, prefetch=0, on_bad=lambda bad: None), 15)
+    resumed = first(images(shards, prefetch=prefetch, on_bad=lambda bad: None), 15 - position, position)
+    assert all(same(a, b) for a, b in zip(whole[position:], resumed, strict=True))
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_an_error_while_decoding_reaches_the_consumer(tiny_shards: Callable[..., str], prefetch: int):
+    def tokenize(captions: list[str]) -> torch.Tensor:
+        raise RuntimeError("no such token")
+
+    with pytest.raises(RuntimeError, match="no such token"):
+        first(images(tiny_shards(SIZES), prefetch=prefetch, tokenize=tokenize), 1)
+
+
+def test_a_shard_that_vanishes_stops_the_stream(tiny_shards: Callable[..., str], tmp_path: Path):
+    loader = images(tiny_shards(SIZES), prefetch=2)
+    for path in (tmp_path / "shards").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError):
+        first(loader, 1)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_ranks_shares_make_the_batch_of_one_rank(tiny_shards: Callable[..., str], ranks: int):
+    shards = tiny_shards(SIZES, bad=BAD)
+    alone = first(images(shards, on_bad=lambda bad: None), 5)
+    shares = [first(images(shards, rank=rank, ranks=ranks, on_bad=lambda bad: None), 5) for rank in range(ranks)]
+    for batch, *parts in zip(alone, *shares, strict=True):
+        assert torch.equal(batch.pixels, torch.cat([part.pixels for part in parts]))
+        assert batch.captions == [caption for part in parts for caption in part.captions]
+        assert batch.positions == [position for part in parts for position in part.positions]
+
+
+def test_any_shows_all_captions_and_best_the_first(tiny_shards: Callable[..., str]):
+    shards = tiny_shards([2, 2])
+    seen = {
+        choice: {c for b in first(images(shards, batch_size=4, lanes=2, captions=choice), 20) for c in b.captions}
+        for choice in ("any", "best")
+    }
+    best = {"0/0", "0/1", "1/0", "1/1"}
+    assert seen["best"] == best
+    assert seen["any"] == best | {f"{caption} again" for caption in best}
+
+
+def test_the_tokenizer_gets_the_captions_of_the_batch(tiny_shards: Callable[..., str]):
+    def tokenize(captions: list[str]) -> torch.Tensor:
+        return torch.tensor([[len(caption), ord(caption[0])] for caption in captions])
+
+    for batch in first(images(tiny_shards(SIZES), tokenize=tokenize), 3):
+        assert batch.tokens is not None and torch.equal(batch.tokens, tokenize(batch.captions))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_once_visits_each_good_sample_once_in_order(tiny_shards: Callable[..., str], batch_size: int):
+    loader = images(tiny_shards(SIZES, bad=BAD), on_bad=lambda bad: None)
+    batches = list(loader.once(batch_size))
+    everything = [(shard, index) for shard, size in enumerate(SIZES) for index in range(size)]
+    assert [sample for batch in batches for sample in batch.samples] == [s for s in everything if s not in BAD]
+    for batch in batches:
+        assert batch.captions == [f"{shard}/{index}" for shard, index in batch.samples]
+        assert 0 < len(batch.pixels) == len(batch.samples) <= batch_size
+        assert set(batch.positions) == {-1}
+
+
+def test_a_closed_stream_ends_its_threads(tiny_shards: Callable[..., str]):
+    stream = images(tiny_shards(SIZES), prefetch=2).stream()
+    next(stream)
+    assert any(thread.name.startswith("decode") for thread in threading.enumerate())
+    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
+
+
+def test_what_does_not_fit_fails_at_once(tiny_shards: Callable[..., str]):
+    shards = tiny_shards(SIZES)
+    with pytest.raises(ValueError, match="there are 4 shards"):
+        images(shards, lanes=8)
+    with pytest.raises(ValueError, match="not a multiple of data.lanes"):
+        images(shards, batch_size=6)
+    with pytest.raises(ValueError, match="not a multiple of the 3 ranks"):
+        images(shards, ranks=3)
+    with pytest.raises(DataError, match="no shard matches"):
+        images(shards + ".nothing")
+    for setting in ({"image_size": 0}, {"batch_size": 0}, {"prefetch": -1}):
+        with pytest.raises(ValueError, match="must be at least"):
+            images(shards, **setting)

@@ -1,0 +1,192 @@
+"""Bytes -> pixels and captions: every kind of picture, and every way in which a sample can be bad."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.samples import BadSample, BadSampleError, decode_pixels, read_captions
+from data.shards import RawSample
+
+
+def raw(**members: bytes) -> RawSample:
+    return RawSample("00000.tar", "000000000", members)
+
+
+def colour_of(pixels: torch.Tensor) -> tuple[int, ...]:
+    """The single colour of a picture, back in 0..255; fails if it has several."""
+    assert (pixels == pixels[:, :1, :1]).all()
+    return tuple(((pixels[:, 0, 0] + 1) * 127.5).round().int().tolist())
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGB", (10, 20, 30), (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 128), (255, 127, 127)),
+        ("LA", (40, 255), (40, 40, 40)),
+        ("LA", (40, 0), (255, 255, 255)),
+        ("L", 77, (77, 77, 77)),
+        ("1", 1, (255, 255, 255)),
+        ("I;16", 77 * 256, (77, 77, 77)),
+    ],
+)
+def test_pictures_of_every_mode(
+    image_bytes: Callable[..., bytes], mode: str, colour: object, expected: tuple[int, ...]
+):
+    pixels = decode_pixels(raw(png=image_bytes(colour, mode=mode)), 8)
+    assert (pixels.shape, pixels.dtype) == ((3, 8, 8), torch.float32)
+    assert colour_of(pixels) == expected
+
+
+def test_a_palette_picture():
+    image = Image.new("P", (8, 8), 3)
+    image.putpalette([value for index in range(256) for value in (index, 2 * index % 256, 100)])
+    opaque, transparent = io.BytesIO(), io.BytesIO()
+    image.save(opaque, "PNG")
+    image.save(transparent, "PNG", transparency=3)
+    assert colour_of(decode_pixels(raw(png=opaque.getvalue()), 8)) == (3, 6, 100)
+    assert colour_of(decode_pixels(raw(png=transparent.getvalue()), 8)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGB", (10, 20, 30)), ("L", 10)])
+def test_a_colour_that_counts_as_transparent_is_white(mode: str, colour: int | tuple[int, ...]):
+    buffer = io.BytesIO()
+    Image.new(mode, (8, 8), colour).save(buffer, "PNG", transparency=colour)
+    assert colour_of(decode_pixels(raw(png=buffer.getvalue()), 8)) == (255, 255, 255)
+
+
+def test_a_cmyk_jpeg(image_bytes: Callable[..., bytes]):
+    data = image_bytes((0, 255, 255, 0), mode="CMYK", format="JPEG")
+    assert colour_of(decode_pixels(raw(jpg=data), 8)) == pytest.approx((255, 0, 0), abs=3)
+
+
+@pytest.mark.parametrize(("extension", "format"), [("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
+def test_every_format(image_bytes: Callable[..., bytes], extension: str, format: str):
+    members = {extension: image_bytes((200, 100, 50), format=format), "txt": b"orange"}
+    levels = (decode_pixels(RawSample("s", "k", members), 8) + 1) * 127.5
+    expected = torch.tensor([200.0, 100.0, 50.0]).view(3, 1, 1).expand(3, 8, 8)
+    assert torch.allclose(levels, expected, atol=4.0)  # lossy formats miss by a little
+
+
+def test_the_range_is_exactly_minus_one_to_one(image_bytes: Callable[..., bytes]):
+    black, white = (decode_pixels(raw(png=image_bytes(c)), 8) for c in ("black", "white"))
+    assert black.unique().tolist() == [-1.0]
+    assert white.unique().tolist() == [1.0]
+
+
+def test_all_256_levels_are_kept():
+    image = Image.frombytes("L", (16, 16), bytes(range(256)))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    levels = ((decode_pixels(raw(png=buffer.getvalue()), 16)[0] + 1) * 127.5).flatten()
+    assert torch.allclose(levels, torch.arange(256.0), atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "left", "top"), [((16, 8), 4, 0), ((8, 16), 0, 4), ((17, 8), 4, 0)])
+def test_the_centre_is_cropped(size: tuple[int, int], left: int, top: int):
+    image = Image.new("RGB", size, "red")
+    image.paste("blue", (left, top, left + 8, top + 8))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    assert colour_of(decode_pixels(raw(png=buffer.getvalue()), 8)) == (0, 0, 255)
+
+
+def test_a_large_picture_is_averaged_and_a_small_one_enlarged(image_bytes: Callable[..., bytes]):
+    board = Image.new("L", (64, 64))
+    board.putdata([255 * ((x + y) % 2) for y in range(64) for x in range(64)])
+    buffer = io.BytesIO()
+    board.save(buffer, "PNG")
+    assert decode_pixels(raw(png=buffer.getvalue()), 8).abs().max() < 0.05  # grey: nothing of the board aliases
+    assert colour_of(decode_pixels(raw(png=image_bytes((1, 2, 3), size=(3, 5))), 8)) == (1, 2, 3)
+
+
+def test_what_is_no_picture(image_bytes: Callable[..., bytes]):
+    with pytest.raises(BadSampleError, match=r"no image among its members \['json', 'txt'\]"):
+        decode_pixels(raw(txt=b"a cat", json=b"{}"), 8)
+    with pytest.raises(BadSampleError, match="the image does not decode"):
+        decode_pixels(raw(jpg=b"not a picture"), 8)
+    with pytest.raises(BadSampleError, match="the image does not decode"):
+        decode_pixels(raw(jpg=b""), 8)
+    header = bytearray(image_bytes((1, 2, 3)))
+    header[11] = 5  # the header's length, 13; Pillow's own error for it is a ValueError
+    with pytest.raises(BadSampleError, match="Truncated IHDR"):
+        decode_pixels(raw(png=bytes(header)), 8)
+    whole = image_bytes((1, 2, 3), size=(64, 64), format="JPEG")
+    with pytest.raises(BadSampleError, match="(?i)truncated"):
+        decode_pixels(raw(jpg=whole[:-100]), 8)
+
+
+@given(st.binary(max_size=8), st.integers(0, 100), st.sampled_from(["PNG", "JPEG", "WEBP"]))
+def test_damage_gives_pixels_or_a_bad_sample(damage: bytes, place: int, format: str):
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((16, 16)).save(buffer, format)
+    data = bytearray(buffer.getvalue())
+    data[place : place + len(damage)] = damage
+    try:
+        pixels = decode_pixels(raw(png=bytes(data)), 8)
+    except BadSampleError:
+        return
+    assert pixels.shape == (3, 8, 8) and pixels.abs().max() <= 1
+
+
+def test_captions_are_read_best_first_and_each_once():
+    record = {"caption": "a cat", "captions": ["a cat", "one cat", " a tabby "]}
+    assert read_captions(raw(txt=b"a cat\n", json=json.dumps(record).encode())) == [
+        "a cat",
+        "one cat",
+        "a tabby",
+    ]
+    assert read_captions(raw(txt=b"first", json=b'{"caption": "second"}')) == ["first", "second"]
+    assert read_captions(raw(txt="ein Bär".encode())) == ["ein Bär"]
+
+
+@pytest.mark.parametrize(
+    ("json_text", "expected"),
+    [
+        ('{"url": "x"}', ["said"]),
+        ('{"caption": null, "captions": null}', ["said"]),
+        ('{"caption": ""}', ["said"]),
+        ('{"captions": "a cat"}', ["said", "a cat"]),
+    ],
+)
+def test_a_record_may_lack_captions_where_the_text_has_one(json_text: str, expected: list[str]):
+    assert read_captions(raw(txt=b"said", json=json_text.encode())) == expected
+
+
+def test_the_record_alone_is_enough():
+    assert read_captions(raw(json=b'{"caption": "a cat"}')) == ["a cat"]
+    assert read_captions(raw(txt=b"  \n", json=b'{"caption": "a cat"}')) == ["a cat"]
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ({}, "no caption"),
+        ({"txt": b""}, "no caption"),
+        ({"txt": b" \n\t"}, "no caption"),
+        ({"json": b'{"url": "x"}'}, "no caption"),
+        ({"txt": b"caf\xe9"}, "does not parse.*utf-8"),
+        ({"json": b"\xff\xfe{"}, "does not parse"),
+        ({"txt": b"a cat", "json": b"{cut"}, "does not parse"),
+        ({"json": b"[1, 2]"}, "does not parse"),
+        ({"json": b'{"caption": 7}'}, "not text"),
+        ({"json": b'{"captions": ["a", 7]}'}, "not text"),
+    ],
+)
+def test_samples_without_a_usable_caption(members: dict[str, bytes], told: str):
+    with pytest.raises(BadSampleError, match=told):
+        read_captions(raw(**members))
+
+
+def test_a_bad_sample_says_where_it_is():
+    assert str(BadSample("00007.tar", "000070003", "no caption")) == "000070003 in 00007.tar: no caption"

@@ -1,0 +1,61 @@
+"""Tiny models with random weights, built once for all tests of this folder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.denoisers import DenoiserConfig, DiTConfig, UNetConfig, build_denoiser
+from ldm.diffusion import PathConfig, Prediction, RectifiedFlowPath, ScaledLinearBetaPath
+from ldm.export import Trained, export
+from ldm.latent_diffusion import LatentDiffusion
+from text import TextEncoderConfig, Tokenizer, TransformersTextEncoder
+from vae import AutoencoderKL, AutoencoderKLConfig
+
+DIT = DiTConfig(depth=2, width=32, heads=2, sample_size=8)
+UNET = UNetConfig(
+    block_out_channels=(16, 32), layers_per_block=1, attention_levels=(True, False), heads=2, norm_num_groups=8
+)
+
+
+def tiny_trained(config: DenoiserConfig, path: PathConfig, prediction: Prediction, *, tokens: int = 32) -> Trained:
+    """A whole model of some thousand random parameters, with latents of 8 x 8 x 4 for pictures of 16 x 16."""
+    torch.manual_seed(0)
+    vae_config = AutoencoderKLConfig(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_mean=(0.1, -0.2, 0.3, 0.0),
+        latent_std=(0.9, 1.1, 1.3, 0.7),
+    )
+    text_config = TextEncoderConfig(
+        width=16, layers=2, heads=2, intermediate_size=32, context_length=tokens, projection_dim=16
+    )
+    denoiser = build_denoiser(config, latent_channels=4, context_width=16)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model = LatentDiffusion(
+        vae=AutoencoderKL(vae_config).eval(),
+        text_encoder=TransformersTextEncoder(text_config).eval(),
+        tokenizer=Tokenizer(text_config.tokenizer),
+        path=path,
+        prediction=prediction,
+    )
+    return Trained(model=model, denoiser=denoiser.eval(), config=config, sample_size=8, notes="run: {name: tiny}\n")
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a tiny DiT on rectified flow."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-dit"
+    export(tiny_trained(DIT, RectifiedFlowPath(), "velocity"), folder, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a tiny U-Net with v-prediction on Stable Diffusion's path."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-unet"
+    export(tiny_trained(UNET, ScaledLinearBetaPath(), "v", tokens=77), folder, dtype=torch.float32)
+    return folder

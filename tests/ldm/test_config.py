@@ -1,0 +1,114 @@
+"""Every configuration in the repository, and what a mistake in one says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, dump, load_config, parse
+from ldm.denoisers import DiTConfig, build_denoiser
+from text.clip import build_clip
+from vae import AutoencoderKL
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ALL = sorted(CONFIGS.glob("*.yaml"))
+DIT = CONFIGS / "emoji64_dit.yaml"
+
+
+def kind_of(path: Path) -> type:
+    tree = yaml.safe_load(path.read_text())
+    return VAETrainConfig if "vae" in tree else TextTrainConfig if "text" in tree else TrainConfig
+
+
+def test_there_is_a_configuration_for_each_command():
+    assert {kind_of(path) for path in ALL} == {VAETrainConfig, TextTrainConfig, TrainConfig}
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_it_loads_and_comes_back_equal(path):
+    config = load_config(kind_of(path), path)
+    assert parse(kind_of(path), yaml.safe_load(dump(config)), source="dump") == config
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_its_network_builds_without_memory(path):
+    config = load_config(kind_of(path), path)
+    with torch.device("meta"):
+        match config:
+            case VAETrainConfig():
+                network = AutoencoderKL(config.vae)
+                assert config.data.image_size % config.vae.factor == 0
+            case TextTrainConfig():
+                network = build_clip(config.text, config.image)
+                assert config.image.image_size == config.data.image_size
+            case TrainConfig():
+                network = build_denoiser(config.model.denoiser, latent_channels=4, context_width=128)
+    assert sum(parameter.numel() for parameter in network.parameters()) > 100_000
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_its_heading_says_how_it_is_run(path):
+    heading = path.read_text().split("\nrun:")[0]
+    assert all(line.startswith("#") for line in heading.splitlines())
+    assert "deepspeed " in heading
+    assert path.name in heading
+
+
+def test_overrides_reach_any_depth_and_keep_their_types():
+    words = [
+        "optim.lr=3e-4",
+        "run.name=other",
+        "optim.betas=[0.8, 0.9]",
+        "engine.zero_stage=2",
+        "model.denoiser.depth=3",
+    ]
+    config = load_config(TrainConfig, DIT, words)
+    assert (config.optim.lr, config.run.name, config.optim.betas) == (3e-4, "other", (0.8, 0.9))
+    assert config.engine.zero_stage == 2
+    assert isinstance(config.model.denoiser, DiTConfig)
+    assert config.model.denoiser.depth == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optim.learning_rate=1", r"unknown key optim\.learning_rate"),
+        ("optim.warmup_step=1", r"unknown key optim\.warmup_step; did you mean warmup_steps\?"),
+        ("model.denoiser.dpth=1", r"dpth; did you mean depth\?"),
+        ("runn.name=x", r"unknown key runn; did you mean run\?"),
+        ("model.denoiser.kind=dti", r"dti"),
+        ("engine.zero_stage=4", r"engine\.zero_stage.*4"),
+        ("preview.sampler=dpmp_2m", r"'dpmp_2m', expected one of .*dpmpp_2m"),
+        ("run.steps=0", r"run\.steps must be at least 1"),
+        ("run.steps=many", r"run\.steps.*'many'"),
+        ("run.name=a/b", r"one folder's name, not 'a/b'"),
+        ("model.caption_dropout=2", r"caption_dropout is 2"),
+        ("model.objective.prediction=eps", r"eps on model\.path rectified_flow"),
+        ("steps", r"'steps' is not an override: write section\.key=value"),
+        ("run.name.first=x", r"run\.name is a value, not a section"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(word, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(TrainConfig, DIT, [word])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    tree = yaml.safe_load(DIT.read_text())
+    del tree["optim"]["lr"]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=r"x\.yaml: optim\.lr: .*required"):
+        load_config(TrainConfig, tmp_path / "x.yaml")
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.yaml cannot be read"):
+        load_config(TrainConfig, tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("run: [1, 2")
+    with pytest.raises(ValueError, match=r"bad\.yaml is not YAML"):
+        load_config(TrainConfig, tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match=r"list\.yaml"):
+        load_config(TrainConfig, tmp_path / "list.yaml", ["run.name=x"])

@@ -1,0 +1,161 @@
+"""The engine on real DeepSpeed, each run in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.engine import EngineConfig, deepspeed_config, use_bf16
+
+WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+from torch import nn
+from ldm.engine import Engine, EngineConfig, NonFiniteError, OptimConfig, start_process
+
+
+def run(world, *, stage, steps, resume=None, save=None, nan_at=None):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(7, 33), nn.GELU(), nn.Linear(33, 5))
+    config = EngineConfig(zero_stage=stage, precision="fp32")
+    optim = OptimConfig(lr=1e-2, ema_decay=0.9, weight_decay=0.01)
+    engine = Engine(network, world, config=config, optim=optim, batch_size=8, total_steps=100)
+    if resume:
+        engine.load(Path(resume))
+    data = torch.Generator().manual_seed(1)
+    losses = []
+    for step in range(steps):
+        x = torch.randn(8, 7, generator=data)
+        y = x[:, :5].clone()
+        if step < engine.step:
+            continue
+        if step == nan_at:
+            x[0, 0] = float("nan")
+        mine = slice(world.rank * 8 // world.ranks, (world.rank + 1) * 8 // world.ranks)
+        try:
+            losses.append(engine.update((engine(x[mine]) - y[mine]).square().mean()))
+        except NonFiniteError as error:
+            losses.append(str(error))
+            break
+    if save:
+        engine.save(Path(save), {"samples_seen": 8 * engine.step})
+    ema = engine.averaged_weights()
+    sums = {name: tensor.double().sum().item() for name, tensor in ema.items()}
+    return {"losses": losses, "ema": sums, "shapes": {name: list(tensor.shape) for name, tensor in ema.items()}}
+
+
+order = json.loads(sys.argv[-1])  # the launcher puts --local_rank before it
+world = start_process()
+found = {name: run(world, **arguments) for name, arguments in order["runs"].items()}
+if world.is_main:
+    Path(order["out"]).write_text(json.dumps(found))
+"""
+
+
+def work(folder: Path, runs: dict[str, dict], *, ranks: int = 1) -> dict[str, dict]:
+    """Run the worker above in `ranks` processes, which do the named runs one after the other."""
+    worker, out = folder / "worker.py", folder / f"out_{ranks}.json"
+    worker.write_text(WORKER)
+    out.unlink(missing_ok=True)
+    words = json.dumps({"out": str(out), "runs": runs})
+    launcher = (
+        [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)] if ranks > 1 else [sys.executable]
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(worker), words]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert out.exists(), finished.stdout[-2000:] + finished.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """Runs on one rank: ten steps under every ZeRO stage, three steps, a NaN in the fourth, and four steps saved."""
+    runs = {f"zero{stage}": {"stage": stage, "steps": 10} for stage in range(4)}
+    runs["three"] = {"stage": 0, "steps": 3}
+    runs["nan"] = {"stage": 0, "steps": 10, "nan_at": 3}
+    for stage in (0, 2):
+        runs[f"saved{stage}"] = {"stage": stage, "steps": 4, "save": str(folder / f"one_{stage}" / "step_0000004")}
+    return work(folder, runs)
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """Runs on two ranks."""
+    runs = {f"zero{stage}": {"stage": stage, "steps": 10} for stage in (0, 2, 3)}
+    runs["saved3"] = {"stage": 3, "steps": 4, "save": str(folder / "two_3" / "step_0000004")}
+    return work(folder, runs, ranks=2)
+
+
+def test_the_loss_falls(one):
+    losses = one["zero0"]["losses"]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_zero_stage_is_the_same_training(stage, one):
+    found, expected = one[f"zero{stage}"], one["zero0"]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+    assert found["ema"] == pytest.approx(expected["ema"], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_processes_are_the_same_training_as_one(stage, one, two):
+    found, expected = two[f"zero{stage}"], one["zero0"]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert found["ema"] == pytest.approx(expected["ema"], abs=1e-5)
+    assert found["shapes"] == expected["shapes"]
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, "one"), (2, "one"), (3, "two")])
+def test_a_resumed_run_continues_as_if_never_stopped(stage, ranks, one, two, folder):
+    checkpoint = folder / f"{ranks}_{stage}" / "step_0000004"
+    assert not list(checkpoint.parent.glob("*.partial"))
+    assert json.loads((checkpoint / "state.json").read_text())["samples_seen"] == 32
+    runs = {"resumed": {"stage": stage, "steps": 10, "resume": str(checkpoint)}}
+    found = work(folder, runs, ranks=2 if ranks == "two" else 1)["resumed"]
+    assert found["losses"] == pytest.approx(one["zero0"]["losses"][4:], abs=1e-5)
+    assert found["ema"] == pytest.approx(one["zero0"]["ema"], abs=1e-5)
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused(two, folder):
+    runs = {"resumed": {"stage": 3, "steps": 10, "resume": str(folder / "two_3" / "step_0000004")}}
+    with pytest.raises(AssertionError, match="written by 2 ranks under ZeRO 3, this run has 1 under ZeRO 3"):
+        work(folder, runs)
+
+
+def test_a_nan_stops_the_run_names_the_step_and_moves_nothing(one):
+    losses = one["nan"]["losses"]
+    assert losses[:3] == one["zero0"]["losses"][:3]
+    assert "step 3 is nan" in losses[3]
+    assert one["nan"]["ema"] == one["three"]["ema"]
+
+
+def test_deepspeeds_settings_are_derived():
+    config = EngineConfig(zero_stage=3, clip=0.5)
+    settings = deepspeed_config(config, batch_size=64, ranks=4, bf16=True)
+    assert settings["train_batch_size"] == 64
+    assert settings["train_micro_batch_size_per_gpu"] == 16
+    assert settings["zero_optimization"]["stage"] == 3
+    assert settings["gradient_clipping"] == 0.5
+    assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    with pytest.raises(ValueError, match=r"batch_size \(64\) is not a multiple of the 3 ranks"):
+        deepspeed_config(config, batch_size=64, ranks=3, bf16=False)
+
+
+def test_precision_follows_the_hardware_unless_told():
+    cpu = torch.device("cpu")
+    assert use_bf16("bf16", cpu)
+    assert not use_bf16("fp32", cpu)
+    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert use_bf16("auto", cpu) == able

@@ -1,0 +1,169 @@
+"""Drawing with tiny random models: what a picture depends on, what diffusers draws, and what is refused."""
+
+import shutil
+
+import pytest
+import torch
+
+from ldm import TextToImage
+from ldm.diffusion import RectifiedFlowPath
+from ldm.samplers import SAMPLERS
+
+PROMPT = "a noto emoji of a red apple"
+
+
+def draw(pipe, **changes):
+    settings = {"negative_prompt": "", "steps": 4, "scale": 3.0, "sampler": "dpmpp_2m", "seed": 11}
+    prompts = [changes.pop("prompt", PROMPT)] * changes.pop("n", 1)
+    return pipe.draw(prompts, **(settings | changes))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_a_picture_is_the_same_alone_and_in_a_batch(kind, sampler, request):
+    pipe = TextToImage.load(request.getfixturevalue(f"{kind}_folder"))
+    together = draw(pipe, sampler=sampler, n=3)
+    for i in range(3):
+        alone = draw(pipe, sampler=sampler, seed=11 + i)
+        assert (together[i] - alone[0]).abs().max() <= 1e-4
+
+
+def test_more_pictures_than_fit_a_batch_are_drawn_in_turns(dit_folder, monkeypatch):
+    pipe = TextToImage.load(dit_folder)
+    whole = draw(pipe, n=5)
+    monkeypatch.setattr("ldm.pipeline.MAX_BATCH", 2)
+    calls = []
+    in_turns = draw(pipe, n=5, progress=lambda done, total: calls.append((done, total)))
+    torch.testing.assert_close(whole, in_turns, atol=1e-4, rtol=0)
+    assert calls == [(i + 1, 12) for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a blue car"},
+        {"negative_prompt": "blue"},
+        {"scale": 1.0},
+        {"seed": 12},
+        {"steps": 5},
+        {"sampler": "ddpm"},
+    ],
+)
+def test_everything_that_is_asked_for_changes_the_picture(dit_folder, change):
+    pipe = TextToImage.load(dit_folder)
+    assert (draw(pipe) - draw(pipe, **change)).abs().max() > 1e-3
+
+
+def test_scale_one_ignores_the_negative_prompt(dit_folder):
+    pipe = TextToImage.load(dit_folder)
+    assert torch.equal(draw(pipe, scale=1.0), draw(pipe, scale=1.0, negative_prompt="blue"))
+
+
+def test_other_sizes_than_the_native_one(dit_folder):
+    pipe = TextToImage.load(dit_folder)
+    assert (pipe.native_size, pipe.factor) == (16, 4)
+    assert draw(pipe, height=24, width=32).shape == (1, 3, 24, 32)
+    assert pipe("x", steps=1, n=2)[1].size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"height": 18}, "height is 18"),
+        ({"width": -4}, "width is -4"),
+        ({"sampler": "eulr"}, "'eulr'"),
+        ({"steps": 0}, r"steps \(0\)"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(dit_folder, change, named):
+    with pytest.raises(ValueError, match=named):
+        draw(TextToImage.load(dit_folder), **change)
+
+
+def test_no_picture_at_all_is_refused(dit_folder):
+    with pytest.raises(ValueError, match="n is 0"):
+        TextToImage.load(dit_folder)(PROMPT, n=0)
+
+
+def test_each_prompt_of_a_list_gets_its_own_picture(dit_folder):
+    pipe = TextToImage.load(dit_folder)
+    settings = {"negative_prompt": "", "steps": 3, "scale": 3.0, "sampler": "euler"}
+    both = pipe.draw(["a red apple", "a blue car"], seed=5, **settings)
+    torch.testing.assert_close(both[1:], pipe.draw(["a blue car"], seed=6, **settings), atol=1e-4, rtol=0)
+
+
+def test_bfloat16_draws_nearly_the_same(dit_folder):
+    exact = draw(TextToImage.load(dit_folder))
+    rounded = draw(TextToImage.load(dit_folder, dtype="bf16"))
+    assert rounded.dtype == torch.float32
+    assert (exact - rounded).abs().mean() < 0.05
+
+
+def test_a_prompt_that_is_too_long_says_what_is_lost(dit_folder):
+    pipe = TextToImage.load(dit_folder)
+    assert pipe.cut_off("a red apple") == ""
+    assert pipe.cut_off("apple " * 40).split() == ["apple"] * 10
+
+
+def test_a_decoded_picture_that_is_no_number_is_an_error(dit_folder):
+    pipe = TextToImage.load(dit_folder)
+    with torch.no_grad():
+        pipe.model.vae.decoder.conv_in.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN"):
+        draw(pipe)
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_diffusers_draws_the_same_picture(kind, scale, request, monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    folder = request.getfixturevalue(f"{kind}_folder")
+    theirs = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    ours = TextToImage.load(folder)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(11))
+    extra = (
+        {"max_sequence_length": 32, "use_resolution_binning": False, "clean_caption": False} if kind == "dit" else {}
+    )
+    size = {"height": 16, "width": 16}
+    picture = theirs(
+        PROMPT, num_inference_steps=8, guidance_scale=scale, latents=noise, output_type="np", **size, **extra
+    )
+    expected = torch.from_numpy(picture.images[0]).permute(2, 0, 1)
+    if kind == "dit":
+        # diffusers' grid for flows starts at 0.999, not 1, and the network is told whole thousandths, cut off.
+        times = theirs.scheduler.sigmas.double()
+        monkeypatch.setattr("ldm.latent_diffusion.time_grid", lambda path, steps: times)
+        monkeypatch.setattr(RectifiedFlowPath, "timesteps", lambda self, t: (1000 * t).floor())
+    found = (draw(ours, steps=8, scale=scale)[0].clamp(-1, 1) + 1) / 2
+    assert expected.std() > 0.01  # not a blank sheet
+    assert (found - expected).abs().max() <= 1e-4
+
+
+def test_a_missing_folder_and_a_folder_of_something_else(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        TextToImage.load(tmp_path / "nowhere")
+    (tmp_path / "holiday.txt").write_text("sun")
+    with pytest.raises(ValueError, match=r"holiday\.txt.*expected unet/ or transformer/"):
+        TextToImage.load(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("fault", ["missing", "cut short"])
+def test_damaged_weights_name_the_file(dit_folder, tmp_path, part, fault):
+    folder = shutil.copytree(dit_folder, tmp_path / "copy")
+    (file,) = (folder / part).glob("*.safetensors")
+    if fault == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises((ValueError, FileNotFoundError), match=part):
+        TextToImage.load(folder)
+
+
+def test_unknown_device_and_dtype(dit_folder):
+    with pytest.raises(ValueError, match="'gpu'"):
+        TextToImage.load(dit_folder, device="gpu")
+    with pytest.raises(ValueError, match="'int3'"):
+        TextToImage.load(dit_folder, dtype="int3")

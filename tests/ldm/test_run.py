@@ -1,0 +1,181 @@
+"""A run's folder: what is written by whom, which checkpoint is the newest, what the progress line says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm.run import CHECKPOINTS_KEPT, Run, RunConfig, duration
+
+
+def config(tmp_path: Path, **settings: Any) -> RunConfig:
+    return RunConfig(**{"name": "trial", "folder": str(tmp_path), "steps": 100, "log_every": 10} | settings)
+
+
+def make_run(tmp_path: Path, *, is_main: bool = True, **settings: Any) -> Run:
+    return Run(config(tmp_path, **settings), is_main=is_main, config_text="run: {}\n")
+
+
+class Clock:
+    """Stands in for time.monotonic."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("ldm.run.time.monotonic", clock)
+    return clock
+
+
+def add_checkpoint(run: Run, step: int, *, whole: bool = True) -> Path:
+    path = run.checkpoint_path(step)
+    if not whole:
+        path = path.with_name(path.name + ".partial")
+    path.mkdir(parents=True)
+    (path / "state.json").write_text("{}")
+    return path
+
+
+def test_the_main_rank_makes_the_folder(tmp_path: Path):
+    run = make_run(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "trial",
+        "trial/config.yaml",
+        "trial/samples",
+    ]
+    assert (tmp_path / "trial/config.yaml").read_text() == "run: {}\n"
+    assert run.checkpoint_path(50) == tmp_path / "trial/checkpoints/step_0000050"
+    assert run.sample_path(50) == tmp_path / "trial/samples/step_0000050.png"
+    assert run.newest_checkpoint() is None
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = make_run(tmp_path, is_main=False)
+    for step in range(1, 101):
+        run.log_step(step=step, loss=1.0, lr=1e-3, images=step)
+    run.record(step=1)
+    run.tell("hello")
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path: Path):
+    run = make_run(tmp_path)
+    for step in (90, 100, 1000):
+        add_checkpoint(run, step)
+    add_checkpoint(run, 2000, whole=False)
+    run.checkpoint_path(3000).mkdir()  # without its state.json
+    assert run.newest_checkpoint() == run.checkpoint_path(1000)
+
+
+def test_only_the_newest_whole_checkpoints_are_kept(tmp_path: Path):
+    """What a crash left half written counts for nothing, however new it is."""
+    run = make_run(tmp_path)
+    for step in (100, 200, 300, 400):
+        add_checkpoint(run, step)
+    for step in (500, 600):
+        add_checkpoint(run, step, whole=False)
+    make_run(tmp_path, is_main=False).drop_old_checkpoints()
+    assert run.checkpoint_path(100).exists()
+    run.drop_old_checkpoints()
+    kept = [step for step in (100, 200, 300, 400) if run.checkpoint_path(step).exists()]
+    assert kept == [300, 400] and len(kept) == CHECKPOINTS_KEPT
+    run.drop_old_checkpoints()
+    assert run.newest_checkpoint() == run.checkpoint_path(400)
+
+
+def test_a_run_that_must_not_be_continued_is_refused(tmp_path: Path):
+    run = make_run(tmp_path)
+    make_run(tmp_path, resume="never")  # no checkpoint yet
+    add_checkpoint(run, 100)
+    assert make_run(tmp_path).newest_checkpoint() == run.checkpoint_path(100)
+    for is_main in (True, False):
+        with pytest.raises(ValueError, match="trial already holds step_0000100: set run.resume=auto"):
+            make_run(tmp_path, resume="never", is_main=is_main)
+
+
+def records(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "trial/metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_every_log_every_steps_and_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = make_run(tmp_path, steps=25)
+    for step in range(1, 26):
+        run.log_step(step=step, loss=step, lr=1e-3, images=8 * step, kl=step / 7)
+    found = records(tmp_path)
+    assert [record["step"] for record in found] == [10, 20, 25]
+    assert [record["loss"] for record in found] == [5.5, 15.5, 23.0]  # the mean since the line before
+    assert [record["samples_seen"] for record in found] == [80, 160, 200]
+    assert [record["kl"] for record in found] == pytest.approx([10 / 7, 20 / 7, 25 / 7])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1].startswith("step 20/25  loss 15.5000  kl 2.857  lr 1.00e-03  ")
+
+
+def test_speed_and_time_left(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]):
+    run = make_run(tmp_path)
+    for step in range(1, 31):
+        clock.now += 2.0 if step <= 10 else 0.5
+        run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step)
+    assert [record["images_per_second"] for record in records(tmp_path)] == pytest.approx([4.0, 16.0, 16.0])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("4.0 images/s  ETA 0:03:00")  # 90 steps of 2 s
+    assert lines[2].endswith("16.0 images/s  ETA 0:00:35")  # 70 steps of 0.5 s
+
+
+def test_speed_after_resuming_counts_this_session_alone(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+):
+    run = make_run(tmp_path)
+    for step in range(86, 101):  # 85 steps were taken in another session
+        clock.now += 2.0
+        run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step)
+    assert [record["images_per_second"] for record in records(tmp_path)] == pytest.approx([4.0, 4.0])
+    assert capsys.readouterr().out.splitlines()[0].endswith("4.0 images/s  ETA 0:00:20")
+
+
+def test_records_are_appended(tmp_path: Path):
+    make_run(tmp_path).record(step=1, psnr=20.5)
+    make_run(tmp_path).record(step=2)
+    found = records(tmp_path)
+    assert [set(record) for record in found] == [{"time", "step", "psnr"}, {"time", "step"}]
+    assert found[0]["psnr"] == 20.5
+
+
+def test_time_runs_out(tmp_path: Path, clock: Clock):
+    endless, short = make_run(tmp_path), make_run(tmp_path, minutes=1.5)
+    clock.now += 89.0
+    assert not short.out_of_time
+    clock.now += 2.0
+    assert short.out_of_time and not endless.out_of_time
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0, "0:00:00"), (59.4, "0:00:59"), (59.6, "0:01:00"), (3661, "1:01:01"), (360000, "100:00:00")],
+)
+def test_duration(seconds: float, expected: str):
+    assert duration(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"steps": 0}, "run.steps must be at least 1, not 0"),
+        ({"log_every": 0}, "run.log_every"),
+        ({"sample_every": -1}, "run.sample_every"),
+        ({"checkpoint_every": 0}, "run.checkpoint_every"),
+        ({"name": ""}, "one folder's name, not ''"),
+        ({"name": "a/b"}, "one folder's name, not 'a/b'"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(tmp_path: Path, settings: dict[str, Any], told: str):
+    with pytest.raises(ValueError, match=told):
+        config(tmp_path, **settings)

@@ -1,0 +1,163 @@
+"""The commands of the README, from the launch to the files they leave, on tiny networks and shards."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ldm import TextToImage
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+RUN = {"steps": 4, "log_every": 1, "sample_every": 2, "checkpoint_every": 2}
+OPTIM = {"lr": 1e-3, "warmup_steps": 2}
+VAE = {"block_out_channels": [8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
+TEXT = {"width": 16, "layers": 1, "heads": 2, "intermediate_size": 32, "context_length": 32, "activation": "gelu"}
+IMAGE = {"timm_model": "test_convnext", "image_size": 64, "embed_dim": 16}
+DIT = {"kind": "dit", "depth": 1, "width": 32, "heads": 2, "sample_size": 16}
+UNET = {
+    "kind": "unet",
+    "block_out_channels": [16, 32],
+    "layers_per_block": 1,
+    "attention_levels": [False, True],
+    "heads": 2,
+    "norm_num_groups": 8,
+}
+
+
+def start(words: list[str], *, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a training command: plain python, or the deepspeed launcher with that many ranks."""
+    launcher = [sys.executable] if ranks is None else [str(BIN / "deepspeed"), "--num_gpus", str(ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    command = [*launcher, *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+def write_config(folder: Path, name: str, shards: str, **sections: object) -> str:
+    data = {"shards": [shards], "image_size": 64, "batch_size": 8, "lanes": 2, "prefetch": 1}
+    sections.setdefault("optim", OPTIM)
+    tree = {"run": RUN | {"name": name, "folder": str(folder / "runs")}, "data": data}
+    tree |= {"validation": data | {"lanes": 1, "captions": "best"}} | sections
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+def denoiser_config(folder: Path, name: str, shards: str, denoiser: dict[str, object]) -> str:
+    model = {
+        "vae": str(folder / "runs/vae"),
+        "text": str(folder / "runs/clip"),
+        "denoiser": denoiser,
+        "path": {"kind": "rectified_flow"},
+        "objective": {"prediction": "velocity"},
+        "keep_latents": True,
+    }
+    preview = {"prompts": ["a red apple"], "pictures": 2, "steps": 2}
+    return write_config(folder, name, shards, model=model, preview=preview, engine={"precision": "fp32"})
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, few_emoji: str) -> Path:
+    """A folder in which an autoencoder, a CLIP and a denoiser were trained for four steps, by plain python."""
+    folder = tmp_path_factory.mktemp("workshop")
+    loss = {"perceptual": "none"}
+    commands = {
+        "vae/train.py": write_config(folder, "vae", few_emoji, vae=VAE, loss=loss),
+        "text/train.py": write_config(folder, "clip", few_emoji, text=TEXT, image=IMAGE),
+        "ldm/train.py": denoiser_config(folder, "dit", few_emoji, DIT),
+    }
+    for script, config in commands.items():
+        finished = start([script, "--config", config])
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        assert "Traceback" not in finished.stderr
+    return folder
+
+
+def test_training_leaves_what_it_promises(workshop):
+    runs = workshop / "runs"
+    assert {path.name for path in (runs / "vae" / "vae").iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
+    statistics = json.loads((runs / "vae" / "vae" / "config.json").read_text())
+    assert len(statistics["latents_mean"]) == len(statistics["latents_std"]) == 4
+    assert (runs / "clip" / "text_encoder" / "model.safetensors").exists()
+    assert (runs / "clip" / "tokenizer" / "vocab.json").exists()
+    for step in (0, 2, 4):
+        assert (runs / "dit" / "samples" / f"step_{step:07d}.png").exists()
+    assert len(losses(workshop, "dit")) == 4
+    assert {path.name for path in (runs / "dit" / "checkpoints").iterdir()} == {"step_0000002", "step_0000004"}
+
+
+def test_what_was_trained_draws(workshop):
+    pipe = TextToImage.load(workshop / "runs" / "dit" / "model")
+    assert pipe("a red apple", steps=2, n=2)[1].size == (64, 64)
+
+
+def test_open_clip_opens_the_clip_that_was_trained(workshop):
+    import open_clip
+
+    model = open_clip.create_model(f"local-dir:{workshop / 'runs/clip/clip'}")
+    assert sum(parameter.numel() for parameter in model.parameters()) > 100_000
+
+
+def test_a_u_net_trains_on_the_same_command_and_a_run_resumes_where_it_stopped(workshop, few_emoji):
+    config = denoiser_config(workshop, "unet", few_emoji, UNET)
+    assert start(["ldm/train.py", "--config", config, "run.name=whole"]).returncode == 0
+    assert start(["ldm/train.py", "--config", config, "run.minutes=0"]).returncode == 0
+    stopped = len(losses(workshop, "unet"))
+    assert 0 < stopped < 4
+    finished = start(["ldm/train.py", "--config", config])
+    assert f"resumed from {workshop / 'runs/unet/checkpoints'}/step_000000{stopped}" in finished.stdout
+    assert losses(workshop, "unet") == pytest.approx(losses(workshop, "whole"), abs=1e-5)
+
+
+def test_two_ranks_under_zero_2_train_as_one(workshop, few_emoji):
+    config = denoiser_config(workshop, "dit", few_emoji, DIT)
+    words = ["ldm/train.py", "--config", config, "run.name=two", "engine.zero_stage=2"]
+    finished = start(words, ranks=2)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert losses(workshop, "two") == pytest.approx(losses(workshop, "dit"), abs=1e-4)
+
+
+def test_clip_trains_on_two_ranks(workshop, few_emoji):
+    config = write_config(workshop, "clip2", few_emoji, text=TEXT, image=IMAGE, engine={"precision": "fp32"})
+    finished = start(["text/train.py", "--config", config, "run.steps=2"], ranks=2)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    one = start(["text/train.py", "--config", config, "run.steps=2", "run.name=clip1"])
+    assert one.returncode == 0
+    assert losses(workshop, "clip2") == pytest.approx(losses(workshop, "clip1"), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["optim.lrr=1"], 2, r"unknown key optim.lrr; did you mean lr?"),
+        (["data.shards=[nowhere/*.tar]"], 3, r"no shard matches 'nowhere/*.tar'"),
+        (["model.vae=nowhere"], 2, "nowhere/vae/config.json is missing"),
+        (["optim.lr=1e30", "run.name=nan", "engine.clip=0"], 6, "of step"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_code(workshop, words, code, message):
+    finished = start(["ldm/train.py", "--config", str(workshop / "dit.yaml"), "run.name=mistake", *words])
+    assert finished.returncode == code, finished.stderr
+    error = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_run_with_checkpoints_is_not_silently_started_again(workshop):
+    finished = start(["ldm/train.py", "--config", str(workshop / "dit.yaml"), "run.resume=never"])
+    assert finished.returncode == 2
+    assert "already holds step_0000004" in finished.stderr

