@@ -186,6 +186,10 @@ class Engine:
             dist.all_reduce(value)
         return value.item() / self.world.ranks
 
+    def agree(self, wish: bool) -> bool:
+        """Whether any rank wishes so; all ranks get the same answer, so that none goes on alone."""
+        return self.mean(torch.tensor(float(wish), device=self.world.device)) > 0
+
     def averaged_weights(self) -> dict[str, Tensor]:
         """The EMA's full weights, float32. Every rank must call it; where weights are replicated only the main rank
         receives them, and the others an empty dict."""

@@ -31,12 +31,13 @@ def train(
     elif engine.step == 0:
         sample(0)
     batches = images.stream(position=engine.step)
-    while engine.step < config.steps and not run.out_of_time:
+    last = engine.step == config.steps
+    while not last:
         lr, parts = engine.lr, losses(next(batches))
-        engine.update(parts["loss"])
+        loss = engine.update(parts.pop("loss"))
         measures = {name: engine.mean(value) for name, value in parts.items()}
-        run.log_step(step=engine.step, lr=lr, images=engine.step * batch_size, **measures)
-        last = engine.step == config.steps or run.out_of_time
+        run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, **measures)
+        last = engine.step == config.steps or engine.agree(run.out_of_time)
         if engine.step % config.sample_every == 0 or last:
             sample(engine.step)
         if engine.step % config.checkpoint_every == 0 or last:

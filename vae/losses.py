@@ -24,7 +24,8 @@ class VAELossConfig:
     def __post_init__(self) -> None:
         if self.perceptual_weight < 0 or self.kl_weight < 0:
             raise ValueError(
-                f"loss.perceptual_weight ({self.perceptual_weight}) and loss.kl_weight ({self.kl_weight}) must be 0 or more"
+                f"loss.perceptual_weight ({self.perceptual_weight}) and loss.kl_weight ({self.kl_weight}) "
+                "must not be negative"
             )
 
 

@@ -7,14 +7,14 @@ from ldm.lr import LRConfig, lr_at
 KINDS = ["constant", "cosine", "wsd"]
 
 
-@pytest.mark.parametrize("schedule", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_warm_up_rises_evenly_and_wastes_no_step(kind):
     config = LRConfig(schedule=kind, lr=2.0, warmup_steps=4)
     assert [lr_at(config, step, 1000) for step in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     assert lr_at(config, 4, 1000) == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("schedule", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_without_warm_up_the_first_step_has_the_full_rate(kind):
     assert lr_at(LRConfig(schedule=kind, lr=3e-4), 0, 100) == pytest.approx(3e-4)
 
@@ -42,7 +42,7 @@ def test_cosine():
     assert values == pytest.approx([1, (1 + half_root) / 2, 0.5, (1 - half_root) / 2, 0, 0], abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
 def test_last_step_still_learns(kind):
     config = LRConfig(schedule=kind, lr=1.0, decay_fraction=0.1)
     for total in (1, 3, 10, 1000):

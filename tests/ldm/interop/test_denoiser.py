@@ -1,0 +1,97 @@
+"""Denoisers in diffusers' layout: what is written opens there, and what they write opens here."""
+
+import json
+
+import pytest
+import torch
+
+from ldm.denoisers import DiTConfig, UNetConfig, build_denoiser
+from ldm.interop.denoiser import denoiser_folder, load_denoiser, save_denoiser
+
+DIT = DiTConfig(depth=2, width=32, heads=4, sample_size=8, interpolation_scale=2.0)
+UNETS = [
+    UNetConfig(
+        block_out_channels=(16, 32), layers_per_block=1, attention_levels=(False, True), heads=2, norm_num_groups=8
+    ),
+    UNetConfig(
+        block_out_channels=(16, 32, 32),
+        layers_per_block=2,
+        attention_levels=(True, True, False),
+        heads=(2, 4, 8),
+        use_linear_projection=True,
+        norm_num_groups=16,
+    ),
+]
+SIZES = {"sample_size": 8, "latent_channels": 4, "context_width": 12}
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(3)
+    context = torch.randn(2, 5, 12, generator=generator)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    return torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3.0, 700.0]), context, mask
+
+
+def random_denoiser(config):
+    torch.manual_seed(0)
+    denoiser = build_denoiser(config, latent_channels=4, context_width=12)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return denoiser.eval()
+
+
+@pytest.mark.parametrize("config", [DIT, *UNETS], ids=["dit", "sd1", "sd2"])
+def test_a_denoiser_comes_back_bit_for_bit(config, tmp_path):
+    denoiser = random_denoiser(config)
+    save_denoiser(denoiser, config, tmp_path, **SIZES)
+    loaded, found, sample_size = load_denoiser(tmp_path)
+    assert (found, sample_size) == (config, 8)
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+    weights = denoiser.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in loaded.state_dict().items())
+    x, t, context, mask = inputs()
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t, context, mask, context[:, 0]), denoiser(x, t, context, mask, context[:, 0]))
+
+
+@pytest.mark.parametrize("config", [DIT, *UNETS], ids=["dit", "sd1", "sd2"])
+def test_diffusers_opens_it_and_computes_the_same(config, tmp_path):
+    from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+
+    denoiser = random_denoiser(config)
+    save_denoiser(denoiser, config, tmp_path, **SIZES)
+    x, t, context, mask = inputs()
+    with torch.no_grad():
+        ours = denoiser(x, t, context, mask, context[:, 0])
+        if denoiser_folder(config) == "unet":
+            theirs = UNet2DConditionModel.from_pretrained(tmp_path)(x, t, context).sample
+        else:
+            network = PixArtTransformer2DModel.from_pretrained(tmp_path)
+            theirs = network(x, context, timestep=t, encoder_attention_mask=mask, added_cond_kwargs={}).sample
+    assert ours.std() > 0.01
+    assert (ours - theirs).abs().max() <= 1e-5
+
+
+def test_half_precision_halves_the_file(tmp_path):
+    denoiser = random_denoiser(DIT)
+    sizes = []
+    for dtype in (torch.float32, torch.float16):
+        save_denoiser(denoiser, DIT, tmp_path / str(dtype), **SIZES, dtype=dtype)
+        sizes.append((tmp_path / str(dtype) / "diffusion_pytorch_model.safetensors").stat().st_size)
+    assert sizes[1] < 0.6 * sizes[0]
+    loaded, *_ = load_denoiser(tmp_path / "torch.float16")
+    assert next(loaded.parameters()).dtype == torch.float32
+
+
+def test_another_kind_of_network_is_refused(tmp_path):
+    save_denoiser(random_denoiser(UNETS[0]), UNETS[0], tmp_path, **SIZES)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["down_block_types"][0] = "AttnDownBlock2D"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="AttnDownBlock2D"):
+        load_denoiser(tmp_path)
+    content["_class_name"] = "SD3Transformer2DModel"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.json describes 'SD3Transformer2DModel', expected UNet2D"):
+        load_denoiser(tmp_path)
