@@ -84,10 +84,10 @@ def main() -> None:
         found |= recognised(image_features(args.clip, drawn), image_features(args.clip, true), captions)
     print(json.dumps(found))
     if args.out:
-        images = []
+        images, labels = [], []
         for start in range(0, min(len(captions), 40), COLUMNS):
             images += to_images(drawn[start : start + COLUMNS]) + to_images(true[start : start + COLUMNS])
-        labels = [caption for s in range(0, min(len(captions), 40), COLUMNS) for caption in captions[s : s + COLUMNS] * 2]
+            labels += captions[start : start + COLUMNS] * 2
         save_image(sheet(images, columns=COLUMNS, labels=labels, zoom=2), args.out)
 
 

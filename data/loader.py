@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -79,7 +79,7 @@ class CaptionedImages:
         """Samples in all shards: one epoch."""
         return sum(len(shard) for shard in self.shards)
 
-    def stream(self, position: int = 0) -> Iterator[Batch]:
+    def stream(self, position: int = 0) -> Generator[Batch]:
         """Global batches `position`, `position` + 1, ... decoded ahead by `prefetch` threads."""
         if not self.config.prefetch:
             while True:

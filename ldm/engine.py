@@ -144,7 +144,8 @@ class Engine:
         # Fused AdamW takes a quarter of the time of the plain one on a CPU.
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=optim.betas, fused=True)
         settings = deepspeed_config(config, batch_size=batch_size, ranks=world.ranks, bf16=self.bf16)
-        self._engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
+        # DeepSpeed puts attributes on modules and parameters that no type knows of.
+        self._engine: Any = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)[0]
         # Replicated weights need one average; sharded ones are averaged where they lie.
         self.ema = EMA(self._own_weights(), optim.ema_decay) if self._holds_ema else None
 

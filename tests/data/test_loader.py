@@ -199,7 +199,7 @@ def test_a_closed_stream_ends_its_threads(tiny_shards: Callable[..., str]):
     stream = images(tiny_shards(SIZES), prefetch=2).stream()
     next(stream)
     assert any(thread.name.startswith("decode") for thread in threading.enumerate())
-    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    stream.close()
     assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
 
 

@@ -81,7 +81,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(folder):
     """Runs on one rank: ten steps under every ZeRO stage, three steps, a NaN in the fourth, and four steps saved."""
-    runs = {f"zero{stage}": {"stage": stage, "steps": 10} for stage in range(4)}
+    runs: dict[str, dict] = {f"zero{stage}": {"stage": stage, "steps": 10} for stage in range(4)}
     runs["three"] = {"stage": 0, "steps": 3}
     runs["nan"] = {"stage": 0, "steps": 10, "nan_at": 3}
     for stage in (0, 2):
@@ -92,7 +92,7 @@ def one(folder):
 @pytest.fixture(scope="module")
 def two(folder):
     """Runs on two ranks."""
-    runs = {f"zero{stage}": {"stage": stage, "steps": 10} for stage in (0, 2, 3)}
+    runs: dict[str, dict] = {f"zero{stage}": {"stage": stage, "steps": 10} for stage in (0, 2, 3)}
     runs["saved3"] = {"stage": 3, "steps": 4, "save": str(folder / "two_3" / "step_0000004")}
     return work(folder, runs, ranks=2)
 

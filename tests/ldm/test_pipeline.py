@@ -1,6 +1,7 @@
 """Drawing with tiny random models: what a picture depends on, what diffusers draws, and what is refused."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_diffusers_draws_the_same_picture(kind, scale, request, monkeypatch):
     from diffusers import DiffusionPipeline
 
     folder = request.getfixturevalue(f"{kind}_folder")
-    theirs = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    theirs: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     theirs.set_progress_bar_config(disable=True)
     ours = TextToImage.load(folder)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(11))

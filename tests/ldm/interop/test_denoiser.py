@@ -1,6 +1,7 @@
 """Denoisers in diffusers' layout: what is written opens there, and what they write opens here."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ UNETS = [
         norm_num_groups=16,
     ),
 ]
-SIZES = {"sample_size": 8, "latent_channels": 4, "context_width": 12}
+SIZES: dict[str, Any] = {"sample_size": 8, "latent_channels": 4, "context_width": 12}
 
 
 def inputs():

@@ -1,5 +1,7 @@
 """Noise path and prediction, written as diffusers' scheduler config and read back."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -25,7 +27,7 @@ def test_it_comes_back(path, prediction, tmp_path):
 
 @pytest.mark.parametrize(("path", "prediction"), PAIRS[1:])
 def test_diffusers_reads_the_same_noise_levels(path, prediction):
-    theirs = DPMSolverMultistepScheduler.from_config(scheduler_config_json(path, prediction))
+    theirs: Any = DPMSolverMultistepScheduler.from_config(scheduler_config_json(path, prediction))
     n = path.num_train_timesteps
     nodes = torch.arange(1, n + 1, dtype=torch.float64) / n
     torch.testing.assert_close(path.alpha(nodes).square().float(), theirs.alphas_cumprod, atol=3e-5, rtol=0)

@@ -1,0 +1,90 @@
+"""The model that is shipped: that it is whole, small, opens elsewhere, draws, and listens to its text."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.loader import CaptionedImages, DataConfig
+from ldm import TextToImage
+from ldm.diffusion import diffusion_loss, noise_sample, sample_randomness, target
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "weights" / "emoji64"
+PROMPT = "a twemoji emoji of red apple"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> TextToImage:
+    return TextToImage.load(WEIGHTS)
+
+
+def test_it_takes_at_most_40_megabytes():
+    sizes = [path.stat().st_size for path in WEIGHTS.rglob("*.safetensors")]
+    assert len(sizes) == 3
+    assert sum(sizes) <= 40e6
+
+
+def test_it_holds_no_code_and_no_pickle():
+    suffixes = {path.suffix for path in WEIGHTS.rglob("*") if path.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".txt", ".yaml", ".md"}
+
+
+def test_a_red_apple_is_red_and_the_sheet_around_it_white(pipe):
+    picture = (pipe.draw([PROMPT] * 2, negative_prompt="", steps=20, scale=5.0, sampler="dpmpp_2m", seed=0) + 1) / 2
+    assert (picture[:, :, [0, 0, -1, -1], [0, -1, 0, -1]] > 0.9).float().mean() > 0.9
+    middle = picture[:, :, 20:52, 16:48].mean(dim=(0, 2, 3))
+    assert middle[0] > middle[1] + 0.15
+    assert middle[0] > middle[2] + 0.15
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe):
+    settings: dict[str, Any] = {"negative_prompt": "", "steps": 10, "scale": 5.0, "sampler": "dpmpp_2m"}
+    together = pipe.draw([PROMPT] * 3, seed=4, **settings)
+    for i in range(3):
+        assert (together[i] - pipe.draw([PROMPT], seed=4 + i, **settings)[0]).abs().max() <= 1e-4
+
+
+def test_captions_that_are_swapped_raise_the_loss(pipe):
+    model = pipe.model
+    config = DataConfig(shards=(str(ROOT / "data/emoji64/train/00000.tar.gz"),), lanes=1, captions="best")
+    batch = next(CaptionedImages(config, seed=0).once(64))
+    with torch.no_grad():
+        x0 = model.vae.encode(batch.pixels).mean
+        eps, t = sample_randomness(0, range(64), x0.shape[1:]).eps, torch.full((64,), 0.8)
+        x_t, wanted = noise_sample(x0, eps, model.path, t), target(model.prediction, x0, eps, model.path, t)
+        found = []
+        for captions in (batch.captions, batch.captions[1:] + batch.captions[:1]):
+            text = model.condition(captions)
+            output = pipe.denoiser(x_t, model.path.timesteps(t), text.context, text.mask, text.pooled)
+            found.append(diffusion_loss(output, wanted).mean().item())
+    assert found[1] > 1.1 * found[0]
+
+
+def test_latents_of_the_training_pictures_have_unit_variance(pipe):
+    config = DataConfig(shards=(str(ROOT / "data/emoji64/train/*.tar.gz"),), lanes=1)
+    batches = CaptionedImages(config, seed=0).once(256)
+    with torch.no_grad():
+        latents = torch.cat([pipe.model.vae.encode(next(batches).pixels).mean for _ in range(4)])
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.1
+    assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.1
+
+
+def test_the_autoencoder_reaches_28_decibels(pipe):
+    from vae.measure import psnr
+
+    config = DataConfig(shards=(str(ROOT / "data/emoji64/val/*.tar.gz"),), lanes=1)
+    batch = next(CaptionedImages(config, seed=0).once(96))
+    with torch.no_grad():
+        decibels = psnr(pipe.model.decode(pipe.model.vae.encode(batch.pixels).mean), batch.pixels)
+    assert decibels.mean() >= 28
+
+
+def test_diffusers_opens_it_offline():
+    from diffusers import DiffusionPipeline
+
+    theirs: Any = DiffusionPipeline.from_pretrained(WEIGHTS, local_files_only=True)
+    index = json.loads((WEIGHTS / "model_index.json").read_text())
+    assert type(theirs).__name__ == index["_class_name"]
