@@ -24,7 +24,7 @@ class DataConfig:
     shards: tuple[str, ...]  # brace ranges and globs of .tar files
     image_size: int = 64  # pixels a side
     batch_size: int = 64  # of all ranks together
-    lanes: int = 8  # parallel streams; ranks must divide it
+    lanes: int = 1  # shards read side by side: more mix better; a multiple of the ranks, at most the shards
     captions: Literal["best", "any"] = "any"  # of a sample with several: the first, or another at each visit
     prefetch: int = 2  # batches decoded ahead, in threads
 

@@ -7,11 +7,12 @@ import json
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.shards import RawSample
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,9 @@ def decode_pixels(raw: RawSample, image_size: int) -> torch.Tensor:
     if data is None:
         raise BadSampleError(f"no image among its members {sorted(raw.members)}")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            picture = over_white(image)
+        # Only these formats: Pillow would hand others, such as EPS, to programs outside.
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            picture = over_white(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadSampleError(f"the image does not decode ({str(error).splitlines()[0]})") from error
     picture = square(picture, image_size)
@@ -76,7 +78,7 @@ def read_captions(raw: RawSample) -> list[str]:
     captions: list[str] = []
     try:
         if "txt" in raw.members:
-            captions.append(raw.members["txt"].decode("utf-8"))
+            captions.append(raw.members["txt"].decode("utf-8-sig"))  # without a byte-order mark
         if "json" in raw.members:
             record = json.loads(raw.members["json"])
             more = record.get("captions") or []

@@ -36,7 +36,7 @@ def train(
         lr, parts = engine.lr, losses(next(batches))
         loss = engine.update(parts.pop("loss"))
         measures = {name: engine.mean(value) for name, value in parts.items()}
-        run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, **measures)
+        run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=measures)
         last = engine.step == config.steps or engine.agree(run.out_of_time)
         if engine.step % config.sample_every == 0 or last:
             sample(engine.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ class RunConfig:
         for name in ("steps", "log_every", "sample_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1, not {getattr(self, name)}")
-        if not self.name or "/" in self.name:
+        if not self.name.strip(".") or "/" in self.name:
             raise ValueError(f"run.name must be one folder's name, not {self.name!r}")
 
     @property
@@ -54,11 +55,13 @@ class Run:
             (config.path / "config.yaml").write_text(config_text)
 
     def newest_checkpoint(self) -> Path | None:
-        return max(self._whole_checkpoints(), default=None)
+        return next(reversed(self._whole_checkpoints()), None)
 
     def _whole_checkpoints(self) -> list[Path]:
-        found = sorted(self.config.path.glob("checkpoints/step_*/state.json"))
-        return [path.parent for path in found if path.parent.suffix != ".partial"]
+        """Oldest first, by their number."""
+        found = [path.parent for path in self.config.path.glob("checkpoints/step_*/state.json")]
+        whole = [path for path in found if path.suffix != ".partial"]
+        return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")))
 
     def checkpoint_path(self, step: int) -> Path:
         return self.config.path / "checkpoints" / f"step_{step:07d}"
@@ -75,7 +78,7 @@ class Run:
     def out_of_time(self) -> bool:
         return self.config.minutes is not None and time.monotonic() - self.started > 60 * self.config.minutes
 
-    def log_step(self, *, step: int, loss: float, lr: float, images: int, **measures: float) -> None:
+    def log_step(self, *, step: int, loss: float, lr: float, images: int, measures: Mapping[str, float]) -> None:
         """After optimiser step number `step` (counted from 1): print and record every log_every steps.
 
         The loss shown is the mean since the last line; `images` counts what all ranks saw since the start.

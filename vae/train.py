@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 from ldm.commands import run_command, training_arguments
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from data.loader import CaptionedImages
     from ldm.config import VAETrainConfig
     from ldm.engine import Engine
     from ldm.run import Run
 
-GRID_PICTURES = 32
+GRID_PICTURES, GRID_COLUMNS = 32, 16
 
 
 def main(args: Namespace) -> None:
@@ -87,9 +89,12 @@ def validate(config: VAETrainConfig, engine: Engine, run: Run, step: int) -> Non
     mean = torch.cat(decibels).mean().item()
     run.tell(f"step {step}: validation PSNR {mean:.2f} dB over {sum(map(len, decibels))} pictures")
     run.record(step=step, validation_psnr=mean)
-    half = GRID_PICTURES // 2
-    rows = [to_images(part) for start in (0, half) for part in (shown[0][start:][:half], shown[1][start:][:half])]
-    save_image(sheet([image for row in rows for image in row], columns=half), run.sample_path(step))
+    originals, reconstructions = (to_images(part) for part in shown)
+    columns = min(GRID_COLUMNS, len(originals))
+    cells: list[Image.Image] = []
+    for start in range(0, len(originals) - columns + 1, columns):
+        cells += originals[start : start + columns] + reconstructions[start : start + columns]
+    save_image(sheet(cells, columns=columns), run.sample_path(step))
 
 
 def finish(config: VAETrainConfig, engine: Engine, run: Run, images: CaptionedImages) -> None:

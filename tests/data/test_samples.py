@@ -190,3 +190,25 @@ def test_samples_without_a_usable_caption(members: dict[str, bytes], told: str):
 
 def test_a_bad_sample_says_where_it_is():
     assert str(BadSample("00007.tar", "000070003", "no caption")) == "000070003 in 00007.tar: no caption"
+
+
+def test_a_picture_lying_on_its_side_is_turned_as_its_exif_says():
+    picture = Image.new("RGB", (8, 8), "white")
+    picture.paste((0, 0, 0), (0, 0, 8, 4))  # the upper half black
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", exif=exif)
+    pixels = decode_pixels(RawSample("s.tar", "k", {"png": buffer.getvalue()}), 8)
+    assert pixels[:, 0].max() == 1.0
+    assert pixels[:, 7].max() == -1.0
+
+
+def test_a_byte_order_mark_is_no_part_of_the_caption():
+    assert read_captions(RawSample("s.tar", "k", {"txt": "\ufeffa cat".encode()})) == ["a cat"]
+
+
+def test_a_format_that_pillow_hands_to_other_programs_is_not_opened():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    with pytest.raises(BadSampleError, match="does not decode"):
+        decode_pixels(RawSample("s.tar", "k", {"png": eps}), 8)

@@ -61,7 +61,7 @@ def test_the_main_rank_makes_the_folder(tmp_path: Path):
 def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = make_run(tmp_path, is_main=False)
     for step in range(1, 101):
-        run.log_step(step=step, loss=1.0, lr=1e-3, images=step)
+        run.log_step(step=step, loss=1.0, lr=1e-3, images=step, measures={})
     run.record(step=1)
     run.tell("hello")
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
@@ -109,7 +109,7 @@ def records(tmp_path: Path) -> list[dict[str, Any]]:
 def test_a_line_every_log_every_steps_and_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = make_run(tmp_path, steps=25)
     for step in range(1, 26):
-        run.log_step(step=step, loss=step, lr=1e-3, images=8 * step, kl=step / 7)
+        run.log_step(step=step, loss=step, lr=1e-3, images=8 * step, measures={"kl": step / 7})
     found = records(tmp_path)
     assert [record["step"] for record in found] == [10, 20, 25]
     assert [record["loss"] for record in found] == [5.5, 15.5, 23.0]  # the mean since the line before
@@ -123,7 +123,7 @@ def test_speed_and_time_left(tmp_path: Path, clock: Clock, capsys: pytest.Captur
     run = make_run(tmp_path)
     for step in range(1, 31):
         clock.now += 2.0 if step <= 10 else 0.5
-        run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step)
+        run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step, measures={})
     assert [record["images_per_second"] for record in records(tmp_path)] == pytest.approx([4.0, 16.0, 16.0])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("4.0 images/s  ETA 0:03:00")  # 90 steps of 2 s
@@ -136,7 +136,7 @@ def test_speed_after_resuming_counts_this_session_alone(
     run = make_run(tmp_path)
     for step in range(86, 101):  # 85 steps were taken in another session
         clock.now += 2.0
-        run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step)
+        run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step, measures={})
     assert [record["images_per_second"] for record in records(tmp_path)] == pytest.approx([4.0, 4.0])
     assert capsys.readouterr().out.splitlines()[0].endswith("4.0 images/s  ETA 0:00:20")
 

@@ -1,0 +1,85 @@
+"""Every command that the README shows runs, shortened by overrides; and what it says of files is so."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+BIN = ".venv/bin/"
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for language, block in BLOCKS
+    if not language
+    for line in block.splitlines()
+    if line.startswith(BIN)
+]
+TRAINING = [command for command in COMMANDS if "/train.py" in command]
+DRAWING = [command for command in COMMANDS if "txt2img.py" in command and "--ckpt" not in command]
+# Small and short: the same pictures, two steps, one sheet.
+SHORT = [
+    "run.steps=1",
+    "data.shards=[data/emoji64/val/*.tar.gz]",
+    "data.lanes=1",
+    "data.batch_size=8",
+    "data.prefetch=0",
+]
+
+
+def run(command: str, *extra: str) -> subprocess.CompletedProcess[str]:
+    program, *words = shlex.split(command)
+    program = str(Path(sys.executable).parent / program.removeprefix(BIN))
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = [program, *words, *extra]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_the_readme_shows_a_command_for_everything():
+    shown = " ".join(COMMANDS)
+    for script in ("vae/train.py", "text/train.py", "ldm/train.py", "txt2img.py", "ldm.export"):
+        assert script in shown
+    assert {"make demo", "make test"} <= {line for _, block in BLOCKS for line in block.splitlines()}
+
+
+@pytest.mark.parametrize("command", TRAINING, ids=lambda command: command.split()[1])
+def test_training_commands_train(command, tmp_path):
+    finished = run(command, *SHORT, f"run.folder={tmp_path}", "run.log_every=1")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "step 1/1  loss" in finished.stdout
+
+
+@pytest.mark.parametrize("command", DRAWING)
+def test_drawing_commands_draw(command, tmp_path):
+    finished = run(command, "--outdir", str(tmp_path), "--steps", "2")
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "grid-0000.png").exists()
+    assert (tmp_path / "samples" / "00003.png").exists()
+
+
+def test_the_export_command_exports(tmp_path):
+    (command,) = [command for command in COMMANDS if "ldm.export" in command]
+    words = command.replace("runs/emoji64_dit/model", "weights/emoji64").replace("my-weights", str(tmp_path / "w"))
+    assert run(words).returncode == 0
+    assert (tmp_path / "w" / "model_index.json").exists()
+
+
+def test_the_python_example_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (code,) = [block for language, block in BLOCKS if language == "python"]
+    scope: dict = {}
+    exec(code.replace("steps=30", "steps=2"), scope)
+    assert len(scope["images"]) == 4
+
+
+def test_every_file_that_is_named_exists():
+    named = set(re.findall(r"`((?:configs|data|docs|weights|benchmarks|vae|text|ldm)/[\w./-]*)`", README))
+    named |= set(re.findall(r"\]\(([\w./-]+)\)", README))
+    assert named
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
