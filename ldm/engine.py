@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,8 @@ def start_process() -> World:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    # DeepSpeed compiles with ninja, which pip has put beside this python; an environment need not be activated.
+    os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if os.environ["RANK"] == "0":
         print("starting DeepSpeed (which compiles a helper the first time: half a minute)", flush=True)

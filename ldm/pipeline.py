@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ldm.denoisers import DenoiserConfig, describe_attention
+from ldm.denoisers import DenoiserConfig, attention_length, describe_attention
 from ldm.grids import to_images
 from ldm.interop.denoiser import WEIGHTS_NAME, denoiser_folder, load_denoiser
 from ldm.interop.scheduler import read_scheduler
@@ -59,18 +59,20 @@ class TextToImage:
     @property
     def attention(self) -> str:
         """One line: which attention draws at the native size, and why."""
-        length = (self.native_size // self.factor) ** 2
+        length = attention_length(self.denoiser_config, self.native_size // self.model.vae.config.factor)
         return describe_attention(self.device, length, self.dtype, training=False)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "auto", dtype: str = "auto") -> TextToImage:
-        """Read a folder in diffusers' layout: an export of this project, or Stable Diffusion's.
+        """Read a folder in diffusers' layout: an export of this project, Stable Diffusion's, or the newest of a run.
 
         device: "auto" (CUDA if there is one), or a torch device. dtype: "auto" (bf16 on CUDA, else fp32), "fp32" or
         "bf16". Nothing in the folder is executed. Raises ValueError or FileNotFoundError, naming the file, for
         anything that is missing, cut short or something else.
         """
         folder = Path(path)
+        if (folder / "model" / "model_index.json").exists():
+            folder = folder / "model"  # a run of ldm/train.py
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"no weights folder at {folder}: give one that holds vae/, text_encoder/ and a denoiser"

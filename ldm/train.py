@@ -32,7 +32,7 @@ def main(args: Namespace) -> None:
 
     from data.loader import Batch, CaptionedImages
     from ldm.config import TrainConfig, dump, load_config
-    from ldm.denoisers import describe_attention
+    from ldm.denoisers import attention_length, describe_attention
     from ldm.diffusion import diffusion_loss, draw_times, noise_sample, sample_randomness, target
     from ldm.engine import Engine, start_process
     from ldm.latents import LatentEncoder
@@ -54,7 +54,8 @@ def main(args: Namespace) -> None:
     path, objective, dropout = config.model.path, config.model.objective, config.model.caption_dropout
     run.tell(f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M parameters, {len(images)} pictures, "
              f"{'bf16' if engine.bf16 else 'fp32'} on {world.device}")  # fmt: skip
-    run.tell(describe_attention(world.device, side * side // 4, torch.bfloat16 if engine.bf16 else torch.float32))
+    length = attention_length(config.model.denoiser, side)
+    run.tell(describe_attention(world.device, length, torch.bfloat16 if engine.bf16 else torch.float32))
 
     def losses(batch: Batch) -> dict[str, Tensor]:
         """One pass of the algorithm: E || network(x_t, t, caption) - target ||^2, over pictures, times and noise."""

@@ -14,7 +14,7 @@ from ldm.denoisers.attention import describe_attention
 from ldm.denoisers.dit import DiT, DiTConfig
 from ldm.denoisers.unet import UNet, UNetConfig
 
-__all__ = ["DenoiserConfig", "DiT", "DiTConfig", "UNet", "UNetConfig", "build_denoiser", "describe_attention"]
+__all__ = ["DenoiserConfig", "DiT", "DiTConfig", "UNet", "UNetConfig", "attention_length", "build_denoiser", "describe_attention"]
 
 DenoiserConfig = UNetConfig | DiTConfig
 
@@ -28,5 +28,18 @@ def build_denoiser(config: DenoiserConfig, *, latent_channels: int, context_widt
             )
         case DiTConfig():
             return DiT(config, channels=latent_channels, context_width=context_width)
+        case _:
+            assert_never(config)
+
+
+def attention_length(config: DenoiserConfig, side: int) -> int:
+    """Tokens of the longest self-attention over latents of side x side."""
+    match config:
+        case UNetConfig():
+            attending = [level for level, attends in enumerate(config.attention_levels) if attends]
+            coarsest = len(config.attention_levels) - 1  # where the middle block attends in any case
+            return (side // 2 ** min([*attending, coarsest])) ** 2
+        case DiTConfig():
+            return (side // config.patch_size) ** 2
         case _:
             assert_never(config)

@@ -163,6 +163,11 @@ def test_damaged_weights_name_the_file(dit_folder, tmp_path, part, fault):
         TextToImage.load(folder)
 
 
+def test_a_runs_folder_stands_for_its_newest_model(dit_folder, tmp_path):
+    shutil.copytree(dit_folder, tmp_path / "run" / "model")
+    assert TextToImage.load(tmp_path / "run").weights_hash == TextToImage.load(dit_folder).weights_hash
+
+
 def test_unknown_device_and_dtype(dit_folder):
     with pytest.raises(ValueError, match="'gpu'"):
         TextToImage.load(dit_folder, device="gpu")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoisers import attention as attention_module
+from ldm.denoisers import DiTConfig, UNetConfig, attention_length
 from ldm.denoisers.attention import Attention, attention, describe_attention
 
 LENGTH, KEYS = 6, 5
@@ -177,3 +178,17 @@ def test_attention_layer_equals_pytorchs():
     x, context = torch.randn(2, LENGTH, 16), torch.randn(2, KEYS, 16)
     expected = theirs(x, context, context, key_padding_mask=~MASK[:, 0, 0], need_weights=False)[0]
     torch.testing.assert_close(ours(x, context, MASK), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (DiTConfig(depth=1, width=32, heads=2, sample_size=16), 64),
+        (DiTConfig(depth=1, width=32, heads=2, sample_size=16, patch_size=4), 16),
+        (UNetConfig(block_out_channels=(32, 64), attention_levels=(True, False)), 256),
+        (UNetConfig(block_out_channels=(32, 64, 64), attention_levels=(False, True, False)), 64),
+        (UNetConfig(block_out_channels=(32, 64, 64), attention_levels=(False, False, False)), 16),
+    ],
+)
+def test_the_longest_sequence_is_that_of_the_finest_level_that_attends(config, length):
+    assert attention_length(config, 16) == length
