@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 2  # pixels between pictures
-LABEL_HEIGHT = 11
+LABEL_LINES, LINE_HEIGHT = 2, 11
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -20,22 +21,42 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def sheet(images: Sequence[Image.Image], *, columns: int, labels: Sequence[str] = (), zoom: int = 1) -> Image.Image:
-    """Images of one size, row by row; a label, if given, stands below each, cut to its width."""
+    """Images of one size, row by row. Labels stand below: one for each image, or one for each row or part of a row,
+    in two lines at most and cut to the width of the images that they belong to."""
     width, height = images[0].width * zoom, images[0].height * zoom
-    label_height = LABEL_HEIGHT if labels else 0
+    label_height = LABEL_LINES * LINE_HEIGHT if labels else 0
     rows = -(-len(images) // columns)
     canvas = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + label_height + GAP) + GAP), "#d0d0d0")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=9)
+    draw = ImageDraw.Draw(canvas)
+    span = len(images) // len(labels) if labels else 0  # images that share a label
     for place, image in enumerate(images):
         left = GAP + place % columns * (width + GAP)
         top = GAP + place // columns * (height + label_height + GAP)
         canvas.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
-        if labels:
-            text = labels[place]
-            while text and draw.textlength(text, font=font) > width:
-                text = text[:-1]
-            draw.text((left, top + height), text, fill="black", font=font)
+        if span and place % span == 0:
+            lines = wrapped(draw, labels[place // span], span * (width + GAP) - GAP)
+            for number, line in enumerate(lines[:LABEL_LINES]):
+                draw.text((left, top + height + number * LINE_HEIGHT), line, fill="black", font=_font())
     return canvas
+
+
+def wrapped(draw: ImageDraw.ImageDraw, text: str, width: int) -> list[str]:
+    """The text's words in lines of at most `width` pixels; a longer word is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font=_font()) <= width:
+            lines[-1] = longer
+            continue
+        while draw.textlength(word, font=_font()) > width:
+            word = word[:-1]
+        lines = [*lines, word] if lines[-1] else [word]
+    return lines
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=9)
 
 
 def save_image(image: Image.Image, path: Path) -> None:

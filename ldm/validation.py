@@ -50,4 +50,4 @@ def drawings(config: TrainConfig, model: LatentDiffusion, denoiser: nn.Module, p
         denoise = guided(model, denoiser, prompts, [""] * len(prompts), preview.scale)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         latents = model.sample(denoise, generators, size=(side, side), sampler=preview.sampler, steps=preview.steps)
-        save_image(sheet(to_images(model.decode(latents)), columns=preview.pictures, labels=prompts), path)
+        save_image(sheet(to_images(model.decode(latents)), columns=preview.pictures, labels=preview.prompts), path)

@@ -14,7 +14,16 @@ from ldm.denoisers.attention import describe_attention
 from ldm.denoisers.dit import DiT, DiTConfig
 from ldm.denoisers.unet import UNet, UNetConfig
 
-__all__ = ["DenoiserConfig", "DiT", "DiTConfig", "UNet", "UNetConfig", "attention_length", "build_denoiser", "describe_attention"]
+__all__ = [
+    "DenoiserConfig",
+    "DiT",
+    "DiTConfig",
+    "UNet",
+    "UNetConfig",
+    "attention_length",
+    "build_denoiser",
+    "describe_attention",
+]
 
 DenoiserConfig = UNetConfig | DiTConfig
 

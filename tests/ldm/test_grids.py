@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from ldm.grids import GAP, LABEL_HEIGHT, save_image, sheet, to_images
+from ldm.grids import GAP, LABEL_LINES, LINE_HEIGHT, save_image, sheet, to_images, wrapped
+
+LABEL_HEIGHT = LABEL_LINES * LINE_HEIGHT
 
 
 def test_the_ends_of_the_range_are_black_and_white_and_beyond_is_clamped():
@@ -58,6 +60,26 @@ def test_a_label_is_written_below_and_cut_to_the_width():
     assert right.getcolors() == [(right.width * right.height, (208, 208, 208))]
     picture = drawn.crop((GAP, GAP, GAP + 30, GAP + 6))
     assert picture.getcolors() == [(180, (255, 0, 0))]
+
+
+def test_one_label_may_stand_below_a_whole_row():
+    images = [Image.new("RGB", (30, 6), "red")] * 6
+    drawn = sheet(images, columns=3, labels=["one label for three pictures", "another"])
+    for row in range(2):
+        top = GAP + row * (6 + LABEL_HEIGHT + GAP) + 6
+        second = drawn.crop((GAP + 30 + GAP, top, GAP + 60, top + LABEL_HEIGHT))  # below the middle picture
+        dark = second.convert("L").getextrema()[0] < 60  # pyright: ignore[reportOperatorIssue]
+        assert dark == (row == 0)  # the long label reaches it, the short one does not
+
+
+def test_labels_break_between_words():
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    width = 60
+    lines = wrapped(draw, "a noto emoji of woman surfing incomprehensibilities", width)
+    assert " ".join(lines[:-1]) == "a noto emoji of woman surfing"
+    assert len(lines) > 2
+    assert "incomprehensibilities".startswith(lines[-1])
+    assert len(lines[-1]) < len("incomprehensibilities")
 
 
 def test_a_picture_is_written_whole(tmp_path: Path):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.denoisers import attention as attention_module
 from ldm.denoisers import DiTConfig, UNetConfig, attention_length
+from ldm.denoisers import attention as attention_module
 from ldm.denoisers.attention import Attention, attention, describe_attention
 
 LENGTH, KEYS = 6, 5
