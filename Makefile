@@ -6,7 +6,7 @@ PROMPTS := "a noto emoji of Santa Claus, medium skin tone" "a twemoji emoji of r
 	"a noto emoji of flag of Japan" "a twemoji emoji of dog face" \
 	"a noto emoji of woman surfing, dark skin tone" "a twemoji emoji of fire engine"
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,10 +28,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 clean:
 	rm -rf $(VENV) build *.egg-info

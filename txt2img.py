@@ -209,7 +209,7 @@ def draw(pipe: TextToImage, request: Request, args: Namespace, bar: tqdm) -> tup
         Recipe(
             prompt=request.prompt, negative_prompt=request.negative_prompt, steps=request.steps, scale=request.scale,
             sampler=request.sampler, seed=request.seed + i, width=image.width, height=image.height, model=pipe.name,
-            weights_hash=pipe.weights_hash, device=args.device, precision=PRECISIONS[args.precision],
+            weights_hash=pipe.weights_hash, device=str(pipe.device), precision=pipe.precision,
             software=software(),
         )
         for i, image in enumerate(images)

@@ -70,14 +70,15 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=5.0)
     parser.add_argument("--sampler", default="dpmpp_2m")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--clip", type=Path, help="RUN/clip of text/train.py: also count what is recognised")
     parser.add_argument("--out", type=Path, help="sheet of the first 40: each drawing above the true picture")
     args = parser.parse_args()
     true, captions = read_split(args.split, args.count)
-    pipe = TextToImage.load(args.ckpt)
+    pipe = TextToImage.load(args.ckpt, dtype=args.dtype)
     started = time.monotonic()
     settings = {"negative_prompt": "", "steps": args.steps, "scale": args.scale, "sampler": args.sampler}
-    drawn = pipe.draw(captions, seed=args.seed, **settings)
+    drawn = pipe.draw(captions, seed=args.seed, **settings).cpu()
     found: dict[str, object] = {"split": args.split, "pictures": len(captions)} | settings
     found["seconds"] = round(time.monotonic() - started, 1)
     if args.clip:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,11 +16,11 @@ INTERRUPTED = 130
 
 def training_arguments(description: str) -> argparse.ArgumentParser:
     """--config and section.key=value words, and --local_rank, which the deepspeed launcher adds."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description)
     parser.add_argument("--config", required=True, help="YAML file of the run, as in configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
 
 
@@ -64,14 +65,18 @@ def run_command(
         code = _exit_code(error)
         if args.debug or code is None:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or code != USER_ERROR:  # a user's mistake is the same on every rank
+            where = "" if rank == "0" else f"rank {rank}: "
+            print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
         return code
     return 0
 
 
 def _exit_code(error: Exception) -> int | None:
     # Named by class, not imported: this file must answer --help before torch is loaded.
-    codes = {"DataError": DATA_ERROR, "CheckpointError": CHECKPOINT_ERROR, "NonFiniteError": NON_FINITE_ERROR}
+    codes = {"DataError": DATA_ERROR, "CheckpointError": CHECKPOINT_ERROR}
+    codes |= {"NonFiniteError": NON_FINITE_ERROR, "FloatingPointError": NON_FINITE_ERROR}
     if type(error).__name__ in codes:
         return codes[type(error).__name__]
     return USER_ERROR if isinstance(error, (ValueError, OSError)) else None

@@ -51,6 +51,18 @@ class TextTrainConfig:
     shift: int = 4  # pixels by which a picture is moved, at most, when it is shown
     engine: EngineConfig = field(default_factory=EngineConfig)
 
+    def __post_init__(self) -> None:
+        if self.text.projection_dim != self.image.embed_dim:
+            raise ValueError(
+                f"text.projection_dim ({self.text.projection_dim}) and image.embed_dim ({self.image.embed_dim}) "
+                "are the width of one space: make them equal"
+            )
+        if self.image.image_size != self.data.image_size or self.shift < 0:
+            raise ValueError(
+                f"image.image_size ({self.image.image_size}) must equal data.image_size ({self.data.image_size}), and "
+                f"shift ({self.shift}) must be 0 or more"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -67,10 +79,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"model.caption_dropout is {self.caption_dropout}, expected a share from 0 to 1")
-        if self.path.kind == "rectified_flow" and self.objective.prediction == "eps":
+        flow, prediction = self.path.kind == "rectified_flow", self.objective.prediction
+        if flow != (prediction == "velocity"):
+            use = "velocity" if flow else "eps or v"
             raise ValueError(
-                "model.objective.prediction is eps on model.path rectified_flow, where pure noise says nothing of the "
-                "picture: use velocity"
+                f"model.objective.prediction is {prediction} on model.path {self.path.kind}, which no other program "
+                f"could open: use {use}"
             )
 
 
@@ -153,7 +167,10 @@ def _apply(tree: Any, override: str) -> None:
         tree = tree.setdefault(section, {}) if isinstance(tree, dict) else None
     if not isinstance(tree, dict):
         raise ValueError(f"{override!r}: {'.'.join(sections)} is a value, not a section")
-    tree[key] = yaml.safe_load(text)
+    try:
+        tree[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not YAML") from error
 
 
 def _first_error(error: ValidationError, kind: type) -> str:

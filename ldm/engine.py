@@ -98,9 +98,9 @@ def start_process() -> World:
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether the forward pass runs in bfloat16. Raises ValueError if it is asked for where it does not run."""
+    """Whether the forward pass runs in bfloat16. Raises ValueError if it is asked for on a GPU that has none."""
     if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported()
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if precision == "bf16" and device.type == "cuda" and not able:
@@ -169,14 +169,23 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self.lr
         self._engine.backward(loss)
+        self._check_gradient(self._whole_gradient_norm())
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        if norm is not None and not math.isfinite(float(norm)):
-            raise NonFiniteError(f"the gradient of step {self.step} is {float(norm)}: resume from the last checkpoint")
+        self._check_gradient(self._engine.get_global_grad_norm())
         self.step += 1
         if self.ema is not None:
             self.ema.update(self._own_weights())
         return value
+
+    def _whole_gradient_norm(self) -> Tensor | None:
+        """The gradient's norm before the step. DeepSpeed itself knows it from ZeRO 1 on, and only after the step."""
+        if self.config.zero_stage > 0:
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
+
+    def _check_gradient(self, norm: Tensor | float | None) -> None:
+        if norm is not None and not math.isfinite(float(norm)):
+            raise NonFiniteError(f"the gradient of step {self.step} is {float(norm)}: resume from the last checkpoint")
 
     @property
     def lr(self) -> float:
@@ -195,14 +204,17 @@ class Engine:
         return self.mean(torch.tensor(float(wish), device=self.world.device)) > 0
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The EMA's full weights, float32. Every rank must call it; where weights are replicated only the main rank
-        receives them, and the others an empty dict."""
+        """The EMA's full weights, float32, and the network's buffers as they are. Every rank must call it; where
+        weights are replicated only the main rank receives them, and the others an empty dict."""
         if self.ema is None:
             return {}
+        module = self._engine.module
+        saved = module.state_dict().keys()
+        buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
         if self.config.zero_stage < 3:
-            return dict(self.ema.shadow)
-        shapes = {name: parameter.ds_shape for name, parameter in self._engine.module.named_parameters()}
-        return {name: self._gather(shard, shapes[name]) for name, shard in self.ema.shadow.items()}
+            return self.ema.shadow | buffers
+        shapes = {name: parameter.ds_shape for name, parameter in module.named_parameters()}
+        return {name: self._gather(shard, shapes[name]) for name, shard in self.ema.shadow.items()} | buffers
 
     def save(self, folder: Path, record: dict[str, Any]) -> None:
         """Write a checkpoint that appears under its name only when whole. Every rank must call it."""
@@ -237,7 +249,8 @@ class Engine:
         if self._engine.load_checkpoint(str(folder), tag="state")[0] is None:
             raise CheckpointError(f"{folder} holds no DeepSpeed state: remove it, an older checkpoint will be taken")
         if self.ema is not None:
-            self.ema.load_state_dict(torch.load(folder / f"ema_{self.world.rank:05d}.pt", weights_only=True))
+            file = folder / f"ema_{self.world.rank:05d}.pt"
+            self.ema.load_state_dict(torch.load(file, weights_only=True, map_location=self.world.device))
         self.step = record["step"]
         return record
 

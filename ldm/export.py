@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.commands import run_command
+from ldm.commands import OneLineParser, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -36,13 +36,18 @@ class Trained:
 
 
 def export(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
-    """Write the whole folder, which replaces an older one only when it is whole."""
+    """Write the whole folder; an older export there is replaced when the new one is whole.
+
+    Raises ValueError if the folder exists and is no export: nothing else is ever deleted.
+    """
     from ldm.interop.denoiser import denoiser_folder, save_denoiser
     from ldm.interop.files import write_json
     from ldm.interop.scheduler import scheduler_config_json
     from ldm.interop.vae import folded, save_vae
     from text import OpenClipTextEncoder, TransformersTextEncoder, save_text_encoder, save_tokenizer
 
+    if folder.exists() and not (folder / "model_index.json").exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and is not a model: give a new folder, or one that holds an older export")
     model, encoder = trained.model, trained.model.text_encoder
     assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
     partial = folder.with_name(folder.name + ".partial")
@@ -65,8 +70,12 @@ def export(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
     write_json(scheduler_config_json(model.path, model.prediction), partial / "scheduler" / "scheduler_config.json")
     write_json(model_index(part), partial / "model_index.json")
     (partial / "foundry.yaml").write_text(trained.notes)
-    shutil.rmtree(folder, ignore_errors=True)
+    older = folder.with_name(folder.name + ".older.partial")
+    shutil.rmtree(older, ignore_errors=True)
+    if folder.exists():
+        folder.rename(older)
     partial.rename(folder)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def model_index(part: str) -> dict[str, object]:
@@ -91,12 +100,13 @@ def main(args: argparse.Namespace) -> None:
     from ldm.pipeline import TextToImage
 
     pipe = TextToImage.load(args.source, device="cpu", dtype="fp32")
-    notes = args.source / "foundry.yaml"
+    source = args.source / "model" if (args.source / "model").is_dir() else args.source
+    notes = source / "foundry.yaml"
     trained = Trained(
         model=pipe.model,
         denoiser=pipe.denoiser,
         config=pipe.denoiser_config,
-        sample_size=pipe.native_size // pipe.factor,
+        sample_size=pipe.sample_size,
         notes=notes.read_text() if notes.exists() else "",
     )
     export(
@@ -106,9 +116,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ldm.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(__doc__ or "")
+    parser.prog = "python -m ldm.export"
     parser.add_argument("source", type=Path, help="an export, as RUN/model")
     parser.add_argument("target", type=Path, help="the folder to write; an older one is replaced")
     parser.add_argument(

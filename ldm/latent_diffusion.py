@@ -74,7 +74,7 @@ class LatentDiffusion:
         """Latents -> pixels, float32. Raises FloatingPointError if they are not numbers."""
         pixels = self.vae.decode(latents.to(next(self.vae.parameters()).dtype)).float()
         if not pixels.isfinite().all():
-            raise FloatingPointError("the decoded picture holds NaN or infinity: use --precision fp32")
+            raise FloatingPointError("the decoded picture holds NaN or infinity: compute in fp32")
         return pixels
 
 

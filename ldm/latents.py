@@ -26,9 +26,9 @@ class LatentEncoder:
         return self.moments(batch).sample(noise.to(self.device))
 
     def moments(self, batch: Batch) -> DiagonalGaussian:
-        missing = [row for row, sample in enumerate(batch.samples) if sample not in self._kept]
         if not self.keep:
             return self._encode(batch.pixels)
+        missing = [row for row, sample in enumerate(batch.samples) if sample not in self._kept]
         if missing:
             found = self._encode(batch.pixels[missing])
             for row, moments in zip(missing, torch.cat([found.mean, found.logvar], dim=1), strict=True):

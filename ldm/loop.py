@@ -24,23 +24,27 @@ def train(
     network can do by now: every run.sample_every steps, from step 0 on.
     """
     config, batch_size = run.config, images.config.batch_size
+    run.begin()
     checkpoint = run.newest_checkpoint()
     if checkpoint is not None:
         engine.load(checkpoint)
         run.tell(f"resumed from {checkpoint}")
-    elif engine.step == 0:
+    else:
         sample(0)
     batches = images.stream(position=engine.step)
     last = engine.step == config.steps
+    run.restart_clock()
     while not last:
         lr, parts = engine.lr, losses(next(batches))
         loss = engine.update(parts.pop("loss"))
         measures = {name: engine.mean(value) for name, value in parts.items()}
         run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=measures)
         last = engine.step == config.steps or engine.agree(run.out_of_time)
-        if engine.step % config.sample_every == 0 or last:
-            sample(engine.step)
         if engine.step % config.checkpoint_every == 0 or last:
             engine.save(run.checkpoint_path(engine.step), {"samples_seen": engine.step * batch_size})
             run.drop_old_checkpoints()
+            run.restart_clock()
+        if engine.step % config.sample_every == 0 or last:
+            sample(engine.step)
+            run.restart_clock()
     batches.close()

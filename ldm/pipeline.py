@@ -22,6 +22,7 @@ from text import load_text_encoder, load_tokenizer
 if TYPE_CHECKING:
     from PIL import Image
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_BATCH = 16  # pictures drawn at once; more are drawn in turns, which changes none of them
 
 
@@ -44,7 +45,8 @@ class TextToImage:
     ) -> None:
         self.model, self.denoiser, self.denoiser_config = model, denoiser, config
         self.name, self.weights_hash = name, weights_hash
-        self.native_size = sample_size * model.vae.config.factor  # pixels a side, as in training
+        self.sample_size = sample_size  # latents a side, as in training
+        self.native_size = sample_size * model.vae.config.factor  # the same in pixels
         # H and W must be multiples of this: whole latents, and whole patches of them.
         self.factor = model.vae.config.factor * getattr(config, "patch_size", 1)
 
@@ -55,6 +57,11 @@ class TextToImage:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.denoiser.parameters()).dtype
+
+    @property
+    def precision(self) -> str:
+        """The name under which `load` takes this dtype."""
+        return next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
 
     @property
     def attention(self) -> str:
@@ -93,7 +100,8 @@ class TextToImage:
         model = LatentDiffusion(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, path=noise_path, prediction=prediction
         )
-        digest = hashlib.sha256((folder / denoiser_folder(config) / WEIGHTS_NAME).read_bytes()).hexdigest()[:10]
+        with (folder / denoiser_folder(config) / WEIGHTS_NAME).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:10]
         return cls(model, denoiser, config, sample_size=sample_size, name=folder.resolve().name, weights_hash=digest)
 
     def __call__(
@@ -197,9 +205,9 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    """The dtype named, or what the device draws best in. Raises ValueError for another name."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in names:
-        raise ValueError(f"dtype is {dtype!r}, expected auto, {' or '.join(names)}")
-    return names[dtype]
+    if dtype not in PRECISIONS:
+        raise ValueError(f"dtype is {dtype!r}, expected auto, {' or '.join(PRECISIONS)}")
+    return PRECISIONS[dtype]

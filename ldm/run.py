@@ -45,14 +45,24 @@ class Run:
         self.started = time.monotonic()
         self._since = self.started  # time of the last progress line
         self._losses: list[float] = []
+        self._steps_timed = 0  # steps since then
         found = self.newest_checkpoint()
         if found is not None and config.resume == "never":
             raise ValueError(
                 f"{config.path} already holds {found.name}: set run.resume=auto to continue it, or another run.name"
             )
-        if is_main:
-            (config.path / "samples").mkdir(parents=True, exist_ok=True)
-            (config.path / "config.yaml").write_text(config_text)
+        self._config_text = config_text
+
+    def begin(self) -> None:
+        """Make the folder and write the configuration: once data and model are open, so that a mistake in either
+        leaves nothing behind."""
+        if self.is_main:
+            (self.config.path / "samples").mkdir(parents=True, exist_ok=True)
+            (self.config.path / "config.yaml").write_text(self._config_text)
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last progress line, such as drawing, out of the next one's speed."""
+        self._since, self._steps_timed = time.monotonic(), 0
 
     def newest_checkpoint(self) -> Path | None:
         return next(reversed(self._whole_checkpoints()), None)
@@ -84,14 +94,16 @@ class Run:
         The loss shown is the mean since the last line; `images` counts what all ranks saw since the start.
         """
         self._losses.append(loss)
+        self._steps_timed += 1
         if step % self.config.log_every and step != self.config.steps:
             return
         now = time.monotonic()
-        # Counted by the steps since the last line: `images` also holds what earlier sessions of the run saw.
-        rate = len(self._losses) * images / step / max(now - self._since, 1e-9)
+        # Counted by the steps since the clock started: `images` also holds what earlier sessions of the run saw.
+        rate = self._steps_timed * images / step / max(now - self._since, 1e-9)
         seconds_left = (self.config.steps - step) * images / step / rate
         mean = sum(self._losses) / len(self._losses)
-        self._since, self._losses = now, []
+        self._losses = []
+        self.restart_clock()
         shown = "".join(f"  {name} {value:.4g}" for name, value in measures.items())
         line = f"step {step}/{self.config.steps}  loss {mean:.4f}{shown}  lr {lr:.2e}  {rate:.1f} images/s"
         self.tell(f"{line}  ETA {duration(seconds_left)}")

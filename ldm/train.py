@@ -2,8 +2,8 @@
 
     deepspeed ldm/train.py --config configs/emoji64_dit.yaml [section.key=value ...]
 
-Plain `python` and torchrun start it too. With every checkpoint the averaged weights are exported to RUN/model, which
-txt2img.py draws with: `python txt2img.py --ckpt runs/NAME/model --prompt "..."`.
+Plain `python` and torchrun start it too. Every run.sample_every steps the averaged weights are exported to RUN/model,
+which txt2img.py draws with: `python txt2img.py --ckpt runs/NAME/model --prompt "..."`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ldm.config import TrainConfig
     from ldm.engine import Engine, World
     from ldm.latent_diffusion import LatentDiffusion
-    from ldm.latents import LatentEncoder
     from ldm.run import Run
 
 NOISE, POSTERIOR = 0, 1  # streams of random numbers, each a function of (seed, position) alone
@@ -71,7 +70,7 @@ def main(args: Namespace) -> None:
         output = engine(x_t, timesteps, text.context, text.mask, text.pooled)
         return {"loss": diffusion_loss(output, target(objective.prediction, x0, eps, path, t)).mean()}
 
-    train(engine, run, images, losses, sample=lambda step: preview(config, engine, run, model, encode, step))
+    train(engine, run, images, losses, sample=lambda step: preview(config, engine, run, model, step))
 
 
 def frozen_half(config: TrainConfig, world: World) -> LatentDiffusion:
@@ -95,13 +94,18 @@ def frozen_half(config: TrainConfig, world: World) -> LatentDiffusion:
 def build(config: TrainConfig, model: LatentDiffusion) -> nn.Module:
     from ldm.denoisers import build_denoiser
 
+    side = config.data.image_size // model.vae.config.factor
+    native = getattr(config.model.denoiser, "sample_size", side)
+    if native != side:
+        raise ValueError(
+            f"model.denoiser.sample_size is {native}, but pictures of {config.data.image_size} pixels have latents of "
+            f"{side} a side: set it to {side}"
+        )
     channels, width = model.vae.config.latent_channels, model.text_encoder.config.width
     return build_denoiser(config.model.denoiser, latent_channels=channels, context_width=width)
 
 
-def preview(
-    config: TrainConfig, engine: Engine, run: Run, model: LatentDiffusion, encode: LatentEncoder, step: int
-) -> None:
+def preview(config: TrainConfig, engine: Engine, run: Run, model: LatentDiffusion, step: int) -> None:
     """What the averaged weights can do: the loss on held-out pictures, a sheet of drawings, and an export."""
     import torch
 
@@ -114,7 +118,7 @@ def preview(
         return
     denoiser = build(config, model).to(engine.world.device).eval().requires_grad_(False)
     denoiser.load_state_dict(weights)
-    loss = held_out_loss(config, model, denoiser, encode)
+    loss = held_out_loss(config, model, denoiser, bf16=engine.bf16)
     run.tell(f"step {step}: held-out loss {loss:.4f}")
     run.record(step=step, held_out_loss=loss)
     drawings(config, model, denoiser, run.sample_path(step))

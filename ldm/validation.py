@@ -21,20 +21,21 @@ HELD_OUT_SEED = 1_000_003  # noise and times of the held-out loss, the same for 
 
 
 @torch.no_grad()
-def held_out_loss(config: TrainConfig, model: LatentDiffusion, denoiser: nn.Module, encode: LatentEncoder) -> float:
+def held_out_loss(config: TrainConfig, model: LatentDiffusion, denoiser: nn.Module, *, bf16: bool) -> float:
     """The training objective's mean over the validation set, with fixed noise and times, captions always given."""
     path, objective = config.model.path, config.model.objective
     found: list[torch.Tensor] = []
     seen = 0
+    encode = LatentEncoder(model.vae, keep=False, bf16=bf16)
     for batch in CaptionedImages(config.validation, seed=0).once(config.validation.batch_size):
-        x0 = LatentEncoder(model.vae, keep=False, bf16=encode.bf16).moments(batch).mean
+        x0 = encode.moments(batch).mean
         positions = range(seen, seen + len(x0))
         seen += len(x0)
         random = sample_randomness(HELD_OUT_SEED, positions, x0.shape[1:])
         eps, t = random.eps.to(x0.device), draw_times(objective, path, random.time_uniforms)
         text = model.condition(batch.captions)
         timesteps = path.timesteps(t).to(x0.device)
-        with torch.autocast(x0.device.type, dtype=torch.bfloat16, enabled=encode.bf16):
+        with torch.autocast(x0.device.type, dtype=torch.bfloat16, enabled=bf16):
             output = denoiser(noise_sample(x0, eps, path, t), timesteps, text.context, text.mask, text.pooled)
         found.append(diffusion_loss(output, target(objective.prediction, x0, eps, path, t)))
     return torch.cat(found).mean().item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from PIL import Image
+
+# The suite states what happens on a CPU, in this process and in those that it starts.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # The same examples every time, and no time limit each, so that a busy machine fails nothing.
 settings.register_profile("suite", derandomize=True, deadline=None)

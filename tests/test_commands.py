@@ -17,7 +17,15 @@ BIN = Path(sys.executable).parent
 RUN = {"steps": 4, "log_every": 1, "sample_every": 2, "checkpoint_every": 2}
 OPTIM = {"lr": 1e-3, "warmup_steps": 2}
 VAE = {"block_out_channels": [8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
-TEXT = {"width": 16, "layers": 1, "heads": 2, "intermediate_size": 32, "context_length": 32, "activation": "gelu"}
+TEXT = {
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "intermediate_size": 32,
+    "context_length": 32,
+    "activation": "gelu",
+    "projection_dim": 16,
+}
 IMAGE = {"timm_model": "test_convnext", "image_size": 64, "embed_dim": 16}
 DIT = {"kind": "dit", "depth": 1, "width": 32, "heads": 2, "sample_size": 16}
 UNET = {
@@ -144,6 +152,7 @@ def test_clip_trains_on_two_ranks(workshop, few_emoji):
     [
         (["optim.lrr=1"], 2, r"unknown key optim.lrr; did you mean lr?"),
         (["data.shards=[nowhere/*.tar]"], 3, r"no shard matches 'nowhere/*.tar'"),
+        (["model.denoiser.sample_size=8"], 2, "sample_size is 8, but pictures of 64 pixels have latents of 16"),
         (["model.vae=nowhere"], 2, "nowhere/vae/config.json is missing"),
         (["optim.lr=1e30", "run.name=nan", "engine.clip=0"], 6, "of step"),
     ],
@@ -155,6 +164,8 @@ def test_a_mistake_is_one_line_and_a_code(workshop, words, code, message):
     assert len(error) == 1
     assert message in error[0]
     assert "Traceback" not in finished.stderr
+    if code in (2, 3):
+        assert not (workshop / "runs" / "mistake").exists()
 
 
 def test_a_run_with_checkpoints_is_not_silently_started_again(workshop):

@@ -42,6 +42,8 @@ class FakeTextToImage:
     """What ldm.pipeline.TextToImage offers; it keeps what it was called with."""
 
     name, weights_hash, native_size, factor, attention = "tiny", "0123456789", 16, 8, "explicit"
+    device: str
+    precision: str
     loads: list[tuple]
     calls: list[dict]
 
@@ -50,7 +52,9 @@ class FakeTextToImage:
         cls.loads.append((str(path), device, dtype))
         if "broken" in str(path):
             raise ValueError(f"{path} holds\nno model")
-        return cls()
+        fake = cls()
+        fake.device, fake.precision = f"real {device}", f"real {dtype}"
+        return fake
 
     def __call__(self, prompt, *, negative_prompt="", steps=30, scale=5.0, sampler="dpmpp_2m", seed=0, n=1,
                  height=None, width=None, progress=None):  # fmt: skip
@@ -121,8 +125,8 @@ def test_one_prompt_with_all_defaults(command, model):
     for i, file in enumerate(files):
         assert read_recipes(Path(file)) == [
             Recipe(prompt="a red apple", negative_prompt="", steps=30, scale=5.0, sampler="dpmpp_2m", seed=seed + i,
-                   width=16, height=16, model="tiny", weights_hash="0123456789", device="auto", precision="auto",
-                   software=software())
+                   width=16, height=16, model="tiny", weights_hash="0123456789", device="real auto",
+                   precision="real auto", software=software())
         ]  # fmt: skip
         with Image.open(file) as image:
             assert image.getpixel((0, 0)) == colour("a red apple", seed + i)
@@ -176,7 +180,7 @@ def check_all_options(model) -> None:
     ]  # fmt: skip
     assert pngs("o_u/t") == ["grid-0000.png", *(f"samples/0000{i}.png" for i in range(6))]
     (recipe,) = read_recipes(Path("o_u/t/samples/00005.png"))
-    assert (recipe.seed, recipe.device, recipe.precision, recipe.scale) == (14, "cpu", "bf16", 0.0)
+    assert (recipe.seed, recipe.device, recipe.precision, recipe.scale) == (14, "real cpu", "real bf16", 0.0)
     with Image.open("o_u/t/grid-0000.png") as grid:
         assert grid.size == (3 * (8 + GAP) + GAP, 2 * (24 + GAP) + GAP)
 

@@ -62,7 +62,7 @@ def build_clip(text: TextEncoderConfig, image: ImageTowerConfig) -> CLIP:
 def shifted(pixels: Tensor, offsets: Tensor, largest: int) -> Tensor:
     """Each picture moved by its own offset over its edge colour, which makes a small set go further.
 
-    offsets B x 2 in [0, 1): 0 moves `largest` pixels up or left, 1 as many down or right.
+    offsets B x 2 in [0, 1): 0 moves `largest` pixels down or right, nearly 1 as many up or left.
     """
     padded = F.pad(pixels, (largest,) * 4, mode="replicate")
     starts = (offsets * (2 * largest + 1)).long().tolist()
@@ -79,8 +79,9 @@ def recall(image_features: Tensor, text_features: Tensor, ks: tuple[int, ...] = 
     similarity = text_features @ image_features.T
     own = similarity.diagonal()
     ranks = {
-        "text_to_image": (similarity > own[:, None]).sum(dim=1),
-        "image_to_text": (similarity > own[None, :]).sum(dim=0),
+        # Counted by what is not below, so that features which are no numbers find nothing.
+        "text_to_image": (~(similarity < own[:, None])).sum(dim=1) - 1,
+        "image_to_text": (~(similarity < own[None, :])).sum(dim=0) - 1,
     }
     return {f"{name}_{k}": (rank < k).float().mean().item() for name, rank in ranks.items() for k in ks}
 

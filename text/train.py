@@ -108,7 +108,9 @@ def finish(config: TextTrainConfig, engine: Engine, run: Run) -> None:
     if network is None:
         return
     path = config.run.path
-    save_text_encoder(OpenClipTextEncoder(network, pad_id=config.text.pad_id), path / "text_encoder")
+    save_text_encoder(
+        OpenClipTextEncoder(network, hidden=config.text.hidden, pad_id=config.text.pad_id), path / "text_encoder"
+    )
     save_tokenizer(Tokenizer(config.text.tokenizer), path / "tokenizer")
     (path / "clip").mkdir(exist_ok=True)
     write_weights(network.state_dict(), path / "clip" / "open_clip_model.safetensors")

@@ -9,9 +9,38 @@ import torch
 from torch import nn
 
 from ldm.denoisers import DenoiserConfig, DiTConfig, UNet, UNetConfig, build_denoiser
-from ldm.interop.files import load_strictly, read_json, read_weights, to_float32, write_json, write_weights
+from ldm.interop.files import (
+    load_strictly,
+    missing_key,
+    read_json,
+    read_weights,
+    refuse_other,
+    to_float32,
+    write_json,
+    write_weights,
+)
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+# What these networks always are; other values would load, and compute something else.
+UNET_ALWAYS = {
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-05,
+}
+DIT_ALWAYS = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-06,
+    "norm_type": "ada_norm_single",
+    "num_embeds_ada_norm": 1000,
+    "use_additional_conditions": False,
+}
 
 
 def denoiser_folder(config: DenoiserConfig) -> str:
@@ -44,49 +73,47 @@ def save_denoiser(
 
 def load_denoiser(folder: Path) -> tuple[nn.Module, DenoiserConfig, int]:
     """The network in float32, its config, and the side of its native latents. Raises ValueError for anything else."""
-    content = read_json(folder / "config.json")
-    kind = content.get("_class_name")
-    if kind == "UNet2DConditionModel":
-        config: DenoiserConfig = unet_config(content, source=folder / "config.json")
-        context_width = content["cross_attention_dim"]
-    elif kind == "PixArtTransformer2DModel":
-        config = dit_config(content)
-        context_width = content["caption_channels"]
-    else:
-        known = "UNet2DConditionModel or PixArtTransformer2DModel"
-        raise ValueError(f"{folder / 'config.json'} describes {kind!r}, expected {known}: give a denoiser's folder")
-    with torch.device("meta"):
-        if isinstance(config, UNetConfig):
-            channels = {"in_channels": content["in_channels"], "out_channels": content["out_channels"]}
-            denoiser: nn.Module = UNet(config, **channels, context_width=context_width)
-        else:
-            denoiser = build_denoiser(config, latent_channels=content["in_channels"], context_width=context_width)
+    source = folder / "config.json"
+    content = read_json(source)
+    try:
+        with torch.device("meta"):
+            denoiser, config = _from_config(content, source=source)
+        sample_size = content["sample_size"]
+    except KeyError as error:
+        raise missing_key(error, source) from error
     load_strictly(denoiser, to_float32(read_weights(folder / WEIGHTS_NAME)), source=folder / WEIGHTS_NAME)
-    return denoiser, config, content["sample_size"]
+    return denoiser, config, sample_size
+
+
+def _from_config(content: dict[str, Any], *, source: Path) -> tuple[nn.Module, DenoiserConfig]:
+    match content.get("_class_name"):
+        case "UNet2DConditionModel":
+            unet = unet_config(content, source=source)
+            channels = {"in_channels": content["in_channels"], "out_channels": content["out_channels"]}
+            return UNet(unet, **channels, context_width=content["cross_attention_dim"]), unet
+        case "PixArtTransformer2DModel":
+            dit = dit_config(content, source=source)
+            width = content["caption_channels"]
+            return build_denoiser(dit, latent_channels=content["in_channels"], context_width=width), dit
+        case kind:
+            known = "UNet2DConditionModel or PixArtTransformer2DModel"
+            raise ValueError(f"{source} describes {kind!r}, expected {known}: give a denoiser's folder")
 
 
 def unet_config_json(config: UNetConfig, *, sample_size: int, channels: int, context: int) -> dict[str, Any]:
     """config.json as diffusers' UNet2DConditionModel writes it."""
     down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention_levels]
     up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention_levels)]
-    return {
+    return UNET_ALWAYS | {
         "_class_name": "UNet2DConditionModel",
         "_diffusers_version": "0.30.0",
-        "act_fn": "silu",
         # The number of heads, whatever diffusers calls it.
         "attention_head_dim": list(config.heads) if isinstance(config.heads, tuple) else config.heads,
         "block_out_channels": list(config.block_out_channels),
-        "center_input_sample": False,
         "cross_attention_dim": context,
         "down_block_types": down,
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
         "in_channels": channels,
         "layers_per_block": config.layers_per_block,
-        "mid_block_scale_factor": 1,
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "norm_eps": 1e-05,
         "norm_num_groups": config.norm_num_groups,
         "out_channels": channels,
         "sample_size": sample_size,
@@ -97,6 +124,7 @@ def unet_config_json(config: UNetConfig, *, sample_size: int, channels: int, con
 
 def unet_config(content: dict[str, Any], *, source: Path) -> UNetConfig:
     """Our config from diffusers' keys. Raises ValueError for blocks that Stable Diffusion 1 and 2 do not have."""
+    refuse_other(content, UNET_ALWAYS | {"resnet_time_scale_shift": "default"}, source=source)
     known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
     unknown = [name for name in content["down_block_types"] if name not in known]
     if unknown:
@@ -114,31 +142,25 @@ def unet_config(content: dict[str, Any], *, source: Path) -> UNetConfig:
 
 def dit_config_json(config: DiTConfig, *, channels: int, context: int) -> dict[str, Any]:
     """config.json as diffusers' PixArtTransformer2DModel writes it."""
-    return {
+    return DIT_ALWAYS | {
         "_class_name": "PixArtTransformer2DModel",
         "_diffusers_version": "0.30.0",
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
         "attention_head_dim": config.width // config.heads,
         "caption_channels": context,
         "cross_attention_dim": config.width,
         "in_channels": channels,
         "interpolation_scale": config.position_scale,
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-06,
-        "norm_type": "ada_norm_single",
         "num_attention_heads": config.heads,
-        "num_embeds_ada_norm": 1000,
         "num_layers": config.depth,
         "out_channels": channels,
         "patch_size": config.patch_size,
         "sample_size": config.sample_size,
-        "use_additional_conditions": False,
     }
 
 
-def dit_config(content: dict[str, Any]) -> DiTConfig:
-    """Our config from diffusers' keys."""
+def dit_config(content: dict[str, Any], *, source: Path) -> DiTConfig:
+    """Our config from diffusers' keys. Raises ValueError for what PixArt does not have."""
+    refuse_other(content, DIT_ALWAYS, source=source)
     return DiTConfig(
         depth=content["num_layers"],
         width=content["num_attention_heads"] * content["attention_head_dim"],

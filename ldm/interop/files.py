@@ -27,6 +27,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def refuse_other(content: dict[str, Any], known: dict[str, Any], *, source: Path) -> None:
+    """Raise ValueError if a config sets one of these keys otherwise: its weights would load and compute wrongly.
+
+    A key that is absent, or null, has the known value in the layouts that are read here.
+    """
+    for key, value in known.items():
+        if content.get(key) not in (None, value):
+            raise ValueError(f"{source} has {key} {content[key]!r}, expected {value!r}: this network is not supported")
+
+
+def missing_key(error: KeyError, source: Path) -> ValueError:
+    return ValueError(f"{source} lacks the key {error.args[0]!r}: copy it again")
+
+
 def write_json(content: dict[str, Any], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

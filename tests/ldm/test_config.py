@@ -84,7 +84,9 @@ def test_overrides_reach_any_depth_and_keep_their_types():
         ("run.steps=many", r"run\.steps.*'many'"),
         ("run.name=a/b", r"one folder's name, not 'a/b'"),
         ("model.caption_dropout=2", r"caption_dropout is 2"),
-        ("model.objective.prediction=eps", r"eps on model\.path rectified_flow"),
+        ("model.objective.prediction=eps", r"eps on model\.path rectified_flow.*use velocity"),
+        ("model.path.kind=linear_beta", r"velocity on model\.path linear_beta.*use eps or v"),
+        ("data.shards=[a", r"the value is not YAML"),
         ("steps", r"'steps' is not an override: write section\.key=value"),
         ("run.name.first=x", r"run\.name is a value, not a section"),
     ],
@@ -93,6 +95,12 @@ def test_a_mistake_is_one_line_that_names_it(word, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_config(TrainConfig, DIT, [word])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["image.embed_dim=64", "image.image_size=32", "shift=-1"])
+def test_sizes_that_must_agree(word):
+    with pytest.raises(ValueError, match=word.split("=")[0].split(".")[-1]):
+        load_config(TextTrainConfig, CONFIGS / "emoji64_clip.yaml", [word])
 
 
 def test_a_missing_key_is_named(tmp_path):

@@ -19,7 +19,7 @@ from torch import nn
 from ldm.engine import Engine, EngineConfig, NonFiniteError, OptimConfig, start_process
 
 
-def run(world, *, stage, steps, resume=None, save=None, nan_at=None):
+def run(world, *, stage, steps, resume=None, save=None, nan_at=None, nan_gradient_at=None):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(7, 33), nn.GELU(), nn.Linear(33, 5))
     config = EngineConfig(zero_stage=stage, precision="fp32")
@@ -37,8 +37,11 @@ def run(world, *, stage, steps, resume=None, save=None, nan_at=None):
         if step == nan_at:
             x[0, 0] = float("nan")
         mine = slice(world.rank * 8 // world.ranks, (world.rank + 1) * 8 // world.ranks)
+        loss = (engine(x[mine]) - y[mine]).square().mean()
+        if step == nan_gradient_at:  # sqrt has no derivative at 0, and 0 times infinity is no number
+            loss = loss + (0 * loss).sqrt()
         try:
-            losses.append(engine.update((engine(x[mine]) - y[mine]).square().mean()))
+            losses.append(engine.update(loss))
         except NonFiniteError as error:
             losses.append(str(error))
             break
@@ -84,6 +87,8 @@ def one(folder):
     runs: dict[str, dict] = {f"zero{stage}": {"stage": stage, "steps": 10} for stage in range(4)}
     runs["three"] = {"stage": 0, "steps": 3}
     runs["nan"] = {"stage": 0, "steps": 10, "nan_at": 3}
+    for stage in (0, 2):
+        runs[f"nan_gradient{stage}"] = {"stage": stage, "steps": 10, "nan_gradient_at": 3}
     for stage in (0, 2):
         runs[f"saved{stage}"] = {"stage": stage, "steps": 4, "save": str(folder / f"one_{stage}" / "step_0000004")}
     return work(folder, runs)
@@ -139,6 +144,13 @@ def test_a_nan_stops_the_run_names_the_step_and_moves_nothing(one):
     assert losses[:3] == one["zero0"]["losses"][:3]
     assert "step 3 is nan" in losses[3]
     assert one["nan"]["ema"] == one["three"]["ema"]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_gradient_that_is_no_number_stops_the_run_too(stage, one):
+    found = one[f"nan_gradient{stage}"]
+    assert "gradient of step 3 is nan" in found["losses"][3]
+    assert found["ema"] == pytest.approx(one["three"]["ema"], abs=1e-5)
 
 
 def test_deepspeeds_settings_are_derived():

@@ -45,8 +45,10 @@ def add_checkpoint(run: Run, step: int, *, whole: bool = True) -> Path:
     return path
 
 
-def test_the_main_rank_makes_the_folder(tmp_path: Path):
+def test_the_main_rank_makes_the_folder_when_training_begins(tmp_path: Path):
     run = make_run(tmp_path)
+    assert not list(tmp_path.iterdir())
+    run.begin()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "trial",
         "trial/config.yaml",
@@ -108,6 +110,7 @@ def records(tmp_path: Path) -> list[dict[str, Any]]:
 
 def test_a_line_every_log_every_steps_and_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = make_run(tmp_path, steps=25)
+    run.begin()
     for step in range(1, 26):
         run.log_step(step=step, loss=step, lr=1e-3, images=8 * step, measures={"kl": step / 7})
     found = records(tmp_path)
@@ -121,6 +124,7 @@ def test_a_line_every_log_every_steps_and_at_the_end(tmp_path: Path, capsys: pyt
 
 def test_speed_and_time_left(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]):
     run = make_run(tmp_path)
+    run.begin()
     for step in range(1, 31):
         clock.now += 2.0 if step <= 10 else 0.5
         run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step, measures={})
@@ -130,10 +134,25 @@ def test_speed_and_time_left(tmp_path: Path, clock: Clock, capsys: pytest.Captur
     assert lines[2].endswith("16.0 images/s  ETA 0:00:35")  # 70 steps of 0.5 s
 
 
+def test_what_happens_between_the_steps_is_not_counted(tmp_path: Path, clock: Clock):
+    run = make_run(tmp_path)
+    run.begin()
+    clock.now += 1000.0  # loading
+    run.restart_clock()
+    for step in range(1, 21):
+        clock.now += 2.0
+        run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step, measures={})
+        if step == 14:
+            clock.now += 500.0  # drawing
+            run.restart_clock()
+    assert [record["images_per_second"] for record in records(tmp_path)] == pytest.approx([4.0, 4.0])
+
+
 def test_speed_after_resuming_counts_this_session_alone(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ):
     run = make_run(tmp_path)
+    run.begin()
     for step in range(86, 101):  # 85 steps were taken in another session
         clock.now += 2.0
         run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step, measures={})
@@ -142,6 +161,7 @@ def test_speed_after_resuming_counts_this_session_alone(
 
 
 def test_records_are_appended(tmp_path: Path):
+    make_run(tmp_path).begin()
     make_run(tmp_path).record(step=1, psnr=20.5)
     make_run(tmp_path).record(step=2)
     found = records(tmp_path)

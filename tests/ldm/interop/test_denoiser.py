@@ -96,3 +96,30 @@ def test_another_kind_of_network_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"config\.json describes 'SD3Transformer2DModel', expected UNet2D"):
         load_denoiser(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (DIT, {"activation_fn": "geglu"}, r"config\.json has activation_fn 'geglu', expected 'gelu-approximate'"),
+        (UNETS[0], {"flip_sin_to_cos": False}, r"flip_sin_to_cos False, expected True"),
+        (UNETS[0], {"resnet_time_scale_shift": "scale_shift"}, r"expected 'default'"),
+    ],
+)
+def test_what_would_load_and_compute_wrongly_is_refused(config, change, message, tmp_path):
+    save_denoiser(random_denoiser(config), config, tmp_path, **SIZES)
+    content = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load_denoiser(tmp_path)
+
+
+@pytest.mark.parametrize("config", [DIT, UNETS[0]], ids=["dit", "unet"])
+@pytest.mark.parametrize("key", ["sample_size", "in_channels"])
+def test_a_config_without_a_key_names_it(config, key, tmp_path):
+    save_denoiser(random_denoiser(config), config, tmp_path, **SIZES)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content[key]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"config.json lacks the key '{key}'"):
+        load_denoiser(tmp_path)
