@@ -36,6 +36,18 @@ class DataConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    """Pictures to measure on: each once, with its best caption, at the size of those trained on."""
+
+    shards: tuple[str, ...]
+    batch_size: int = 64  # pictures measured at once
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"validation.batch_size must be at least 1, not {self.batch_size}")
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One rank's share of a global batch of B."""
@@ -148,3 +160,9 @@ class CaptionedImages:
             if self.bad_samples.setdefault((shard, index), bad) is bad:
                 self.on_bad(bad)
             return None
+
+
+def held_out(config: HeldOutConfig, *, image_size: int, tokenize: Tokenize | None = None) -> CaptionedImages:
+    """The held-out pictures, for `once(config.batch_size)`. Raises as CaptionedImages does."""
+    reading = DataConfig(shards=config.shards, image_size=image_size, batch_size=config.batch_size, captions="best")
+    return CaptionedImages(reading, seed=0, tokenize=tokenize)

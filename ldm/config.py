@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
-from data.loader import DataConfig
+from data.loader import DataConfig, HeldOutConfig
 from ldm.denoisers import DenoiserConfig
 from ldm.diffusion import ObjectiveConfig, PathConfig
 from ldm.engine import EngineConfig, OptimConfig
@@ -33,7 +33,7 @@ Config = TypeVar("Config")
 class VAETrainConfig:
     run: RunConfig
     data: DataConfig
-    validation: DataConfig
+    validation: HeldOutConfig
     vae: AutoencoderKLConfig
     loss: VAELossConfig
     optim: OptimConfig
@@ -44,7 +44,7 @@ class VAETrainConfig:
 class TextTrainConfig:
     run: RunConfig
     data: DataConfig
-    validation: DataConfig
+    validation: HeldOutConfig
     text: TextEncoderConfig
     image: ImageTowerConfig
     optim: OptimConfig
@@ -110,7 +110,7 @@ class PreviewConfig:
 class TrainConfig:
     run: RunConfig
     data: DataConfig
-    validation: DataConfig
+    validation: HeldOutConfig
     model: ModelConfig
     optim: OptimConfig
     preview: PreviewConfig
@@ -150,6 +150,31 @@ def parse(kind: type[Config], tree: Any, *, source: str) -> Config:
 def dump(config: Any) -> str:
     """The resolved configuration as YAML; parsing it gives an equal one."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def check_continues(then: str, now: str) -> None:
+    """Raise ValueError, naming the key, if a run that began with one configuration cannot go on with another.
+
+    Both are texts of `dump`. How long a run goes on and what it shows may change; what the numbers depend on may not.
+    """
+    before, after = _leaves(yaml.safe_load(then)), _leaves(yaml.safe_load(now))
+    for key in sorted(before.keys() | after.keys()):
+        free = key != "run.seed" and key.split(".")[0] in ("run", "preview", "validation")
+        if before.get(key) != after.get(key) and not free:
+            raise ValueError(
+                f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now: "
+                "set it back, or give another run.name"
+            )
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of sections as {"section.key": value}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
 
 
 def _plain(value: Any) -> Any:

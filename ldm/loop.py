@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 from torch import Tensor
 
 from data.loader import Batch, CaptionedImages
+from ldm.config import check_continues
 from ldm.engine import Engine
 from ldm.run import Run
 
@@ -24,12 +26,13 @@ def train(
     network can do by now: every run.sample_every steps, from step 0 on.
     """
     config, batch_size = run.config, images.config.batch_size
-    run.begin()
     checkpoint = run.newest_checkpoint()
     if checkpoint is not None:
+        check_continues(then=json.loads((checkpoint / "state.json").read_text())["config"], now=run.config_text)
         engine.load(checkpoint)
         run.tell(f"resumed from {checkpoint}")
-    else:
+    run.begin()
+    if checkpoint is None:
         sample(0)
     batches = images.stream(position=engine.step)
     last = engine.step == config.steps
@@ -41,7 +44,8 @@ def train(
         run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=measures)
         last = engine.step == config.steps or engine.agree(run.out_of_time)
         if engine.step % config.checkpoint_every == 0 or last:
-            engine.save(run.checkpoint_path(engine.step), {"samples_seen": engine.step * batch_size})
+            record = {"samples_seen": engine.step * batch_size, "config": run.config_text}
+            engine.save(run.checkpoint_path(engine.step), record)
             run.drop_old_checkpoints()
             run.restart_clock()
         if engine.step % config.sample_every == 0 or last:

@@ -51,14 +51,14 @@ class Run:
             raise ValueError(
                 f"{config.path} already holds {found.name}: set run.resume=auto to continue it, or another run.name"
             )
-        self._config_text = config_text
+        self.config_text = config_text
 
     def begin(self) -> None:
         """Make the folder and write the configuration: once data and model are open, so that a mistake in either
         leaves nothing behind."""
         if self.is_main:
             (self.config.path / "samples").mkdir(parents=True, exist_ok=True)
-            (self.config.path / "config.yaml").write_text(self._config_text)
+            (self.config.path / "config.yaml").write_text(self.config_text)
 
     def restart_clock(self) -> None:
         """Leave what was done since the last progress line, such as drawing, out of the next one's speed."""

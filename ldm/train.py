@@ -17,6 +17,7 @@ from ldm.commands import run_command, training_arguments
 if TYPE_CHECKING:
     from torch import nn
 
+    from data.loader import CaptionedImages
     from ldm.config import TrainConfig
     from ldm.engine import Engine, World
     from ldm.latent_diffusion import LatentDiffusion
@@ -29,7 +30,7 @@ def main(args: Namespace) -> None:
     import torch
     from torch import Tensor
 
-    from data.loader import Batch, CaptionedImages
+    from data.loader import Batch, CaptionedImages, held_out
     from ldm.config import TrainConfig, dump, load_config
     from ldm.denoisers import attention_length, describe_attention
     from ldm.diffusion import diffusion_loss, draw_times, noise_sample, sample_randomness, target
@@ -42,6 +43,7 @@ def main(args: Namespace) -> None:
     world = start_process()
     run = Run(config.run, is_main=world.is_main, config_text=dump(config))
     images = CaptionedImages(config.data, seed=config.run.seed, rank=world.rank, ranks=world.ranks)
+    validation = held_out(config.validation, image_size=config.data.image_size)
     model = frozen_half(config, world)
     torch.manual_seed(config.run.seed)
     denoiser = build(config, model)
@@ -70,7 +72,7 @@ def main(args: Namespace) -> None:
         output = engine(x_t, timesteps, text.context, text.mask, text.pooled)
         return {"loss": diffusion_loss(output, target(objective.prediction, x0, eps, path, t)).mean()}
 
-    train(engine, run, images, losses, sample=lambda step: preview(config, engine, run, model, step))
+    train(engine, run, images, losses, sample=lambda step: preview(config, engine, run, model, validation, step))
 
 
 def frozen_half(config: TrainConfig, world: World) -> LatentDiffusion:
@@ -105,7 +107,9 @@ def build(config: TrainConfig, model: LatentDiffusion) -> nn.Module:
     return build_denoiser(config.model.denoiser, latent_channels=channels, context_width=width)
 
 
-def preview(config: TrainConfig, engine: Engine, run: Run, model: LatentDiffusion, step: int) -> None:
+def preview(
+    config: TrainConfig, engine: Engine, run: Run, model: LatentDiffusion, validation: CaptionedImages, step: int
+) -> None:
     """What the averaged weights can do: the loss on held-out pictures, a sheet of drawings, and an export."""
     import torch
 
@@ -118,7 +122,7 @@ def preview(config: TrainConfig, engine: Engine, run: Run, model: LatentDiffusio
         return
     denoiser = build(config, model).to(engine.world.device).eval().requires_grad_(False)
     denoiser.load_state_dict(weights)
-    loss = held_out_loss(config, model, denoiser, bf16=engine.bf16)
+    loss = held_out_loss(config, model, denoiser, validation, bf16=engine.bf16)
     run.tell(f"step {step}: held-out loss {loss:.4f}")
     run.record(step=step, held_out_loss=loss)
     drawings(config, model, denoiser, run.sample_path(step))

@@ -21,13 +21,15 @@ HELD_OUT_SEED = 1_000_003  # noise and times of the held-out loss, the same for 
 
 
 @torch.no_grad()
-def held_out_loss(config: TrainConfig, model: LatentDiffusion, denoiser: nn.Module, *, bf16: bool) -> float:
+def held_out_loss(
+    config: TrainConfig, model: LatentDiffusion, denoiser: nn.Module, validation: CaptionedImages, *, bf16: bool
+) -> float:
     """The training objective's mean over the validation set, with fixed noise and times, captions always given."""
     path, objective = config.model.path, config.model.objective
     found: list[torch.Tensor] = []
     seen = 0
     encode = LatentEncoder(model.vae, keep=False, bf16=bf16)
-    for batch in CaptionedImages(config.validation, seed=0).once(config.validation.batch_size):
+    for batch in validation.once(config.validation.batch_size):
         x0 = encode.moments(batch).mean
         positions = range(seen, seen + len(x0))
         seen += len(x0)

@@ -50,7 +50,7 @@ def write_config(folder: Path, name: str, shards: str, **sections: object) -> st
     data = {"shards": [shards], "image_size": 64, "batch_size": 8, "lanes": 2, "prefetch": 1}
     sections.setdefault("optim", OPTIM)
     tree = {"run": RUN | {"name": name, "folder": str(folder / "runs")}, "data": data}
-    tree |= {"validation": data | {"lanes": 1, "captions": "best"}} | sections
+    tree |= {"validation": {"shards": shards, "batch_size": 8}} | sections
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return str(path)
@@ -152,6 +152,7 @@ def test_clip_trains_on_two_ranks(workshop, few_emoji):
     [
         (["optim.lrr=1"], 2, r"unknown key optim.lrr; did you mean lr?"),
         (["data.shards=[nowhere/*.tar]"], 3, r"no shard matches 'nowhere/*.tar'"),
+        (["validation.shards=[nowhere/*.tar]"], 3, r"no shard matches 'nowhere/*.tar'"),
         (["model.denoiser.sample_size=8"], 2, "sample_size is 8, but pictures of 64 pixels have latents of 16"),
         (["model.vae=nowhere"], 2, "nowhere/vae/config.json is missing"),
         (["optim.lr=1e30", "run.name=nan", "engine.clip=0"], 6, "of step"),

@@ -17,6 +17,7 @@ from ldm.commands import run_command, training_arguments
 if TYPE_CHECKING:
     from torch import nn
 
+    from data.loader import CaptionedImages
     from ldm.config import TextTrainConfig
     from ldm.engine import Engine
     from ldm.run import Run
@@ -27,7 +28,7 @@ def main(args: Namespace) -> None:
     from open_clip import ClipLoss
     from torch import Tensor
 
-    from data.loader import Batch, CaptionedImages
+    from data.loader import Batch, CaptionedImages, held_out
     from ldm.config import TextTrainConfig, dump, load_config
     from ldm.diffusion import sample_randomness
     from ldm.engine import Engine, start_process
@@ -41,6 +42,7 @@ def main(args: Namespace) -> None:
     run = Run(config.run, is_main=world.is_main, config_text=dump(config))
     tokenize = Tokenizer(config.text.tokenizer)
     images = CaptionedImages(config.data, seed=config.run.seed, tokenize=tokenize, rank=world.rank, ranks=world.ranks)
+    validation = held_out(config.validation, image_size=config.data.image_size, tokenize=tokenize)
     torch.manual_seed(config.run.seed)
     network = build_clip(config.text, config.image)
     total, batch_size = config.run.steps, config.data.batch_size
@@ -56,7 +58,7 @@ def main(args: Namespace) -> None:
         loss = loss_function(image.float(), text.float(), scale.float().clamp(max=MAX_LOGIT_SCALE))
         return {"loss": loss, "scale": scale.detach()}
 
-    train(engine, run, images, losses, sample=lambda step: validate(config, engine, run, step))
+    train(engine, run, images, losses, sample=lambda step: validate(config, engine, run, validation, step))
     if engine.step == config.run.steps:
         finish(config, engine, run)
 
@@ -73,19 +75,16 @@ def averaged_network(config: TextTrainConfig, engine: Engine) -> nn.Module | Non
     return network
 
 
-def validate(config: TextTrainConfig, engine: Engine, run: Run, step: int) -> None:
+def validate(config: TextTrainConfig, engine: Engine, run: Run, validation: CaptionedImages, step: int) -> None:
     """Retrieval among the validation pictures, by their best captions."""
     import torch
 
-    from data.loader import CaptionedImages
-    from text import Tokenizer
     from text.clip import features, recall
 
     network = averaged_network(config, engine)
     if network is None:
         return
     found = []
-    validation = CaptionedImages(config.validation, seed=0, tokenize=Tokenizer(config.text.tokenizer))
     for batch in validation.once(config.validation.batch_size):
         assert batch.tokens is not None
         found.append(features(network, batch.pixels.to(engine.world.device), batch.tokens.to(engine.world.device)))

@@ -30,7 +30,7 @@ def main(args: Namespace) -> None:
     import torch
     from torch import Tensor
 
-    from data.loader import Batch, CaptionedImages
+    from data.loader import Batch, CaptionedImages, held_out
     from ldm.config import VAETrainConfig, dump, load_config
     from ldm.diffusion import sample_randomness
     from ldm.engine import Engine, start_process
@@ -43,6 +43,7 @@ def main(args: Namespace) -> None:
     world = start_process()
     run = Run(config.run, is_main=world.is_main, config_text=dump(config))
     images = CaptionedImages(config.data, seed=config.run.seed, rank=world.rank, ranks=world.ranks)
+    validation = held_out(config.validation, image_size=config.data.image_size)
     torch.manual_seed(config.run.seed)
     network = AutoencoderKL(config.vae)
     total, batch_size = config.run.steps, config.data.batch_size
@@ -58,16 +59,15 @@ def main(args: Namespace) -> None:
         reconstruction, posterior = engine(pixels, noise.to(world.device))
         return loss_function(reconstruction, pixels, posterior)
 
-    train(engine, run, images, losses, sample=lambda step: validate(config, engine, run, step))
+    train(engine, run, images, losses, sample=lambda step: validate(config, engine, run, validation, step))
     if engine.step == config.run.steps:
         finish(config, engine, run, images)
 
 
-def validate(config: VAETrainConfig, engine: Engine, run: Run, step: int) -> None:
+def validate(config: VAETrainConfig, engine: Engine, run: Run, validation: CaptionedImages, step: int) -> None:
     """PSNR of the averaged weights over the validation set, and a sheet of pictures above their reconstructions."""
     import torch
 
-    from data.loader import CaptionedImages
     from ldm.grids import save_image, sheet, to_images
     from vae import AutoencoderKL
     from vae.measure import psnr
@@ -80,7 +80,7 @@ def validate(config: VAETrainConfig, engine: Engine, run: Run, step: int) -> Non
     decibels: list[torch.Tensor] = []
     shown: list[torch.Tensor] = []
     with torch.no_grad():
-        for batch in CaptionedImages(config.validation, seed=0).once(config.validation.batch_size):
+        for batch in validation.once(config.validation.batch_size):
             pixels = batch.pixels.to(engine.world.device)
             reconstruction = vae.decode_z(vae.posterior(pixels).mean)
             decibels.append(psnr(reconstruction, pixels))

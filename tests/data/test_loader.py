@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data import DataError
-from data.loader import Batch, CaptionedImages, DataConfig
+from data.loader import Batch, CaptionedImages, DataConfig, HeldOutConfig, held_out
 from data.samples import BadSample, BadSampleError
 from data.shards import RawSample
 
@@ -216,3 +216,14 @@ def test_what_does_not_fit_fails_at_once(tiny_shards: Callable[..., str]):
     for setting in ({"image_size": 0}, {"batch_size": 0}, {"prefetch": -1}):
         with pytest.raises(ValueError, match="must be at least"):
             images(shards, **setting)
+
+
+def test_held_out_pictures_come_once_with_their_best_caption(tiny_shards):
+    config = HeldOutConfig(shards=(tiny_shards([3, 2]),), batch_size=2)
+    batches = list(held_out(config, image_size=4, tokenize=lambda texts: torch.tensor([len(t) for t in texts])).once(2))
+    assert [len(batch.captions) for batch in batches] == [2, 2, 1]
+    assert [caption for batch in batches for caption in batch.captions] == ["0/0", "0/1", "0/2", "1/0", "1/1"]
+    assert batches[0].pixels.shape == (2, 3, 4, 4)
+    assert batches[0].tokens is not None
+    with pytest.raises(ValueError, match="validation.batch_size must be at least 1"):
+        HeldOutConfig(shards=("x",), batch_size=0)

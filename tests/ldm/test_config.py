@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, dump, load_config, parse
+from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, check_continues, dump, load_config, parse
 from ldm.denoisers import DiTConfig, build_denoiser
 from text.clip import build_clip
 from vae import AutoencoderKL
@@ -120,3 +120,17 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match=r"list\.yaml"):
         load_config(TrainConfig, tmp_path / "list.yaml", ["run.name=x"])
+
+
+@pytest.mark.parametrize("word", ["run.steps=7", "run.minutes=3", "preview.steps=3", "validation.batch_size=8"])
+def test_a_run_may_go_on_longer_and_show_more(word):
+    check_continues(then=dump(load_config(TrainConfig, DIT)), now=dump(load_config(TrainConfig, DIT, [word])))
+
+
+@pytest.mark.parametrize(
+    "word", ["run.seed=1", "data.batch_size=32", "model.denoiser.depth=2", "optim.lr=0.1", "engine.precision=fp32"]
+)
+def test_a_run_does_not_go_on_as_another(word):
+    key = word.split("=")[0]
+    with pytest.raises(ValueError, match=f"{key} was .* when this run began and is .* now"):
+        check_continues(then=dump(load_config(TrainConfig, DIT)), now=dump(load_config(TrainConfig, DIT, [word])))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,7 +150,7 @@ def test_a_nan_stops_the_run_names_the_step_and_moves_nothing(one):
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_gradient_that_is_no_number_stops_the_run_too(stage, one):
     found = one[f"nan_gradient{stage}"]
-    assert "gradient of step 3 is nan" in found["losses"][3]
+    assert re.search(r"gradient of step 3 is (nan|inf)", found["losses"][3])
     assert found["ema"] == pytest.approx(one["three"]["ema"], abs=1e-5)
 
 
