@@ -90,7 +90,7 @@ def main(args: Namespace) -> None:
 
     print(f"loading {args.ckpt}", flush=True)
     pipe = TextToImage.load(args.ckpt, device=args.device, dtype=PRECISIONS[args.precision])
-    print(f"{software()}, model {pipe.name} ({pipe.weights_hash}), attention: {pipe.attention}", flush=True)
+    print(f"{software()}, model {pipe.name} ({pipe.weights_hash}), {pipe.attention}", flush=True)
     requests = [check_size(request, pipe) for request in requests]
     for text in dict.fromkeys(text for request in requests for text in (request.prompt, request.negative_prompt)):
         if lost := pipe.cut_off(text):

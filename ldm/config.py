@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, create_model
@@ -73,6 +73,7 @@ class ModelConfig:
     denoiser: Annotated[DenoiserConfig, Field(discriminator="kind")]
     path: Annotated[PathConfig, Field(discriminator="kind")]
     objective: ObjectiveConfig
+    latents: Literal["sample", "mean"] = "sample"  # of the autoencoder's posterior: what is learned
     caption_dropout: float = 0.1  # share of captions replaced by "", which guidance needs
     keep_latents: bool = False  # in memory after the first visit: for sets that fit
 

@@ -10,20 +10,22 @@ from vae import AutoencoderKL, DiagonalGaussian
 
 
 class LatentEncoder:
-    """Batches -> latents B x C x h x w, drawn from the posterior.
+    """Batches -> latents B x C x h x w: samples of the posterior, or its means.
 
-    With `keep`, each picture's mean and log-variance stay in memory after its first visit (8 kB for a 16 x 16 x 4
+    Stable Diffusion samples. Means are the better target where the autoencoder left a channel unused: its samples
+    there are pure noise, which nothing can predict. With `keep`, each picture's mean and log-variance stay in memory after its first visit (8 kB for a 16 x 16 x 4
     latent), and the autoencoder is not asked again. Without it every visit encodes anew, as large sets need.
     """
 
-    def __init__(self, vae: AutoencoderKL, *, keep: bool, bf16: bool) -> None:
-        self.vae, self.keep, self.bf16 = vae, keep, bf16
+    def __init__(self, vae: AutoencoderKL, *, keep: bool, bf16: bool, sample: bool = True) -> None:
+        self.vae, self.keep, self.bf16, self.sample = vae, keep, bf16, sample
         self.device = next(vae.parameters()).device
         self._kept: dict[tuple[int, int], Tensor] = {}  # (shard, index) -> mean and log-variance, 2C x h x w
 
     def __call__(self, batch: Batch, noise: Tensor) -> Tensor:
-        """The posterior's samples for standard normal noise of the latents' shape."""
-        return self.moments(batch).sample(noise.to(self.device))
+        """The latents of a batch; noise is standard normal, of their shape."""
+        posterior = self.moments(batch)
+        return posterior.sample(noise.to(self.device)) if self.sample else posterior.mean
 
     def moments(self, batch: Batch) -> DiagonalGaussian:
         if not self.keep:

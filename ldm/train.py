@@ -49,7 +49,8 @@ def main(args: Namespace) -> None:
     denoiser = build(config, model)
     total, batch_size = config.run.steps, config.data.batch_size
     engine = Engine(denoiser, world, config=config.engine, optim=config.optim, batch_size=batch_size, total_steps=total)
-    encode = LatentEncoder(model.vae, keep=config.model.keep_latents, bf16=engine.bf16)
+    sampled = config.model.latents == "sample"
+    encode = LatentEncoder(model.vae, keep=config.model.keep_latents, bf16=engine.bf16, sample=sampled)
     side = config.data.image_size // model.vae.config.factor
     shape = (model.vae.config.latent_channels, side, side)
     path, objective, dropout = config.model.path, config.model.objective, config.model.caption_dropout

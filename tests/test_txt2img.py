@@ -41,7 +41,7 @@ def colour(prompt: str, seed: int) -> tuple[int, int, int]:
 class FakeTextToImage:
     """What ldm.pipeline.TextToImage offers; it keeps what it was called with."""
 
-    name, weights_hash, native_size, factor, attention = "tiny", "0123456789", 16, 8, "explicit"
+    name, weights_hash, native_size, factor, attention = "tiny", "0123456789", 16, 8, "attention: explicit"
     device: str
     precision: str
     loads: list[tuple]

@@ -42,3 +42,9 @@ def test_the_noise_moves_the_latents_by_the_posteriors_deviation():
     moments = encoder.moments(batch([5]))
     ones = torch.ones(1, 4, 4, 4)
     torch.testing.assert_close(encoder(batch([5]), ones) - moments.mean, torch.exp(0.5 * moments.logvar))
+
+
+def test_means_take_no_noise():
+    encoder = LatentEncoder(vae(), keep=True, bf16=False, sample=False)
+    found = encoder(batch([1, 2]), torch.randn(2, 4, 4, 4))
+    assert torch.equal(found, encoder.moments(batch([1, 2])).mean)
