@@ -13,7 +13,8 @@ class LatentEncoder:
     """Batches -> latents B x C x h x w: samples of the posterior, or its means.
 
     Stable Diffusion samples. Means are the better target where the autoencoder left a channel unused: its samples
-    there are pure noise, which nothing can predict. With `keep`, each picture's mean and log-variance stay in memory after its first visit (8 kB for a 16 x 16 x 4
+    there are pure noise, which nothing can predict.
+    With `keep`, each picture's mean and log-variance stay in memory after its first visit (8 kB for a 16 x 16 x 4
     latent), and the autoencoder is not asked again. Without it every visit encodes anew, as large sets need.
     """
 
