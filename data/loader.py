@@ -40,7 +40,7 @@ class DataConfig:
 class HeldOutConfig:
     """Pictures to measure on: each once, with its best caption, at the size of those trained on."""
 
-    shards: tuple[str, ...]
+    shards: str | tuple[str, ...]
     batch_size: int = 64  # pictures measured at once
 
     def __post_init__(self) -> None:
