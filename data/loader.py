@@ -21,7 +21,7 @@ Tokenize = Callable[[list[str]], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    shards: tuple[str, ...]  # brace ranges and globs of .tar files
+    shards: str | tuple[str, ...]  # brace ranges and globs of .tar files
     image_size: int = 64  # pixels a side
     batch_size: int = 64  # of all ranks together
     lanes: int = 1  # shards read side by side: more mix better; a multiple of the ranks, at most the shards
