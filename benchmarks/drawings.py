@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,14 +41,9 @@ def read_split(split: str, count: int) -> tuple[Tensor, list[str]]:
 
 def image_features(clip: Path, pixels: Tensor) -> Tensor:
     """Unit features of an open_clip folder's image tower, N x D."""
-    from open_clip import CLIP
-    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-    from safetensors.torch import load_file
+    import open_clip
 
-    config = json.loads((clip / "open_clip_config.json").read_text())["model_cfg"]
-    vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
-    model = CLIP(config["embed_dim"], vision, text, quick_gelu=config["quick_gelu"], nonscalar_logit_scale=True)
-    model.load_state_dict(load_file(clip / "open_clip_model.safetensors"))
+    model: Any = open_clip.create_model(f"local-dir:{clip}")
     with torch.no_grad():
         return torch.cat([model.eval().encode_image(part.clamp(-1, 1), normalize=True) for part in pixels.split(128)])
 

@@ -14,15 +14,17 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import TrainConfig, load_config
 from ldm.denoisers import build_denoiser
+from ldm.interop.vae import load_vae
+from text import load_text_encoder
 
-CHANNELS, CONTEXT_WIDTH, TOKENS = 4, 128, 32
-SIZE = 2048
+SIZE = 2048  # of the matrices
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -38,11 +40,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     config = load_config(TrainConfig, args.config)
-    denoiser = build_denoiser(config.model.denoiser, latent_channels=CHANNELS, context_width=CONTEXT_WIDTH)
+    vae = load_vae(Path(config.model.vae) / "vae").config
+    text = load_text_encoder(Path(config.model.text) / "text_encoder").config
+    denoiser = build_denoiser(config.model.denoiser, latent_channels=vae.latent_channels, context_width=text.width)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, fused=True)
-    batch, side = config.data.batch_size, config.data.image_size // 4
-    x = torch.randn(batch, CHANNELS, side, side)
-    context, mask = torch.randn(batch, TOKENS, CONTEXT_WIDTH), torch.ones(batch, TOKENS, dtype=torch.bool)
+    batch, side = config.data.batch_size, config.data.image_size // vae.factor
+    x = torch.randn(batch, vae.latent_channels, side, side)
+    context = torch.randn(batch, text.context_length, text.width)
+    mask = torch.ones(batch, text.context_length, dtype=torch.bool)
     inputs = (x, 1000 * torch.rand(batch), context, mask, context[:, 0])
     a, b = torch.randn(2, SIZE, SIZE).bfloat16()
 

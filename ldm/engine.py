@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -161,7 +161,7 @@ class Engine:
 
         Raises NonFiniteError, naming the step, on every rank alike; a non-finite loss leaves all weights as they are.
         """
-        value = self.mean(loss.detach())
+        value = self.means({"loss": loss})["loss"]
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"the loss of step {self.step} is {value}: lower optim.lr or set engine.precision=fp32"
@@ -192,16 +192,18 @@ class Engine:
         """The learning rate of the step to come."""
         return lr_at(self.optim, self.step, self.total_steps)
 
-    def mean(self, value: Tensor) -> float:
-        """The mean of one number over all ranks."""
-        value = value.detach().float().clone()
+    def means(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """The mean of each of some one-element tensors over all ranks, in one message."""
+        if not values:
+            return {}
+        together = torch.stack([value.detach().float().squeeze() for value in values.values()])
         if self.world.ranks > 1:
-            dist.all_reduce(value)
-        return value.item() / self.world.ranks
+            dist.all_reduce(together)
+        return dict(zip(values, (together / self.world.ranks).tolist(), strict=True))
 
     def agree(self, wish: bool) -> bool:
         """Whether any rank wishes so; all ranks get the same answer, so that none goes on alone."""
-        return self.mean(torch.tensor(float(wish), device=self.world.device)) > 0
+        return self.means({"wish": torch.tensor(float(wish), device=self.world.device)})["wish"] > 0
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The EMA's full weights, float32, and the network's buffers as they are. Every rank must call it; where

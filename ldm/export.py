@@ -8,7 +8,6 @@ copies an export in another precision; ldm/train.py writes the first one, RUN/mo
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ def export(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
     Raises ValueError if the folder exists and is no export: nothing else is ever deleted.
     """
     from ldm.interop.denoiser import denoiser_folder, save_denoiser
-    from ldm.interop.files import write_json
+    from ldm.interop.files import whole_folder, write_json
     from ldm.interop.scheduler import scheduler_config_json
     from ldm.interop.vae import folded, save_vae
     from text import OpenClipTextEncoder, TransformersTextEncoder, save_text_encoder, save_tokenizer
@@ -50,32 +49,24 @@ def export(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
         raise ValueError(f"{folder} exists and is not a model: give a new folder, or one that holds an older export")
     model, encoder = trained.model, trained.model.text_encoder
     assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     part = denoiser_folder(trained.config)
-    save_denoiser(
-        trained.denoiser,
-        trained.config,
-        partial / part,
-        sample_size=trained.sample_size,
-        latent_channels=model.vae.config.latent_channels,
-        context_width=encoder.config.width,
-        dtype=dtype,
-    )
-    save_vae(folded(model.vae), partial / "vae", dtype=dtype)
-    save_text_encoder(encoder, partial / "text_encoder", dtype=dtype)
-    save_tokenizer(model.tokenizer, partial / "tokenizer")
-    (partial / "scheduler").mkdir()
-    write_json(scheduler_config_json(model.path, model.prediction), partial / "scheduler" / "scheduler_config.json")
-    write_json(model_index(part), partial / "model_index.json")
-    (partial / "foundry.yaml").write_text(trained.notes)
-    older = folder.with_name(folder.name + ".older.partial")
-    shutil.rmtree(older, ignore_errors=True)
-    if folder.exists():
-        folder.rename(older)
-    partial.rename(folder)
-    shutil.rmtree(older, ignore_errors=True)
+    with whole_folder(folder) as whole:
+        save_denoiser(
+            trained.denoiser,
+            trained.config,
+            whole / part,
+            sample_size=trained.sample_size,
+            latent_channels=model.vae.config.latent_channels,
+            context_width=encoder.config.width,
+            dtype=dtype,
+        )
+        save_vae(folded(model.vae), whole / "vae", dtype=dtype)
+        save_text_encoder(encoder, whole / "text_encoder", dtype=dtype)
+        save_tokenizer(model.tokenizer, whole / "tokenizer")
+        (whole / "scheduler").mkdir()
+        write_json(scheduler_config_json(model.path, model.prediction), whole / "scheduler" / "scheduler_config.json")
+        write_json(model_index(part), whole / "model_index.json")
+        (whole / "foundry.yaml").write_text(trained.notes)
 
 
 def model_index(part: str) -> dict[str, object]:
@@ -97,11 +88,10 @@ def model_index(part: str) -> dict[str, object]:
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from ldm.pipeline import TextToImage
+    from ldm.pipeline import TextToImage, model_folder
 
     pipe = TextToImage.load(args.source, device="cpu", dtype="fp32")
-    source = args.source / "model" if (args.source / "model").is_dir() else args.source
-    notes = source / "foundry.yaml"
+    notes = model_folder(args.source) / "foundry.yaml"
     trained = Trained(
         model=pipe.model,
         denoiser=pipe.denoiser,

@@ -5,13 +5,13 @@ B batch, C latent channels, h x w latents, L tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion import PathConfig, Prediction, to_x0
+from ldm.diffusion import PathConfig, Prediction, diffusion_loss, noise_sample, target, to_x0
 from ldm.guidance import classifier_free
 from ldm.samplers import SAMPLERS, Denoise, noise_like, time_grid
 from text import TextCondition, TextEncoder, Tokenizer
@@ -36,6 +36,18 @@ class LatentDiffusion:
     def condition(self, captions: Sequence[str]) -> TextCondition:
         """What the denoiser is told: context B x L x D, pooled B x D, mask B x L."""
         return self.text_encoder(self.tokenizer(captions).to(self.device))
+
+    def loss(
+        self, network: Callable[..., Tensor], x0: Tensor, eps: Tensor, t: Tensor, captions: Sequence[str]
+    ) -> Tensor:
+        """|| network(x_t, t, caption) - target ||^2 of each sample, B: what training minimises.
+
+        x0 and eps B x C x h x w, t B on the CPU. network: a denoiser, or whatever computes one.
+        """
+        text = self.condition(captions)
+        x_t, timesteps = noise_sample(x0, eps, self.path, t), self.path.timesteps(t).to(x0.device)
+        output = network(x_t, timesteps, text.context, text.mask, text.pooled)
+        return diffusion_loss(output, target(self.prediction, x0, eps, self.path, t))
 
     def denoise_with(self, denoiser: nn.Module, condition: TextCondition) -> Denoise:
         """The function denoise(x_t, t) -> x0_hat that samplers take; t is one time for the whole batch.

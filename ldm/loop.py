@@ -1,16 +1,56 @@
-"""The training loop that the autoencoder, the text encoder and the denoiser share."""
+"""What the autoencoder's, the text encoder's and the denoiser's training share: how it opens, and its loop."""
 
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from data.loader import Batch, CaptionedImages
-from ldm.config import check_continues
-from ldm.engine import Engine
+from data.loader import Batch, CaptionedImages, Tokenize, held_out
+from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, check_continues, dump, load_config
+from ldm.engine import Engine, World, start_process
 from ldm.run import Run
+
+Config = TypeVar("Config", TrainConfig, VAETrainConfig, TextTrainConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Session(Generic[Config]):
+    """A training command between its start and its first step: data are open, nothing is written yet."""
+
+    config: Config
+    world: World
+    run: Run
+    images: CaptionedImages
+    validation: CaptionedImages
+
+    def engine(self, network: nn.Module) -> Engine:
+        config = self.config
+        return Engine(
+            network,
+            self.world,
+            config=config.engine,
+            optim=config.optim,
+            batch_size=config.data.batch_size,
+            total_steps=config.run.steps,
+        )
+
+
+def open_session(
+    kind: type[Config], args: Namespace, *, tokenizer: Callable[[Config], Tokenize] | None = None
+) -> Session[Config]:
+    """Read the configuration, join the other processes, open the shards. tokenizer: made from the configuration."""
+    config = load_config(kind, args.config, args.overrides)
+    world = start_process()
+    run = Run(config.run, is_main=world.is_main, config_text=dump(config))
+    tokenize = tokenizer(config) if tokenizer is not None else None
+    images = CaptionedImages(config.data, seed=config.run.seed, tokenize=tokenize, rank=world.rank, ranks=world.ranks)
+    validation = held_out(config.validation, image_size=config.data.image_size, tokenize=tokenize)
+    return Session(config, world, run, images, validation)
 
 
 def train(
@@ -31,7 +71,7 @@ def train(
         check_continues(then=json.loads((checkpoint / "state.json").read_text())["config"], now=run.config_text)
         engine.load(checkpoint)
         run.tell(f"resumed from {checkpoint}")
-    run.begin()
+    run.begin(engine.step)
     if checkpoint is None:
         sample(0)
     batches = images.stream(position=engine.step)
@@ -40,9 +80,9 @@ def train(
     while not last:
         lr, parts = engine.lr, losses(next(batches))
         loss = engine.update(parts.pop("loss"))
-        measures = {name: engine.mean(value) for name, value in parts.items()}
-        run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=measures)
-        last = engine.step == config.steps or engine.agree(run.out_of_time)
+        run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=engine.means(parts))
+        timed = config.minutes is not None and engine.agree(run.out_of_time)
+        last = engine.step == config.steps or timed
         if engine.step % config.checkpoint_every == 0 or last:
             record = {"samples_seen": engine.step * batch_size, "config": run.config_text}
             engine.save(run.checkpoint_path(engine.step), record)

@@ -77,9 +77,7 @@ class TextToImage:
         "bf16". Nothing in the folder is executed. Raises ValueError or FileNotFoundError, naming the file, for
         anything that is missing, cut short or something else.
         """
-        folder = Path(path)
-        if (folder / "model" / "model_index.json").exists():
-            folder = folder / "model"  # a run of ldm/train.py
+        folder = model_folder(Path(path))
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"no weights folder at {folder}: give one that holds vae/, text_encoder/ and a denoiser"
@@ -173,6 +171,11 @@ class TextToImage:
             if value < 1 or value % self.factor:
                 raise ValueError(f"{name} is {value}, expected a multiple of {self.factor}, as {self.native_size}")
         return height // self.model.vae.config.factor, width // self.model.vae.config.factor
+
+
+def model_folder(path: Path) -> Path:
+    """Where the model lies: a run of ldm/train.py keeps its newest in its folder model/."""
+    return path / "model" if (path / "model" / "model_index.json").exists() else path
 
 
 def counted(denoise: Denoise, progress: Callable[[int, int], None], *, start: int, total: int) -> Denoise:

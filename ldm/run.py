@@ -53,12 +53,23 @@ class Run:
             )
         self.config_text = config_text
 
-    def begin(self) -> None:
+    def begin(self, step: int = 0) -> None:
         """Make the folder and write the configuration: once data and model are open, so that a mistake in either
-        leaves nothing behind."""
+        leaves nothing behind. What was recorded after `step`, before a crash, will be recorded again."""
         if self.is_main:
             (self.config.path / "samples").mkdir(parents=True, exist_ok=True)
             (self.config.path / "config.yaml").write_text(self.config_text)
+            if self.metrics_path.exists():
+                lines = self.metrics_path.read_text().splitlines(keepends=True)
+                # A crash may also have cut the last line short.
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+                partial = self.metrics_path.with_suffix(".partial")
+                partial.write_text("".join(kept))
+                partial.replace(self.metrics_path)
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.config.path / "metrics.jsonl"
 
     def restart_clock(self) -> None:
         """Leave what was done since the last progress line, such as drawing, out of the next one's speed."""
@@ -113,11 +124,11 @@ class Run:
         if self.is_main:
             print(line, flush=True)
 
-    def record(self, **measures: Any) -> None:
+    def record(self, *, step: int, **measures: Any) -> None:
         """Append one line to metrics.jsonl."""
         if self.is_main:
-            with (self.config.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"time": round(time.time(), 1)} | measures) + "\n")
+            with self.metrics_path.open("a") as file:
+                file.write(json.dumps({"time": round(time.time(), 1), "step": step} | measures) + "\n")
 
 
 def duration(seconds: float) -> str:

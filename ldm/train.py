@@ -17,11 +17,10 @@ from ldm.commands import run_command, training_arguments
 if TYPE_CHECKING:
     from torch import nn
 
-    from data.loader import CaptionedImages
     from ldm.config import TrainConfig
     from ldm.engine import Engine, World
     from ldm.latent_diffusion import LatentDiffusion
-    from ldm.run import Run
+    from ldm.loop import Session
 
 NOISE, POSTERIOR = 0, 1  # streams of random numbers, each a function of (seed, position) alone
 
@@ -30,30 +29,24 @@ def main(args: Namespace) -> None:
     import torch
     from torch import Tensor
 
-    from data.loader import Batch, CaptionedImages, held_out
-    from ldm.config import TrainConfig, dump, load_config
+    from data.loader import Batch
+    from ldm.config import TrainConfig
     from ldm.denoisers import attention_length, describe_attention
-    from ldm.diffusion import diffusion_loss, draw_times, noise_sample, sample_randomness, target
-    from ldm.engine import Engine, start_process
+    from ldm.diffusion import draw_times, sample_randomness
     from ldm.latents import LatentEncoder
-    from ldm.loop import train
-    from ldm.run import Run
+    from ldm.loop import open_session, train
 
-    config = load_config(TrainConfig, args.config, args.overrides)
-    world = start_process()
-    run = Run(config.run, is_main=world.is_main, config_text=dump(config))
-    images = CaptionedImages(config.data, seed=config.run.seed, rank=world.rank, ranks=world.ranks)
-    validation = held_out(config.validation, image_size=config.data.image_size)
+    session = open_session(TrainConfig, args)
+    config, world, run, images = session.config, session.world, session.run, session.images
     model = frozen_half(config, world)
     torch.manual_seed(config.run.seed)
     denoiser = build(config, model)
-    total, batch_size = config.run.steps, config.data.batch_size
-    engine = Engine(denoiser, world, config=config.engine, optim=config.optim, batch_size=batch_size, total_steps=total)
+    engine = session.engine(denoiser)
     sampled = config.model.latents == "sample"
     encode = LatentEncoder(model.vae, keep=config.model.keep_latents, bf16=engine.bf16, sample=sampled)
-    side = config.data.image_size // model.vae.config.factor
+    side = latent_side(config, model)
     shape = (model.vae.config.latent_channels, side, side)
-    path, objective, dropout = config.model.path, config.model.objective, config.model.caption_dropout
+    seed, dropout = config.run.seed, config.model.caption_dropout
     run.tell(f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M parameters, {len(images)} pictures, "
              f"{'bf16' if engine.bf16 else 'fp32'} on {world.device}")  # fmt: skip
     length = attention_length(config.model.denoiser, side)
@@ -61,19 +54,16 @@ def main(args: Namespace) -> None:
 
     def losses(batch: Batch) -> dict[str, Tensor]:
         """One pass of the algorithm: E || network(x_t, t, caption) - target ||^2, over pictures, times and noise."""
-        seed = config.run.seed
         random = sample_randomness(seed * 2 + NOISE, batch.positions, shape)
         posterior_noise = sample_randomness(seed * 2 + POSTERIOR, batch.positions, shape).eps
         x0, eps = encode(batch, posterior_noise), random.eps.to(world.device)
-        t = draw_times(objective, path, random.time_uniforms)
+        t = draw_times(config.model.objective, model.path, random.time_uniforms)
         # Without its caption now and then, the network also learns the unconditional answer that guidance needs.
         dropped = (random.drop_uniforms < dropout).tolist()
-        text = model.condition(["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)])
-        x_t, timesteps = noise_sample(x0, eps, path, t), path.timesteps(t).to(world.device)
-        output = engine(x_t, timesteps, text.context, text.mask, text.pooled)
-        return {"loss": diffusion_loss(output, target(objective.prediction, x0, eps, path, t)).mean()}
+        captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
+        return {"loss": model.loss(engine, x0, eps, t, captions).mean()}
 
-    train(engine, run, images, losses, sample=lambda step: preview(config, engine, run, model, validation, step))
+    train(engine, run, images, losses, sample=lambda step: preview(session, engine, model, step))
 
 
 def frozen_half(config: TrainConfig, world: World) -> LatentDiffusion:
@@ -94,10 +84,14 @@ def frozen_half(config: TrainConfig, world: World) -> LatentDiffusion:
     )
 
 
+def latent_side(config: TrainConfig, model: LatentDiffusion) -> int:
+    return config.data.image_size // model.vae.config.factor
+
+
 def build(config: TrainConfig, model: LatentDiffusion) -> nn.Module:
     from ldm.denoisers import build_denoiser
 
-    side = config.data.image_size // model.vae.config.factor
+    side = latent_side(config, model)
     native = getattr(config.model.denoiser, "sample_size", side)
     if native != side:
         raise ValueError(
@@ -108,29 +102,27 @@ def build(config: TrainConfig, model: LatentDiffusion) -> nn.Module:
     return build_denoiser(config.model.denoiser, latent_channels=channels, context_width=width)
 
 
-def preview(
-    config: TrainConfig, engine: Engine, run: Run, model: LatentDiffusion, validation: CaptionedImages, step: int
-) -> None:
+def preview(session: Session[TrainConfig], engine: Engine, model: LatentDiffusion, step: int) -> None:
     """What the averaged weights can do: the loss on held-out pictures, a sheet of drawings, and an export."""
     import torch
 
-    from ldm.config import dump
     from ldm.export import Trained, export
+    from ldm.pipeline import TextToImage
     from ldm.validation import drawings, held_out_loss
 
+    config, run = session.config, session.run
     weights = engine.averaged_weights()
     if not run.is_main:
         return
-    denoiser = build(config, model).to(engine.world.device).eval().requires_grad_(False)
+    denoiser = build(config, model).to(session.world.device).eval().requires_grad_(False)
     denoiser.load_state_dict(weights)
-    loss = held_out_loss(config, model, denoiser, validation, bf16=engine.bf16)
+    loss = held_out_loss(config, model, denoiser, session.validation, bf16=engine.bf16)
     run.tell(f"step {step}: held-out loss {loss:.4f}")
     run.record(step=step, held_out_loss=loss)
-    drawings(config, model, denoiser, run.sample_path(step))
-    side = config.data.image_size // model.vae.config.factor
-    trained = Trained(
-        model=model, denoiser=denoiser, config=config.model.denoiser, sample_size=side, notes=dump(config)
-    )
+    kind, side = config.model.denoiser, latent_side(config, model)
+    pipe = TextToImage(model, denoiser, kind, sample_size=side, name=config.run.name, weights_hash=f"step {step}")
+    drawings(config.preview, pipe, run.sample_path(step))
+    trained = Trained(model=model, denoiser=denoiser, config=kind, sample_size=side, notes=run.config_text)
     export(trained, config.run.path / "model", dtype=torch.float32)
 
 

@@ -14,7 +14,7 @@ from ldm import TextToImage
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
-RUN = {"steps": 4, "log_every": 1, "sample_every": 2, "checkpoint_every": 2}
+RUN = {"steps": 10, "log_every": 1, "sample_every": 5, "checkpoint_every": 5}
 OPTIM = {"lr": 1e-3, "warmup_steps": 2}
 VAE = {"block_out_channels": [8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
 TEXT = {
@@ -38,11 +38,17 @@ UNET = {
 }
 
 
-def start(words: list[str], *, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a training command: plain python, or the deepspeed launcher with that many ranks."""
-    launcher = [sys.executable] if ranks is None else [str(BIN / "deepspeed"), "--num_gpus", str(ranks)]
+LAUNCHERS = {
+    "python": [sys.executable],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2"],
+    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+}
+
+
+def start(words: list[str], *, launcher: str = "python") -> subprocess.CompletedProcess[str]:
+    """Run a training command: by plain python, or in two processes by one of the other launchers."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    command = [*launcher, *words]
+    command = [*LAUNCHERS[launcher], *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
@@ -76,7 +82,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory, few_emoji: str) -> Path:
-    """A folder in which an autoencoder, a CLIP and a denoiser were trained for four steps, by plain python."""
+    """A folder in which an autoencoder, a CLIP and a denoiser were trained for ten steps, by plain python."""
     folder = tmp_path_factory.mktemp("workshop")
     loss = {"perceptual": "none"}
     commands = {
@@ -101,10 +107,11 @@ def test_training_leaves_what_it_promises(workshop):
     assert len(statistics["latents_mean"]) == len(statistics["latents_std"]) == 4
     assert (runs / "clip" / "text_encoder" / "model.safetensors").exists()
     assert (runs / "clip" / "tokenizer" / "vocab.json").exists()
-    for step in (0, 2, 4):
+    for step in (0, 5, 10):
         assert (runs / "dit" / "samples" / f"step_{step:07d}.png").exists()
-    assert len(losses(workshop, "dit")) == 4
-    assert {path.name for path in (runs / "dit" / "checkpoints").iterdir()} == {"step_0000002", "step_0000004"}
+    assert len(losses(workshop, "dit")) == 10
+    assert {path.name for path in (runs / "dit" / "checkpoints").iterdir()} == {"step_0000005", "step_0000010"}
+    assert not list(runs.glob("**/*.partial"))
 
 
 def test_what_was_trained_draws(workshop):
@@ -124,23 +131,25 @@ def test_a_u_net_trains_on_the_same_command_and_a_run_resumes_where_it_stopped(w
     assert start(["ldm/train.py", "--config", config, "run.name=whole"]).returncode == 0
     assert start(["ldm/train.py", "--config", config, "run.minutes=0"]).returncode == 0
     stopped = len(losses(workshop, "unet"))
-    assert 0 < stopped < 4
+    assert 0 < stopped < 10
     finished = start(["ldm/train.py", "--config", config])
-    assert f"resumed from {workshop / 'runs/unet/checkpoints'}/step_000000{stopped}" in finished.stdout
+    assert f"resumed from {workshop / 'runs/unet/checkpoints'}/step_{stopped:07d}" in finished.stdout
     assert losses(workshop, "unet") == pytest.approx(losses(workshop, "whole"), abs=1e-5)
 
 
-def test_two_ranks_under_zero_2_train_as_one(workshop, few_emoji):
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_two_ranks_under_zero_2_train_as_one(launcher, workshop, few_emoji):
     config = denoiser_config(workshop, "dit", few_emoji, DIT)
-    words = ["ldm/train.py", "--config", config, "run.name=two", "engine.zero_stage=2"]
-    finished = start(words, ranks=2)
+    words = ["ldm/train.py", "--config", config, f"run.name={launcher}", "engine.zero_stage=2"]
+    finished = start(words, launcher=launcher)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert losses(workshop, "two") == pytest.approx(losses(workshop, "dit"), abs=1e-4)
+    assert len(losses(workshop, "dit")) == 10
+    assert losses(workshop, launcher) == pytest.approx(losses(workshop, "dit"), abs=1e-4)
 
 
 def test_clip_trains_on_two_ranks(workshop, few_emoji):
     config = write_config(workshop, "clip2", few_emoji, text=TEXT, image=IMAGE, engine={"precision": "fp32"})
-    finished = start(["text/train.py", "--config", config, "run.steps=2"], ranks=2)
+    finished = start(["text/train.py", "--config", config, "run.steps=2"], launcher="deepspeed")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     one = start(["text/train.py", "--config", config, "run.steps=2", "run.name=clip1"])
     assert one.returncode == 0
@@ -172,4 +181,4 @@ def test_a_mistake_is_one_line_and_a_code(workshop, words, code, message):
 def test_a_run_with_checkpoints_is_not_silently_started_again(workshop):
     finished = start(["ldm/train.py", "--config", str(workshop / "dit.yaml"), "run.resume=never"])
     assert finished.returncode == 2
-    assert "already holds step_0000004" in finished.stderr
+    assert "already holds step_0000010" in finished.stderr

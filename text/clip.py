@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +57,18 @@ def build_clip(text: TextEncoderConfig, image: ImageTowerConfig) -> CLIP:
     # The logit scale as one number in a row: DeepSpeed cannot broadcast a parameter without dimensions.
     quick_gelu = text.activation == "quick_gelu"
     return CLIP(image.embed_dim, vision_cfg, text_cfg, quick_gelu=quick_gelu, nonscalar_logit_scale=True)
+
+
+def open_clip_config_json(text: TextEncoderConfig, image: ImageTowerConfig) -> dict[str, Any]:
+    """open_clip_config.json, with which `open_clip.create_model("local-dir:FOLDER")` opens what was trained."""
+    model_cfg = {
+        "embed_dim": image.embed_dim,
+        "quick_gelu": text.activation == "quick_gelu",
+        "vision_cfg": image.vision_cfg,
+        "text_cfg": open_clip_text_cfg(text),
+    }
+    preprocess_cfg = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": image.image_size}
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg, "foundry": asdict(text)}
 
 
 def shifted(pixels: Tensor, offsets: Tensor, largest: int) -> Tensor:

@@ -219,7 +219,10 @@ def load_text_encoder(folder: str | Path, hidden: Hidden = "last") -> Transforme
             raise FileNotFoundError(
                 f"{folder / name} is missing; a text encoder's folder has config.json and model.safetensors"
             )
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON ({error}): copy it again") from error
     if type(content) is not dict:
         raise ValueError(f"{folder / 'config.json'} must hold a JSON object, not a {type(content).__name__}")
     try:

@@ -280,7 +280,10 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(_read_text(path))
+    try:
+        content = json.loads(_read_text(path))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
     if type(content) is not dict:
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content

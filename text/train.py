@@ -17,10 +17,9 @@ from ldm.commands import run_command, training_arguments
 if TYPE_CHECKING:
     from torch import nn
 
-    from data.loader import CaptionedImages
     from ldm.config import TextTrainConfig
     from ldm.engine import Engine
-    from ldm.run import Run
+    from ldm.loop import Session
 
 
 def main(args: Namespace) -> None:
@@ -28,25 +27,17 @@ def main(args: Namespace) -> None:
     from open_clip import ClipLoss
     from torch import Tensor
 
-    from data.loader import Batch, CaptionedImages, held_out
-    from ldm.config import TextTrainConfig, dump, load_config
+    from data.loader import Batch
+    from ldm.config import TextTrainConfig
     from ldm.diffusion import sample_randomness
-    from ldm.engine import Engine, start_process
-    from ldm.loop import train
-    from ldm.run import Run
+    from ldm.loop import open_session, train
     from text import Tokenizer
     from text.clip import MAX_LOGIT_SCALE, build_clip, shifted
 
-    config = load_config(TextTrainConfig, args.config, args.overrides)
-    world = start_process()
-    run = Run(config.run, is_main=world.is_main, config_text=dump(config))
-    tokenize = Tokenizer(config.text.tokenizer)
-    images = CaptionedImages(config.data, seed=config.run.seed, tokenize=tokenize, rank=world.rank, ranks=world.ranks)
-    validation = held_out(config.validation, image_size=config.data.image_size, tokenize=tokenize)
+    session = open_session(TextTrainConfig, args, tokenizer=lambda config: Tokenizer(config.text.tokenizer))
+    config, world = session.config, session.world
     torch.manual_seed(config.run.seed)
-    network = build_clip(config.text, config.image)
-    total, batch_size = config.run.steps, config.data.batch_size
-    engine = Engine(network, world, config=config.engine, optim=config.optim, batch_size=batch_size, total_steps=total)
+    engine = session.engine(build_clip(config.text, config.image))
     loss_function = ClipLoss(local_loss=True, gather_with_grad=True, rank=world.rank, world_size=world.ranks)
 
     def losses(batch: Batch) -> dict[str, Tensor]:
@@ -58,36 +49,37 @@ def main(args: Namespace) -> None:
         loss = loss_function(image.float(), text.float(), scale.float().clamp(max=MAX_LOGIT_SCALE))
         return {"loss": loss, "scale": scale.detach()}
 
-    train(engine, run, images, losses, sample=lambda step: validate(config, engine, run, validation, step))
+    train(engine, session.run, session.images, losses, sample=lambda step: validate(session, engine, step))
     if engine.step == config.run.steps:
-        finish(config, engine, run)
+        finish(session, engine)
 
 
-def averaged_network(config: TextTrainConfig, engine: Engine) -> nn.Module | None:
+def averaged_network(session: Session[TextTrainConfig], engine: Engine) -> nn.Module | None:
     """A CLIP of the averaged weights on the main rank, None on the others. Every rank must call it."""
     from text.clip import build_clip
 
     weights = engine.averaged_weights()
-    if not engine.world.is_main:
+    if not session.world.is_main:
         return None
-    network = build_clip(config.text, config.image).to(engine.world.device)
+    network = build_clip(session.config.text, session.config.image).to(session.world.device)
     network.load_state_dict(weights)
     return network
 
 
-def validate(config: TextTrainConfig, engine: Engine, run: Run, validation: CaptionedImages, step: int) -> None:
+def validate(session: Session[TextTrainConfig], engine: Engine, step: int) -> None:
     """Retrieval among the validation pictures, by their best captions."""
     import torch
 
     from text.clip import features, recall
 
-    network = averaged_network(config, engine)
+    run, device = session.run, session.world.device
+    network = averaged_network(session, engine)
     if network is None:
         return
     found = []
-    for batch in validation.once(config.validation.batch_size):
+    for batch in session.validation.once(session.config.validation.batch_size):
         assert batch.tokens is not None
-        found.append(features(network, batch.pixels.to(engine.world.device), batch.tokens.to(engine.world.device)))
+        found.append(features(network, batch.pixels.to(device), batch.tokens.to(device)))
     image, text = (torch.cat(part) for part in zip(*found, strict=True))
     recalls = recall(image, text)
     shown = "  ".join(f"{name} {value:.1%}" for name, value in recalls.items())
@@ -95,34 +87,25 @@ def validate(config: TextTrainConfig, engine: Engine, run: Run, validation: Capt
     run.record(step=step, pictures=len(image), **recalls)
 
 
-def finish(config: TextTrainConfig, engine: Engine, run: Run) -> None:
+def finish(session: Session[TextTrainConfig], engine: Engine) -> None:
     """Write the averaged weights, once training is complete."""
-    from dataclasses import asdict
-
-    from ldm.interop.files import write_json, write_weights
+    from ldm.interop.files import whole_folder, write_json, write_weights
     from text import OpenClipTextEncoder, Tokenizer, save_text_encoder, save_tokenizer
-    from text.encoder import open_clip_text_cfg
+    from text.clip import open_clip_config_json
 
-    network = averaged_network(config, engine)
+    config, path = session.config, session.config.run.path
+    network = averaged_network(session, engine)
     if network is None:
         return
-    path = config.run.path
-    save_text_encoder(
-        OpenClipTextEncoder(network, hidden=config.text.hidden, pad_id=config.text.pad_id), path / "text_encoder"
-    )
-    save_tokenizer(Tokenizer(config.text.tokenizer), path / "tokenizer")
-    (path / "clip").mkdir(exist_ok=True)
-    write_weights(network.state_dict(), path / "clip" / "open_clip_model.safetensors")
-    model_cfg = {
-        "embed_dim": config.image.embed_dim,
-        "quick_gelu": config.text.activation == "quick_gelu",
-        "vision_cfg": config.image.vision_cfg,
-        "text_cfg": open_clip_text_cfg(config.text),
-    }
-    preprocess_cfg = {"mean": [0.5] * 3, "std": [0.5] * 3, "size": config.image.image_size}
-    content = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg, "foundry": asdict(config.text)}
-    write_json(content, path / "clip" / "open_clip_config.json")
-    run.tell(f"wrote {path / 'text_encoder'}, {path / 'tokenizer'} and {path / 'clip'}")
+    encoder = OpenClipTextEncoder(network, hidden=config.text.hidden, pad_id=config.text.pad_id)
+    with whole_folder(path / "text_encoder") as folder:
+        save_text_encoder(encoder, folder)
+    with whole_folder(path / "tokenizer") as folder:
+        save_tokenizer(Tokenizer(config.text.tokenizer), folder)
+    with whole_folder(path / "clip") as folder:
+        write_weights(network.state_dict(), folder / "open_clip_model.safetensors")
+        write_json(open_clip_config_json(config.text, config.image), folder / "open_clip_config.json")
+    session.run.tell(f"wrote {path / 'text_encoder'}, {path / 'tokenizer'} and {path / 'clip'}")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from ldm.commands import run_command, training_arguments
 if TYPE_CHECKING:
     from PIL import Image
 
-    from data.loader import CaptionedImages
     from ldm.config import VAETrainConfig
     from ldm.engine import Engine
-    from ldm.run import Run
+    from ldm.loop import Session
+    from vae import AutoencoderKL
 
 GRID_PICTURES, GRID_COLUMNS = 32, 16
 
@@ -30,24 +30,17 @@ def main(args: Namespace) -> None:
     import torch
     from torch import Tensor
 
-    from data.loader import Batch, CaptionedImages, held_out
-    from ldm.config import VAETrainConfig, dump, load_config
+    from data.loader import Batch
+    from ldm.config import VAETrainConfig
     from ldm.diffusion import sample_randomness
-    from ldm.engine import Engine, start_process
-    from ldm.loop import train
-    from ldm.run import Run
+    from ldm.loop import open_session, train
     from vae import AutoencoderKL
     from vae.losses import VAELoss
 
-    config = load_config(VAETrainConfig, args.config, args.overrides)
-    world = start_process()
-    run = Run(config.run, is_main=world.is_main, config_text=dump(config))
-    images = CaptionedImages(config.data, seed=config.run.seed, rank=world.rank, ranks=world.ranks)
-    validation = held_out(config.validation, image_size=config.data.image_size)
+    session = open_session(VAETrainConfig, args)
+    config, world = session.config, session.world
     torch.manual_seed(config.run.seed)
-    network = AutoencoderKL(config.vae)
-    total, batch_size = config.run.steps, config.data.batch_size
-    engine = Engine(network, world, config=config.engine, optim=config.optim, batch_size=batch_size, total_steps=total)
+    engine = session.engine(AutoencoderKL(config.vae))
     loss_function = VAELoss(config.loss).to(world.device)
     side = config.data.image_size // config.vae.factor
 
@@ -59,29 +52,39 @@ def main(args: Namespace) -> None:
         reconstruction, posterior = engine(pixels, noise.to(world.device))
         return loss_function(reconstruction, pixels, posterior)
 
-    train(engine, run, images, losses, sample=lambda step: validate(config, engine, run, validation, step))
+    train(engine, session.run, session.images, losses, sample=lambda step: validate(session, engine, step))
     if engine.step == config.run.steps:
-        finish(config, engine, run, images)
+        finish(session, engine)
 
 
-def validate(config: VAETrainConfig, engine: Engine, run: Run, validation: CaptionedImages, step: int) -> None:
+def averaged_network(session: Session[VAETrainConfig], engine: Engine) -> AutoencoderKL | None:
+    """An autoencoder of the averaged weights on the main rank, None on the others. Every rank must call it."""
+    from vae import AutoencoderKL
+
+    weights = engine.averaged_weights()
+    if not session.world.is_main:
+        return None
+    vae = AutoencoderKL(session.config.vae).to(session.world.device)
+    vae.load_state_dict(weights)
+    return vae
+
+
+def validate(session: Session[VAETrainConfig], engine: Engine, step: int) -> None:
     """PSNR of the averaged weights over the validation set, and a sheet of pictures above their reconstructions."""
     import torch
 
     from ldm.grids import save_image, sheet, to_images
-    from vae import AutoencoderKL
     from vae.measure import psnr
 
-    weights = engine.averaged_weights()
-    if not run.is_main:
+    config, run = session.config, session.run
+    vae = averaged_network(session, engine)
+    if vae is None:
         return
-    vae = AutoencoderKL(config.vae).to(engine.world.device)
-    vae.load_state_dict(weights)
     decibels: list[torch.Tensor] = []
     shown: list[torch.Tensor] = []
     with torch.no_grad():
-        for batch in validation.once(config.validation.batch_size):
-            pixels = batch.pixels.to(engine.world.device)
+        for batch in session.validation.once(config.validation.batch_size):
+            pixels = batch.pixels.to(session.world.device)
             reconstruction = vae.decode_z(vae.posterior(pixels).mean)
             decibels.append(psnr(reconstruction, pixels))
             if not shown:
@@ -97,21 +100,22 @@ def validate(config: VAETrainConfig, engine: Engine, run: Run, validation: Capti
     save_image(sheet(cells, columns=columns), run.sample_path(step))
 
 
-def finish(config: VAETrainConfig, engine: Engine, run: Run, images: CaptionedImages) -> None:
+def finish(session: Session[VAETrainConfig], engine: Engine) -> None:
     """Measure the latents over the training set and write the averaged weights, once training is complete."""
+    from ldm.interop.files import whole_folder
     from ldm.interop.vae import save_vae
-    from vae import AutoencoderKL
     from vae.measure import latent_statistics
 
-    weights = engine.averaged_weights()
-    if not run.is_main:
+    config, run = session.config, session.run
+    vae = averaged_network(session, engine)
+    if vae is None:
         return
-    vae = AutoencoderKL(config.vae).to(engine.world.device)
-    vae.load_state_dict(weights)
-    pixels = (batch.pixels.to(engine.world.device) for batch in images.once(config.data.batch_size))
-    mean, std = latent_statistics(vae, pixels)
+    run.tell(f"measuring the latents of {len(session.images)} pictures")
+    batches = session.images.once(config.data.batch_size)
+    mean, std = latent_statistics(vae, (batch.pixels.to(session.world.device) for batch in batches))
     vae.config = dataclasses.replace(config.vae, latent_mean=mean, latent_std=std)
-    save_vae(vae, config.run.path / "vae")
+    with whole_folder(config.run.path / "vae") as folder:
+        save_vae(vae, folder)
     run.tell(f"latents: mean {[round(m, 3) for m in mean]}, standard deviation {[round(s, 3) for s in std]}")
     run.tell(f"wrote {config.run.path / 'vae'}")
 

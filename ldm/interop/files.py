@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,22 @@ def write_json(content: dict[str, Any], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which appears under its name, in place of an older one, only when the block has ended well."""
+    partial, older = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".older.partial"))
+    if older.exists() and not folder.exists():  # the last attempt was cut off between its two renamings
+        older.rename(folder)
+    for leftover in (partial, older):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if folder.exists():
+        folder.rename(older)
+    partial.rename(folder)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

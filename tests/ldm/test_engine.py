@@ -12,6 +12,9 @@ import torch
 
 from ldm.engine import EngineConfig, deepspeed_config, use_bf16
 
+# So wide that one matrix has more than 100,000 elements: ZeRO 3 keeps smaller parameters on every rank.
+WIDE = 16_000
+
 WORKER = """
 import json, sys
 from pathlib import Path
@@ -20,11 +23,11 @@ from torch import nn
 from ldm.engine import Engine, EngineConfig, NonFiniteError, OptimConfig, start_process
 
 
-def run(world, *, stage, steps, resume=None, save=None, nan_at=None, nan_gradient_at=None):
+def run(world, *, stage, steps, hidden=33, resume=None, save=None, nan_at=None, nan_gradient_at=None):
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(7, 33), nn.GELU(), nn.Linear(33, 5))
+    network = nn.Sequential(nn.Linear(7, hidden), nn.GELU(), nn.Linear(hidden, 5))
     config = EngineConfig(zero_stage=stage, precision="fp32")
-    optim = OptimConfig(lr=1e-2, ema_decay=0.9, weight_decay=0.01)
+    optim = OptimConfig(lr=0.33 / hidden, ema_decay=0.9, weight_decay=0.01)
     engine = Engine(network, world, config=config, optim=optim, batch_size=8, total_steps=100)
     if resume:
         engine.load(Path(resume))
@@ -50,7 +53,10 @@ def run(world, *, stage, steps, resume=None, save=None, nan_at=None, nan_gradien
         engine.save(Path(save), {"samples_seen": 8 * engine.step})
     ema = engine.averaged_weights()
     sums = {name: tensor.double().sum().item() for name, tensor in ema.items()}
-    return {"losses": losses, "ema": sums, "shapes": {name: list(tensor.shape) for name, tensor in ema.items()}}
+    means = engine.means({"rank": torch.tensor(float(world.rank)), "one": torch.ones(1)})
+    agreed = [engine.agree(world.rank == wishing) for wishing in range(2)]
+    shapes = {name: list(tensor.shape) for name, tensor in ema.items()}
+    return {"means": means, "agreed": agreed, "losses": losses, "ema": sums, "shapes": shapes}
 
 
 order = json.loads(sys.argv[-1])  # the launcher puts --local_rank before it
@@ -86,6 +92,7 @@ def folder(tmp_path_factory):
 def one(folder):
     """Runs on one rank: ten steps under every ZeRO stage, three steps, a NaN in the fourth, and four steps saved."""
     runs: dict[str, dict] = {f"zero{stage}": {"stage": stage, "steps": 10} for stage in range(4)}
+    runs["wide0"] = {"stage": 0, "steps": 10, "hidden": WIDE}
     runs["three"] = {"stage": 0, "steps": 3}
     runs["nan"] = {"stage": 0, "steps": 10, "nan_at": 3}
     for stage in (0, 2):
@@ -99,6 +106,7 @@ def one(folder):
 def two(folder):
     """Runs on two ranks."""
     runs: dict[str, dict] = {f"zero{stage}": {"stage": stage, "steps": 10} for stage in (0, 2, 3)}
+    runs["wide3"] = {"stage": 3, "steps": 10, "hidden": WIDE}
     runs["saved3"] = {"stage": 3, "steps": 4, "save": str(folder / "two_3" / "step_0000004")}
     return work(folder, runs, ranks=2)
 
@@ -121,6 +129,20 @@ def test_two_processes_are_the_same_training_as_one(stage, one, two):
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert found["ema"] == pytest.approx(expected["ema"], abs=1e-5)
     assert found["shapes"] == expected["shapes"]
+
+
+def test_a_matrix_that_no_rank_holds_whole_is_the_same_training(one, two):
+    found, expected = two["wide3"], one["wide0"]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert found["ema"] == pytest.approx(expected["ema"], abs=1e-3)  # sums of up to 112,000 elements
+    assert found["shapes"] == expected["shapes"]
+
+
+def test_ranks_share_their_numbers(one, two):
+    assert one["zero0"]["means"] == {"rank": 0, "one": 1}
+    assert two["zero0"]["means"] == {"rank": 0.5, "one": 1}
+    assert one["zero0"]["agreed"] == [True, False]
+    assert two["zero0"]["agreed"] == [True, True]
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, "one"), (2, "one"), (3, "two")])

@@ -122,6 +122,20 @@ def test_a_line_every_log_every_steps_and_at_the_end(tmp_path: Path, capsys: pyt
     assert len(lines) == 3 and lines[1].startswith("step 20/25  loss 15.5000  kl 2.857  lr 1.00e-03  ")
 
 
+def test_what_a_crash_left_after_its_checkpoint_is_not_recorded_twice(tmp_path: Path):
+    run = make_run(tmp_path)
+    run.begin()
+    for step in (10, 20, 30):
+        run.record(step=step, loss=1.0)
+    with run.metrics_path.open("a") as file:
+        file.write('{"time": 1.0, "st')  # the crash came while it was written
+    make_run(tmp_path, is_main=False).begin(20)
+    assert len(run.metrics_path.read_text().splitlines()) == 4
+    run.begin(20)
+    run.record(step=30, loss=2.0)
+    assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+
+
 def test_speed_and_time_left(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]):
     run = make_run(tmp_path)
     run.begin()

@@ -269,6 +269,10 @@ def test_spoiled_folders_are_refused_by_name(tmp_path: Path) -> None:
     save_file({"text_model.final_layer_norm.bias": torch.ones(32)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"{tmp_path}.*51 missing"):
         load_text_encoder(tmp_path)
+    for spoiled in (b"{", b"\xff"):
+        (tmp_path / "config.json").write_bytes(spoiled)
+        with pytest.raises(ValueError, match="config.json is not JSON"):
+            load_text_encoder(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object"):
         load_text_encoder(tmp_path)

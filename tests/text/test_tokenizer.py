@@ -238,7 +238,7 @@ def test_refuses_tokens_of_textual_inversion(folder: Path) -> None:
     ("name", "content", "message"),
     [
         ("tokenizer.json", "[1, 2]", "must hold a JSON object"),
-        ("tokenizer.json", "{", "Expecting property name"),
+        ("tokenizer.json", "{", "tokenizer.json is not JSON .Expecting property name"),
         ("tokenizer.json", '{"model": {"vocab": {}}}', "no byte-pair encoding"),
         ("tokenizer.json", '{"model": {"vocab": {"a": 0}, "merges": []}}', "lacks|no CLIP tokenizer"),
         ("tokenizer.json", '{"model": {"vocab": {"a": "0"}, "merges": []}}', "no table of tokens"),
