@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PROMPTS := "a noto emoji of Santa Claus, medium skin tone" "a twemoji emoji of red apple" \
-	"a noto emoji of flag of Japan" "a twemoji emoji of dog face" \
-	"a noto emoji of woman surfing, dark skin tone" "a twemoji emoji of fire engine"
+PROMPTS := --prompt "a noto emoji of Santa Claus, medium skin tone" --prompt "a twemoji emoji of red apple" \
+	--prompt "a noto emoji of flag of Japan" --prompt "a twemoji emoji of dog face" \
+	--prompt "a noto emoji of woman surfing, dark skin tone" --prompt "a twemoji emoji of fire engine"
 
 .PHONY: demo test clean
 
@@ -20,9 +20,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed
 	@echo "== Training a small denoiser from scratch on the embedded pictures, for a minute (the loss falls)"
 	rm -rf runs/demo
-	$(BIN)/deepspeed --num_gpus 1 ldm/train.py --config configs/demo.yaml
+	$(BIN)/deepspeed --log_level error --num_gpus 1 ldm/train.py --config configs/demo.yaml
 	@echo "== Drawing six prompts with the weights that this project trained"
-	$(BIN)/python txt2img.py $(foreach prompt,$(PROMPTS),--prompt $(prompt)) --outdir outputs/demo
+	$(BIN)/python txt2img.py $(PROMPTS) --seed 7 --outdir outputs/demo
 	@echo "== The pictures are in outputs/demo, what the minute of training draws in runs/demo/samples"
 
 test: $(VENV)/installed-dev

@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,8 @@ def start_process() -> World:
     if os.environ["RANK"] == "0":
         print("starting DeepSpeed (which compiles a helper the first time: half a minute)", flush=True)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns wherever there is no CUDA
+    # DeepSpeed calls functions that PyTorch has renamed, and each rank would say so between the lines of progress.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
         from deepspeed.utils import logger

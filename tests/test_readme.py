@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import txt2img
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -67,6 +69,16 @@ def test_the_export_command_exports(tmp_path):
     words = command.replace("runs/emoji64_dit/model", "weights/emoji64").replace("my-weights", str(tmp_path / "w"))
     assert run(words).returncode == 0
     assert (tmp_path / "w" / "model_index.json").exists()
+
+
+def test_the_demo_draws_six_prompts():
+    """make is only asked what it would do; continuous integration runs it."""
+    plan = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in plan.splitlines() if "txt2img.py" in line and not line.startswith("echo")]
+    args = txt2img.build_parser().parse_args(shlex.split(line)[2:])
+    assert len(args.prompt) == 6
+    assert all(re.match("a (noto|twemoji) emoji of ", prompt) for prompt in args.prompt)
+    assert args.ckpt == ROOT / "weights" / "emoji64"
 
 
 def test_the_python_example_runs(monkeypatch):
