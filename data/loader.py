@@ -110,7 +110,10 @@ class CaptionedImages:
         return self._assemble(self.order.batch(number, rank=self.rank, ranks=self.ranks))
 
     def once(self, batch_size: int) -> Iterator[Batch]:
-        """Every sample once, in the shards' own order, with its best caption: for measuring. Bad ones are left out."""
+        """Every sample once, in the shards' own order, with its best caption: for measuring. Bad ones are left out.
+
+        Raises DataError if all are bad.
+        """
         everything = [(shard, index) for shard, own in enumerate(self.shards) for index in range(len(own))]
         for start in range(0, len(everything), batch_size):
             loaded = [
@@ -121,6 +124,8 @@ class CaptionedImages:
             if loaded:
                 places = [place for place, _ in loaded]
                 yield self._batch([s[0] for _, s in loaded], [s[1][0] for _, s in loaded], [-1] * len(places), places)
+        if len(self.bad_samples) == len(everything):
+            raise DataError(f"none of the {len(everything)} samples of {self.config.shards} can be used: give others")
 
     def _assemble(self, visits: list[Visit]) -> Batch:
         pixels, captions, samples = [], [], []

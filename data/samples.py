@@ -87,6 +87,9 @@ def read_captions(raw: RawSample) -> list[str]:
         raise BadSampleError(f"its caption or json does not parse ({error})") from error
     if not all(isinstance(caption, str) for caption in captions):
         raise BadSampleError("a caption is not text")
+    for caption in captions:
+        if unpaired := next((character for character in caption if "\ud800" <= character <= "\udfff"), None):
+            raise BadSampleError(f"a caption holds half of a character ({unpaired!r}), which no tokenizer can read")
     captions = list(dict.fromkeys(caption.strip() for caption in captions if caption.strip()))
     if not captions:
         raise BadSampleError("no caption (neither in .txt nor in .json)")

@@ -86,11 +86,14 @@ class Shard:
 
     def __getitem__(self, index: int) -> RawSample:
         key, members = self._table[index]
-        with self._open() as file:
-            data: dict[str, bytes] = {}
-            for extension, (offset, size) in members.items():
-                file.seek(offset)
-                data[extension] = file.read(size)
+        data: dict[str, bytes] = {}
+        try:
+            with self._open() as file:
+                for extension, (offset, size) in members.items():
+                    file.seek(offset)
+                    data[extension] = file.read(size)
+        except OSError as error:
+            raise DataError(f"shard {self.path} can no longer be read ({error}): is its disk still there?") from error
         return RawSample(str(self.path), key, data)
 
     def _open(self) -> BinaryIO:

@@ -55,5 +55,8 @@ def _write_json(value: dict[str, Any], path: Path) -> None:
 
 def _write(data: bytes, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 USER_ERROR, DATA_ERROR, CHECKPOINT_ERROR, NON_FINITE_ERROR = 2, 3, 4, 6
 INTERRUPTED = 130
+IN_TRAINING = "in training"  # notes on errors that one rank may meet alone start so; before, all ranks meet the same
 
 
 def training_arguments(description: str) -> argparse.ArgumentParser:
@@ -66,11 +67,16 @@ def run_command(
         if args.debug or code is None:
             raise
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or code != USER_ERROR:  # a user's mistake is the same on every rank
+        alone = code in (USER_ERROR, DATA_ERROR) and any(note.startswith(IN_TRAINING) for note in _notes(error))
+        if rank == "0" or alone:
             where = "" if rank == "0" else f"rank {rank}: "
             print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
         return code
     return 0
+
+
+def _notes(error: Exception) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from ldm.denoisers import DenoiserConfig
 from ldm.diffusion import ObjectiveConfig, PathConfig
 from ldm.engine import EngineConfig, OptimConfig
 from ldm.run import RunConfig
-from ldm.samplers import SAMPLERS
+from ldm.samplers import SAMPLERS, time_grid
 from text import TextEncoderConfig
 from text.clip import ImageTowerConfig
 from vae.autoencoder import AutoencoderKLConfig
@@ -38,6 +39,13 @@ class VAETrainConfig:
     loss: VAELossConfig
     optim: OptimConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.image_size % self.vae.factor:
+            raise ValueError(
+                f"data.image_size is {self.data.image_size}, not a multiple of the autoencoder's factor "
+                f"{self.vae.factor}, which the number of vae.block_out_channels makes: change either"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +113,8 @@ class PreviewConfig:
             raise ValueError(f"preview.sampler is {self.sampler!r}, expected one of {', '.join(SAMPLERS)}")
         if not self.prompts or self.pictures < 1 or self.steps < 1:
             raise ValueError("preview.prompts, preview.pictures and preview.steps need one at least")
+        if not 0 <= self.scale < math.inf:
+            raise ValueError(f"preview.scale is {self.scale}, expected a number from 0 up (1 is no guidance)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +126,12 @@ class TrainConfig:
     optim: OptimConfig
     preview: PreviewConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        try:
+            time_grid(self.model.path, self.preview.steps)
+        except ValueError as error:
+            raise ValueError(f"preview.{error}") from error
 
 
 def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -156,11 +172,13 @@ def dump(config: Any) -> str:
 def check_continues(then: str, now: str) -> None:
     """Raise ValueError, naming the key, if a run that began with one configuration cannot go on with another.
 
-    Both are texts of `dump`. How long a run goes on and what it shows may change; what the numbers depend on may not.
+    Both are texts of `dump`. How long a run goes on (with it, where its learning rate falls), what it shows and how
+    its data are held ready may change; what else the numbers depend on may not.
     """
     before, after = _leaves(yaml.safe_load(then)), _leaves(yaml.safe_load(now))
     for key in sorted(before.keys() | after.keys()):
         free = key != "run.seed" and key.split(".")[0] in ("run", "preview", "validation")
+        free |= key in ("data.prefetch", "model.keep_latents")
         if before.get(key) != after.get(key) and not free:
             raise ValueError(
                 f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now: "

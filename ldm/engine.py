@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -92,7 +93,13 @@ def start_process() -> World:
         from deepspeed.utils import logger
 
         logger.setLevel("ERROR")
-        deepspeed.init_distributed(verbose=False)
+        try:
+            deepspeed.init_distributed(verbose=False)
+        except dist.DistNetworkError as error:
+            raise ValueError(
+                f"port {os.environ['MASTER_PORT']} is taken, by another training perhaps: start this one with "
+                "deepspeed --master_port N, or torchrun --standalone"
+            ) from error
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -167,7 +174,7 @@ class Engine:
         value = self.means({"loss": loss})["loss"]
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"the loss of step {self.step} is {value}: lower optim.lr or set engine.precision=fp32"
+                f"the loss of step {self.step + 1} is {value}: lower optim.lr or set engine.precision=fp32"
             )
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self.lr
@@ -188,7 +195,9 @@ class Engine:
 
     def _check_gradient(self, norm: Tensor | float | None) -> None:
         if norm is not None and not math.isfinite(float(norm)):
-            raise NonFiniteError(f"the gradient of step {self.step} is {float(norm)}: resume from the last checkpoint")
+            raise NonFiniteError(
+                f"the gradient of step {self.step + 1} is {float(norm)}: resume from the last checkpoint"
+            )
 
     @property
     def lr(self) -> float:
@@ -203,6 +212,11 @@ class Engine:
         if self.world.ranks > 1:
             dist.all_reduce(together)
         return dict(zip(values, (together / self.world.ranks).tolist(), strict=True))
+
+    def total(self, count: int) -> int:
+        """The sum of one number over all ranks."""
+        share = torch.tensor(float(count), device=self.world.device)
+        return round(self.means({"count": share})["count"] * self.world.ranks)
 
     def agree(self, wish: bool) -> bool:
         """Whether any rank wishes so; all ranks get the same answer, so that none goes on alone."""
@@ -239,25 +253,31 @@ class Engine:
             partial.rename(folder)
         dist.barrier()
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Continue from a checkpoint; returns the record that was saved with it.
+    def record_of(self, folder: Path) -> dict[str, Any]:
+        """What was saved beside the state of a checkpoint. Raises CheckpointError if it cannot be read."""
+        with _readable(folder):
+            return json.loads((folder / "state.json").read_text())
 
-        Raises CheckpointError if it was written by another number of ranks or under another ZeRO stage.
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises CheckpointError if it was written by another number of ranks or under another ZeRO stage, or is damaged.
         """
-        record = json.loads((folder / "state.json").read_text())
-        ranks, stage = record["ranks"], record["zero_stage"]
+        record = self.record_of(folder)
+        with _readable(folder):
+            ranks, stage = record["ranks"], record["zero_stage"]
         if (ranks, stage) != (self.world.ranks, self.config.zero_stage):
             raise CheckpointError(
                 f"{folder} was written by {ranks} ranks under ZeRO {stage}, this run has {self.world.ranks} under ZeRO "
                 f"{self.config.zero_stage}: start it as then, or set run.resume=never and another run.name"
             )
-        if self._engine.load_checkpoint(str(folder), tag="state")[0] is None:
-            raise CheckpointError(f"{folder} holds no DeepSpeed state: remove it, an older checkpoint will be taken")
-        if self.ema is not None:
-            file = folder / f"ema_{self.world.rank:05d}.pt"
-            self.ema.load_state_dict(torch.load(file, weights_only=True, map_location=self.world.device))
-        self.step = record["step"]
-        return record
+        with _readable(folder):
+            if self._engine.load_checkpoint(str(folder), tag="state")[0] is None:
+                raise FileNotFoundError("it holds no state of DeepSpeed")
+            if self.ema is not None:
+                file = folder / f"ema_{self.world.rank:05d}.pt"
+                self.ema.load_state_dict(torch.load(file, weights_only=True, map_location=self.world.device))
+            self.step = record["step"]
 
     @property
     def _holds_ema(self) -> bool:
@@ -272,3 +292,15 @@ class Engine:
         shards = [torch.empty_like(shard) for _ in range(self.world.ranks)]
         dist.all_gather(shards, shard)
         return torch.cat(shards)[: shape.numel()].view(shape)
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What DeepSpeed, PyTorch and JSON raise for files that are missing or damaged, as a CheckpointError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, AssertionError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"{folder} cannot be read ({reason}): remove it, and the checkpoint before it will be taken"
+        ) from error

@@ -40,9 +40,10 @@ def export(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
     Raises ValueError if the folder exists and is no export: nothing else is ever deleted.
     """
     from ldm.interop.denoiser import denoiser_folder, save_denoiser
-    from ldm.interop.files import whole_folder, write_json
+    from ldm.interop.files import write_json
     from ldm.interop.scheduler import scheduler_config_json
     from ldm.interop.vae import folded, save_vae
+    from ldm.whole import whole_folder
     from text import OpenClipTextEncoder, TransformersTextEncoder, save_text_encoder, save_tokenizer
 
     if folder.exists() and not (folder / "model_index.json").exists() and any(folder.iterdir()):

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ldm.whole import whole_file
+
 GAP = 2  # pixels between pictures
 LABEL_LINES, LINE_HEIGHT = 2, 11
 
@@ -61,6 +63,5 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG that appears under its name only when whole."""
-    partial = path.with_name(path.name + ".partial")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        image.save(partial, format="PNG")

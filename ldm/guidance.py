@@ -1,6 +1,6 @@
-"""Guidance: two functions denoise(x_t, t) -> x0_hat made into one."""
+"""Guidance: two functions denoise(x_t, t) -> x0_hat made into one, and what training must do for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -21,3 +21,12 @@ def classifier_free(denoise_cond: Denoise, denoise_uncond: Denoise, scale: float
         return x0_uncond + scale * (denoise_cond(x_t, t) - x0_uncond)
 
     return denoise
+
+
+def drop_captions(captions: Sequence[str], uniforms: Tensor, share: float) -> list[str]:
+    """The captions, that share of them replaced by "": each where its own number in [0, 1), B, is below `share`.
+
+    So one network learns the unconditional answer too, which guidance needs. Ho & Salimans 2022, algorithm 1.
+    """
+    dropped = (uniforms < share).tolist()
+    return ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]

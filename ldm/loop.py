@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Generic, TypeVar
 from torch import Tensor, nn
 
 from data.loader import Batch, CaptionedImages, Tokenize, held_out
+from ldm.commands import IN_TRAINING
 from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, check_continues, dump, load_config
 from ldm.engine import Engine, World, start_process
 from ldm.run import Run
@@ -63,24 +63,56 @@ def train(
     """Take optimiser steps until run.steps or run.minutes is reached, from the newest checkpoint on.
 
     losses(batch) returns scalars, of which "loss" is minimised and all are logged; sample(step) draws what the
-    network can do by now: every run.sample_every steps, from step 0 on.
+    network can do by now, and records it: every run.sample_every steps, from step 0 on.
     """
-    config, batch_size = run.config, images.config.batch_size
+    resume(engine, run)
+    try:
+        take_steps(engine, run, images, losses, sample)
+    except Exception as error:
+        error.add_note(f"{IN_TRAINING}, rank {engine.world.rank}, step {engine.step + 1}")
+        raise
+    if engine.step < run.config.steps:
+        run.tell(f"stopped after step {engine.step} of {run.config.steps}: the same command goes on from there")
+
+
+def resume(engine: Engine, run: Run) -> None:
+    """Load the newest checkpoint, if there is one that fits, and make the run's folder."""
+    run.lock()
     checkpoint = run.newest_checkpoint()
     if checkpoint is not None:
-        check_continues(then=json.loads((checkpoint / "state.json").read_text())["config"], now=run.config_text)
+        check_continues(then=engine.record_of(checkpoint)["config"], now=run.config_text)
         engine.load(checkpoint)
         run.tell(f"resumed from {checkpoint}")
-    run.begin(engine.step)
-    if checkpoint is None:
-        sample(0)
-    batches = images.stream(position=engine.step)
+        if engine.step > run.config.steps:
+            raise ValueError(
+                f"run.steps is {run.config.steps}, but {checkpoint} has taken {engine.step}: "
+                f"set run.steps={engine.step} or more, or another run.name"
+            )
+    run.begin(None if checkpoint is None else engine.step)
+
+
+def take_steps(
+    engine: Engine,
+    run: Run,
+    images: CaptionedImages,
+    losses: Callable[[Batch], dict[str, Tensor]],
+    sample: Callable[[int], None],
+) -> None:
+    config, batch_size = run.config, images.config.batch_size
     last = engine.step == config.steps
+    # Sampled at the start, and where a run was cut off between a checkpoint and its sample.
+    if engine.step % config.sample_every == 0 or last:
+        if engine.agree(run.is_main and not run.has_sample(engine.step)):
+            sample(engine.step)
+    batches = images.stream(position=engine.step)
     run.restart_clock()
     while not last:
         lr, parts = engine.lr, losses(next(batches))
         loss = engine.update(parts.pop("loss"))
-        run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=engine.means(parts))
+        measures = engine.means(parts)
+        if bad := engine.total(len(images.bad_samples)):
+            measures["bad_samples"] = bad
+        run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=measures)
         timed = config.minutes is not None and engine.agree(run.out_of_time)
         last = engine.step == config.steps or timed
         if engine.step % config.checkpoint_every == 0 or last:

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from ldm.denoisers import DenoiserConfig, attention_length, describe_attention
 from ldm.grids import to_images
-from ldm.interop.denoiser import WEIGHTS_NAME, denoiser_folder, load_denoiser
+from ldm.interop.denoiser import WEIGHTS_NAME, LoadedDenoiser, denoiser_folder, load_denoiser
 from ldm.interop.scheduler import read_scheduler
 from ldm.interop.vae import load_vae
 from ldm.latent_diffusion import LatentDiffusion, guided
 from ldm.samplers import SAMPLERS, Denoise
-from text import load_text_encoder, load_tokenizer
+from text import TextEncoder, Tokenizer, load_text_encoder, load_tokenizer
+from vae import AutoencoderKL
 
 if TYPE_CHECKING:
     from PIL import Image
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RUN_MODEL = "model"  # folder of a run of ldm/train.py that holds its newest export
 MAX_BATCH = 16  # pictures drawn at once; more are drawn in turns, which changes none of them
 
 
@@ -89,18 +91,21 @@ class TextToImage:
                 f"{folder} holds {found}, expected unet/ or transformer/: this is not a text-to-image model"
             )
         place, precision = choose_device(device), choose_dtype(dtype, choose_device(device))
-        denoiser, config, sample_size = load_denoiser(folder / parts[0])
+        loaded = load_denoiser(folder / parts[0])
         noise_path, prediction = read_scheduler(folder / "scheduler" / "scheduler_config.json")
         vae, text_encoder = load_vae(folder / "vae"), load_text_encoder(folder / "text_encoder")
-        for network in (denoiser, vae, text_encoder):
-            network.eval().requires_grad_(False).to(device=place, dtype=precision)
         tokenizer = load_tokenizer(folder / "tokenizer")
+        check_parts_fit(loaded, vae, text_encoder, tokenizer, folder=folder)
+        for network in (loaded.network, vae, text_encoder):
+            network.eval().requires_grad_(False).to(device=place, dtype=precision)
         model = LatentDiffusion(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, path=noise_path, prediction=prediction
         )
-        with (folder / denoiser_folder(config) / WEIGHTS_NAME).open("rb") as file:
+        with (folder / denoiser_folder(loaded.config) / WEIGHTS_NAME).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:10]
-        return cls(model, denoiser, config, sample_size=sample_size, name=folder.resolve().name, weights_hash=digest)
+        place_of = folder.resolve()
+        name = place_of.parent.name if place_of.name == RUN_MODEL else place_of.name
+        return cls(model, loaded.network, loaded.config, sample_size=loaded.sample_size, name=name, weights_hash=digest)
 
     def __call__(
         self,
@@ -175,7 +180,23 @@ class TextToImage:
 
 def model_folder(path: Path) -> Path:
     """Where the model lies: a run of ldm/train.py keeps its newest in its folder model/."""
-    return path / "model" if (path / "model" / "model_index.json").exists() else path
+    return path / RUN_MODEL if (path / RUN_MODEL / "model_index.json").exists() else path
+
+
+def check_parts_fit(
+    denoiser: LoadedDenoiser, vae: AutoencoderKL, text_encoder: TextEncoder, tokenizer: Tokenizer, *, folder: Path
+) -> None:
+    """Raise ValueError, naming both parts, if they were not made for each other."""
+    for what, of_one, one, of_other, other in (
+        ("latent channels", denoiser.in_channels, "the denoiser", vae.config.latent_channels, "the autoencoder"),
+        ("wide a context", denoiser.context_width, "the denoiser", text_encoder.config.width, "the text encoder"),
+        ("tokens", tokenizer.vocab_size, "the tokenizer", text_encoder.config.vocab_size, "the text encoder"),
+    ):
+        if of_one != of_other:
+            raise ValueError(
+                f"{folder}: {one} is made for {of_one} {what}, {other} for {of_other}: give a folder whose parts "
+                "belong together (a denoiser with channels for inpainting is not supported)"
+            )
 
 
 def counted(denoise: Denoise, progress: Callable[[int, int], None], *, start: int, total: int) -> Denoise:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from ldm.whole import whole_file
 
 CHECKPOINTS_KEPT = 2
 
@@ -45,6 +49,7 @@ class Run:
         self.started = time.monotonic()
         self._since = self.started  # time of the last progress line
         self._losses: list[float] = []
+        self._locked: int | None = None  # the folder's descriptor, while this process keeps it
         self._steps_timed = 0  # steps since then
         found = self.newest_checkpoint()
         if found is not None and config.resume == "never":
@@ -53,19 +58,48 @@ class Run:
             )
         self.config_text = config_text
 
-    def begin(self, step: int = 0) -> None:
+    def begin(self, step: int | None) -> None:
         """Make the folder and write the configuration: once data and model are open, so that a mistake in either
-        leaves nothing behind. What was recorded after `step`, before a crash, will be recorded again."""
-        if self.is_main:
-            (self.config.path / "samples").mkdir(parents=True, exist_ok=True)
-            (self.config.path / "config.yaml").write_text(self.config_text)
-            if self.metrics_path.exists():
-                lines = self.metrics_path.read_text().splitlines(keepends=True)
-                # A crash may also have cut the last line short.
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-                partial = self.metrics_path.with_suffix(".partial")
-                partial.write_text("".join(kept))
-                partial.replace(self.metrics_path)
+        leaves nothing behind. step: of the checkpoint that is gone on from, if any; what a run that was cut off
+        recorded or began after it will be written again."""
+        if not self.is_main:
+            return
+        (self.config.path / "samples").mkdir(parents=True, exist_ok=True)
+        self.lock()
+        (self.config.path / "config.yaml").write_text(self.config_text)
+        kept = [] if step is None else [record for record in self._records() if record["step"] <= step]
+        with whole_file(self.metrics_path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        for leftover in self.config.path.glob("checkpoints/*.partial"):
+            shutil.rmtree(leftover)
+
+    def lock(self) -> None:
+        """Keep the run's folder, if there is one, for this process until it ends. Raises ValueError if another does."""
+        import fcntl
+
+        if not self.is_main or self._locked is not None or not self.config.path.is_dir():
+            return
+        folder = os.open(self.config.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(folder)
+            raise ValueError(
+                f"another process is training in {self.config.path}: wait for it, or give another run.name"
+            ) from error
+        self._locked = folder
+
+    def has_sample(self, step: int) -> bool:
+        """Whether what the network could do at this step has been recorded: by a line without a training loss."""
+        return any(record["step"] == step and "loss" not in record for record in self._records())
+
+    def _records(self) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl; a run that was cut off may have left a part of one."""
+        records = []
+        for line in self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
 
     @property
     def metrics_path(self) -> Path:

@@ -33,6 +33,7 @@ def main(args: Namespace) -> None:
     from ldm.config import TrainConfig
     from ldm.denoisers import attention_length, describe_attention
     from ldm.diffusion import draw_times, sample_randomness
+    from ldm.guidance import drop_captions
     from ldm.latents import LatentEncoder
     from ldm.loop import open_session, train
 
@@ -46,7 +47,7 @@ def main(args: Namespace) -> None:
     encode = LatentEncoder(model.vae, keep=config.model.keep_latents, bf16=engine.bf16, sample=sampled)
     side = latent_side(config, model)
     shape = (model.vae.config.latent_channels, side, side)
-    seed, dropout = config.run.seed, config.model.caption_dropout
+    seed = config.run.seed
     run.tell(f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M parameters, {len(images)} pictures, "
              f"{'bf16' if engine.bf16 else 'fp32'} on {world.device}")  # fmt: skip
     length = attention_length(config.model.denoiser, side)
@@ -58,9 +59,7 @@ def main(args: Namespace) -> None:
         posterior_noise = sample_randomness(seed * 2 + POSTERIOR, batch.positions, shape).eps
         x0, eps = encode(batch, posterior_noise), random.eps.to(world.device)
         t = draw_times(config.model.objective, model.path, random.time_uniforms)
-        # Without its caption now and then, the network also learns the unconditional answer that guidance needs.
-        dropped = (random.drop_uniforms < dropout).tolist()
-        captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
+        captions = drop_captions(batch.captions, random.drop_uniforms, config.model.caption_dropout)
         return {"loss": model.loss(engine, x0, eps, t, captions).mean()}
 
     train(engine, run, images, losses, sample=lambda step: preview(session, engine, model, step))
@@ -85,7 +84,11 @@ def frozen_half(config: TrainConfig, world: World) -> LatentDiffusion:
 
 
 def latent_side(config: TrainConfig, model: LatentDiffusion) -> int:
-    return config.data.image_size // model.vae.config.factor
+    """Raises ValueError if the pictures do not become whole latents."""
+    size, factor = config.data.image_size, model.vae.config.factor
+    if size % factor:
+        raise ValueError(f"data.image_size is {size}, not a multiple of {factor}, the factor of {config.model.vae}")
+    return size // factor
 
 
 def build(config: TrainConfig, model: LatentDiffusion) -> nn.Module:
@@ -107,7 +110,7 @@ def preview(session: Session[TrainConfig], engine: Engine, model: LatentDiffusio
     import torch
 
     from ldm.export import Trained, export
-    from ldm.pipeline import TextToImage
+    from ldm.pipeline import RUN_MODEL, TextToImage
     from ldm.validation import drawings, held_out_loss
 
     config, run = session.config, session.run
@@ -118,12 +121,12 @@ def preview(session: Session[TrainConfig], engine: Engine, model: LatentDiffusio
     denoiser.load_state_dict(weights)
     loss = held_out_loss(config, model, denoiser, session.validation, bf16=engine.bf16)
     run.tell(f"step {step}: held-out loss {loss:.4f}")
-    run.record(step=step, held_out_loss=loss)
     kind, side = config.model.denoiser, latent_side(config, model)
     pipe = TextToImage(model, denoiser, kind, sample_size=side, name=config.run.name, weights_hash=f"step {step}")
     drawings(config.preview, pipe, run.sample_path(step))
     trained = Trained(model=model, denoiser=denoiser, config=kind, sample_size=side, notes=run.config_text)
-    export(trained, config.run.path / "model", dtype=torch.float32)
+    export(trained, config.run.path / RUN_MODEL, dtype=torch.float32)
+    run.record(step=step, held_out_loss=loss)  # last: a step that is recorded has been drawn and exported
 
 
 if __name__ == "__main__":

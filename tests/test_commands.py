@@ -1,7 +1,10 @@
 """The commands of the README, from the launch to the files they leave, on tiny networks and shards."""
 
+import fcntl
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data.shards import Shard
 from ldm import TextToImage
 
 ROOT = Path(__file__).parents[1]
@@ -40,15 +44,21 @@ UNET = {
 
 LAUNCHERS = {
     "python": [sys.executable],
-    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2"],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port"],  # and a free one
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
 }
 
 
-def start(words: list[str], *, launcher: str = "python") -> subprocess.CompletedProcess[str]:
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start(words: list[str], *, launcher: str = "python", **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a training command: by plain python, or in two processes by one of the other launchers."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    command = [*LAUNCHERS[launcher], *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"} | variables
+    command = [*LAUNCHERS[launcher], *([free_port()] if launcher == "deepspeed" else []), *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
@@ -62,7 +72,7 @@ def write_config(folder: Path, name: str, shards: str, **sections: object) -> st
     return str(path)
 
 
-def denoiser_config(folder: Path, name: str, shards: str, denoiser: dict[str, object]) -> str:
+def denoiser_config(folder: Path, name: str, shards: str, denoiser: dict[str, object], **model: object) -> str:
     model = {
         "vae": str(folder / "runs/vae"),
         "text": str(folder / "runs/clip"),
@@ -70,7 +80,7 @@ def denoiser_config(folder: Path, name: str, shards: str, denoiser: dict[str, ob
         "path": {"kind": "rectified_flow"},
         "objective": {"prediction": "velocity"},
         "keep_latents": True,
-    }
+    } | model
     preview = {"prompts": ["a red apple"], "pictures": 2, "steps": 2}
     return write_config(folder, name, shards, model=model, preview=preview, engine={"precision": "fp32"})
 
@@ -126,21 +136,63 @@ def test_open_clip_opens_the_clip_that_was_trained(workshop):
     assert sum(parameter.numel() for parameter in model.parameters()) > 100_000
 
 
-def test_a_u_net_trains_on_the_same_command_and_a_run_resumes_where_it_stopped(workshop, few_emoji):
-    config = denoiser_config(workshop, "unet", few_emoji, UNET)
+@pytest.fixture(scope="module")
+def unet_config(workshop, few_emoji) -> str:
+    """A U-Net on Stable Diffusion's path, trained to predict the noise; its run "whole" is complete."""
+    path, objective = {"kind": "scaled_linear_beta"}, {"prediction": "eps"}
+    config = denoiser_config(workshop, "unet", few_emoji, UNET, path=path, objective=objective)
     assert start(["ldm/train.py", "--config", config, "run.name=whole"]).returncode == 0
-    assert start(["ldm/train.py", "--config", config, "run.minutes=0"]).returncode == 0
+    return config
+
+
+def test_a_u_net_trains_on_the_same_command_and_a_run_resumes_where_it_stopped(workshop, unet_config):
+    config = unet_config
+    begun = start(["ldm/train.py", "--config", config, "run.minutes=0"])
+    assert begun.returncode == 0
     stopped = len(losses(workshop, "unet"))
     assert 0 < stopped < 10
+    assert f"stopped after step {stopped} of 10: the same command goes on from there" in begun.stdout
     finished = start(["ldm/train.py", "--config", config])
     assert f"resumed from {workshop / 'runs/unet/checkpoints'}/step_{stopped:07d}" in finished.stdout
     assert losses(workshop, "unet") == pytest.approx(losses(workshop, "whole"), abs=1e-5)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_two_ranks_under_zero_2_train_as_one(launcher, workshop, few_emoji):
+def test_a_run_cut_off_in_its_last_drawing_draws_it_again(workshop, unet_config):
+    run = workshop / "runs" / "whole"
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert "held_out_loss" in lines[-1]
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]))
+    shutil.rmtree(run / "model")
+    finished = start(["ldm/train.py", "--config", unet_config, "run.name=whole"])
+    assert finished.returncode == 0, finished.stderr
+    assert (run / "model" / "model_index.json").exists()
+    assert [json.loads(line)["step"] for line in lines] == [
+        json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+    again = start(["ldm/train.py", "--config", unet_config, "run.name=whole"])
+    assert again.returncode == 0 and "held-out" not in again.stdout
+
+
+def test_a_broken_picture_is_named_and_counted(workshop, few_emoji, write_tar):
+    (workshop / "broken").mkdir()
+    for path in Path(few_emoji).parent.glob("*.tar.gz"):
+        shard = Shard(path)
+        samples = [shard[index] for index in range(len(shard))]
+        members = [(f"{raw.key}.{kind}", data) for raw in samples for kind, data in raw.members.items()]
+        members = [(name, b"no picture" if name == "000000000.webp" else data) for name, data in members]
+        write_tar(workshop / "broken" / path.name, members)
+    config = denoiser_config(workshop, "broken", str(workshop / "broken/*.tar.gz"), DIT)
+    finished = start(["ldm/train.py", "--config", config])
+    assert finished.returncode == 0, finished.stderr
+    assert "bad sample: 000000000 in" in finished.stdout and "the image does not decode" in finished.stdout
+    lines = (workshop / "runs/broken/metrics.jsonl").read_text().splitlines()
+    assert [record for record in map(json.loads, lines) if "loss" in record][-1]["bad_samples"] == 1
+
+
+@pytest.mark.parametrize(("launcher", "stage"), [("deepspeed", 2), ("torchrun", 3)])
+def test_two_ranks_train_as_one(launcher, stage, workshop, few_emoji):
     config = denoiser_config(workshop, "dit", few_emoji, DIT)
-    words = ["ldm/train.py", "--config", config, f"run.name={launcher}", "engine.zero_stage=2"]
+    words = ["ldm/train.py", "--config", config, f"run.name={launcher}", f"engine.zero_stage={stage}"]
     finished = start(words, launcher=launcher)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert len(losses(workshop, "dit")) == 10
@@ -164,6 +216,9 @@ def test_clip_trains_on_two_ranks(workshop, few_emoji):
         (["validation.shards=[nowhere/*.tar]"], 3, r"no shard matches 'nowhere/*.tar'"),
         (["model.denoiser.sample_size=8"], 2, "sample_size is 8, but pictures of 64 pixels have latents of 16"),
         (["model.vae=nowhere"], 2, "nowhere/vae/config.json is missing"),
+        (["data.image_size=66"], 2, "data.image_size is 66, not a multiple of 4"),
+        (["preview.scale=-1"], 2, "preview.scale is -1.0, expected a number from 0 up"),
+        (["run.name=dit", "run.steps=7"], 2, "step_0000010 has taken 10: set run.steps=10 or more"),
         (["optim.lr=1e30", "run.name=nan", "engine.clip=0"], 6, "of step"),
     ],
 )
@@ -182,3 +237,27 @@ def test_a_run_with_checkpoints_is_not_silently_started_again(workshop):
     finished = start(["ldm/train.py", "--config", str(workshop / "dit.yaml"), "run.resume=never"])
     assert finished.returncode == 2
     assert "already holds step_0000010" in finished.stderr
+
+
+def test_a_port_that_is_taken_is_named(workshop):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        words = ["ldm/train.py", "--config", str(workshop / "dit.yaml"), "run.name=mistake"]
+        finished = start(words, MASTER_PORT=port)
+    assert finished.returncode == 2
+    assert f"error: port {port} is taken, by another training perhaps" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_second_training_in_the_same_folder_is_refused(workshop):
+    folder = os.open(workshop / "runs" / "dit", os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        finished = start(["ldm/train.py", "--config", str(workshop / "dit.yaml"), "run.steps=12"])
+    finally:
+        os.close(folder)
+    assert finished.returncode == 2
+    assert "another process is training in" in finished.stderr
+    assert len(losses(workshop, "dit")) == 10

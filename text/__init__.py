@@ -17,7 +17,7 @@ from text.encoder import (
     TransformersTextEncoder,
     open_clip_text_cfg,
 )
-from text.tokenizer import Tokenizer, TokenizerConfig, clean_caption, load_tokenizer, save_tokenizer
+from text.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, save_tokenizer
 
 __all__ = [
     "OpenClipTextEncoder",
@@ -27,7 +27,6 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "TransformersTextEncoder",
-    "clean_caption",
     "load_text_encoder",
     "load_tokenizer",
     "open_clip_text_cfg",

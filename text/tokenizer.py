@@ -51,19 +51,6 @@ def clip_vocabulary() -> Vocabulary:
     return Vocabulary({token: i for i, token in enumerate(tokens)}, merges)
 
 
-def clean_caption(text: str) -> str:
-    """Repair mojibake, HTML entities, spaces and case, as open_clip does before its byte-pair encoding.
-
-    Meant for captions from the web (`&amp;`, `â€™`): cleaned so, they get open_clip's ids from Tokenizer.
-    transformers, and with it Tokenizer by itself, repairs nothing.
-    """
-    import html
-
-    import ftfy
-
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
-
-
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Context length and padding: 49407 in Hugging Face and Stable Diffusion 1, 0 in open_clip and SD 2.
@@ -85,7 +72,7 @@ class TokenizerConfig:
 class Tokenizer:
     """Callable, picklable: captions -> ids B x L (int64) as BOS, tokens, EOS, padding.
 
-    A caption too long loses its end but keeps the EOS; `token_count` and `cut_off` say what was lost.
+    A caption too long loses its end but keeps the EOS; `cut_off` says what was lost.
     """
 
     def __init__(self, config: TokenizerConfig, vocabulary: Vocabulary | None = None) -> None:
@@ -108,14 +95,6 @@ class Tokenizer:
             ids = [self.bos_id, *self._encode(text).ids[: self.config.context_length - 2], self.eos_id]
             row[: len(ids)] = torch.tensor(ids)
         return result  # B, L
-
-    def mask(self, ids: Tensor) -> Tensor:
-        """True up to and including the first EOS; bool, in the shape of `ids`."""
-        return mask_to_eos(ids, self.eos_id)
-
-    def token_count(self, text: str) -> int:
-        """Tokens of the whole text, BOS and EOS not counted; up to `context_length - 2` of them fit."""
-        return len(self._encode(text).ids)
 
     def cut_off(self, text: str) -> str:
         """The end of the text that does not fit into the context; empty where all of it does."""

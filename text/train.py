@@ -89,7 +89,8 @@ def validate(session: Session[TextTrainConfig], engine: Engine, step: int) -> No
 
 def finish(session: Session[TextTrainConfig], engine: Engine) -> None:
     """Write the averaged weights, once training is complete."""
-    from ldm.interop.files import whole_folder, write_json, write_weights
+    from ldm.interop.files import write_json, write_weights
+    from ldm.whole import whole_folder
     from text import OpenClipTextEncoder, Tokenizer, save_text_encoder, save_tokenizer
     from text.clip import open_clip_config_json
 

@@ -91,19 +91,19 @@ def validate(session: Session[VAETrainConfig], engine: Engine, step: int) -> Non
                 shown = [pixels[:GRID_PICTURES], reconstruction[:GRID_PICTURES]]
     mean = torch.cat(decibels).mean().item()
     run.tell(f"step {step}: validation PSNR {mean:.2f} dB over {sum(map(len, decibels))} pictures")
-    run.record(step=step, validation_psnr=mean)
     originals, reconstructions = (to_images(part) for part in shown)
     columns = min(GRID_COLUMNS, len(originals))
     cells: list[Image.Image] = []
     for start in range(0, len(originals) - columns + 1, columns):
         cells += originals[start : start + columns] + reconstructions[start : start + columns]
     save_image(sheet(cells, columns=columns), run.sample_path(step))
+    run.record(step=step, validation_psnr=mean)
 
 
 def finish(session: Session[VAETrainConfig], engine: Engine) -> None:
     """Measure the latents over the training set and write the averaged weights, once training is complete."""
-    from ldm.interop.files import whole_folder
     from ldm.interop.vae import save_vae
+    from ldm.whole import whole_folder
     from vae.measure import latent_statistics
 
     config, run = session.config, session.run

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import torch
 from torch import nn
 
 from ldm.denoisers import DenoiserConfig, DiTConfig, UNet, UNetConfig, build_denoiser
 from ldm.interop.files import (
+    described_by,
     load_strictly,
-    missing_key,
     read_json,
     read_weights,
     refuse_other,
@@ -71,18 +71,24 @@ def save_denoiser(
     write_weights({name: tensor.to(dtype) for name, tensor in denoiser.state_dict().items()}, folder / WEIGHTS_NAME)
 
 
-def load_denoiser(folder: Path) -> tuple[nn.Module, DenoiserConfig, int]:
-    """The network in float32, its config, and the side of its native latents. Raises ValueError for anything else."""
+class LoadedDenoiser(NamedTuple):
+    network: nn.Module
+    config: DenoiserConfig
+    sample_size: int  # side of its native latents
+    in_channels: int
+    context_width: int
+
+
+def load_denoiser(folder: Path) -> LoadedDenoiser:
+    """The network, in float32, and what it takes. Raises ValueError for anything else."""
     source = folder / "config.json"
     content = read_json(source)
-    try:
-        with torch.device("meta"):
-            denoiser, config = _from_config(content, source=source)
-        sample_size = content["sample_size"]
-    except KeyError as error:
-        raise missing_key(error, source) from error
+    with described_by(source), torch.device("meta"):
+        denoiser, config = _from_config(content, source=source)
+        width = content["cross_attention_dim" if isinstance(config, UNetConfig) else "caption_channels"]
+        found = LoadedDenoiser(denoiser, config, int(content["sample_size"]), content["in_channels"], width)
     load_strictly(denoiser, to_float32(read_weights(folder / WEIGHTS_NAME)), source=folder / WEIGHTS_NAME)
-    return denoiser, config, sample_size
+    return found
 
 
 def _from_config(content: dict[str, Any], *, source: Path) -> tuple[nn.Module, DenoiserConfig]:

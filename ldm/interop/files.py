@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ldm.whole import whole_file
 
 SHOWN_KEYS = 5  # of a long list of wrong ones
 
@@ -40,30 +41,20 @@ def refuse_other(content: dict[str, Any], known: dict[str, Any], *, source: Path
             raise ValueError(f"{source} has {key} {content[key]!r}, expected {value!r}: this network is not supported")
 
 
-def missing_key(error: KeyError, source: Path) -> ValueError:
-    return ValueError(f"{source} lacks the key {error.args[0]!r}: copy it again")
+@contextmanager
+def described_by(source: Path) -> Iterator[None]:
+    """Within it, what a config.json lacks or says in another form is a ValueError that names the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{source} lacks the key {error.args[0]!r}: copy it again") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{source} holds a value of another kind than expected ({error}): copy it again") from error
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which appears under its name, in place of an older one, only when the block has ended well."""
-    partial, older = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".older.partial"))
-    if older.exists() and not folder.exists():  # the last attempt was cut off between its two renamings
-        older.rename(folder)
-    for leftover in (partial, older):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if folder.exists():
-        folder.rename(older)
-    partial.rename(folder)
-    shutil.rmtree(older, ignore_errors=True)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -83,10 +74,9 @@ def write_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Contiguous float tensors; the metadata names the format, without which other readers refuse the file."""
     from safetensors.torch import save_file
 
-    partial = path.with_name(path.name + ".partial")
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(own, partial, {"format": "pt"})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(own, partial, {"format": "pt"})
 
 
 def load_strictly(network: nn.Module, weights: dict[str, Tensor], *, source: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from ldm.diffusion import LinearBetaPath, PathConfig, Prediction, RectifiedFlowPath, ScaledLinearBetaPath
-from ldm.interop.files import missing_key, read_json
+from ldm.interop.files import described_by, read_json
 
 _NAMES = {"epsilon": "eps", "v_prediction": "v"}
 
@@ -56,12 +56,10 @@ def read_scheduler(file: Path) -> tuple[PathConfig, Prediction]:
             f"{file} asks for prediction_type {kind!r} on beta_schedule {schedule!r}, expected one of "
             f"{sorted(_NAMES)} on one of {sorted(paths)}, or a flow without shift: this noise path is not supported"
         )
-    try:
+    with described_by(file):
         path = paths[schedule](
             beta_start=content["beta_start"],
             beta_end=content["beta_end"],
             num_train_timesteps=content["num_train_timesteps"],
         )
-    except KeyError as error:
-        raise missing_key(error, file) from error
     return path, "eps" if kind == "epsilon" else "v"

@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-from ldm.interop.files import load_strictly, read_json, read_weights, to_float32, write_json, write_weights
+from ldm.interop.files import (
+    described_by,
+    load_strictly,
+    read_json,
+    read_weights,
+    to_float32,
+    write_json,
+    write_weights,
+)
 from vae import AutoencoderKL, AutoencoderKLConfig
 from vae.autoencoder import STABLE_DIFFUSION_SCALE
 
@@ -26,9 +34,10 @@ def save_vae(vae: AutoencoderKL, folder: Path, *, dtype: torch.dtype = torch.flo
 
 def load_vae(folder: Path) -> AutoencoderKL:
     """Read an autoencoder, ours or diffusers', in float32. Raises ValueError for anything else."""
-    config = vae_config(read_json(folder / "config.json"), source=folder / "config.json")
-    with torch.device("meta"):
-        vae = AutoencoderKL(config)
+    source = folder / "config.json"
+    content = read_json(source)
+    with described_by(source), torch.device("meta"):
+        vae = AutoencoderKL(vae_config(content, source=source))
     weights = to_float32(read_weights(folder / WEIGHTS_NAME))
     for old, new in OLD_NAMES.items():
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}

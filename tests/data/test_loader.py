@@ -149,7 +149,7 @@ def test_a_shard_that_vanishes_stops_the_stream(tiny_shards: Callable[..., str],
     loader = images(tiny_shards(SIZES), prefetch=2)
     for path in (tmp_path / "shards").iterdir():
         path.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DataError, match=r"00\d*\.tar can no longer be read"):
         first(loader, 1)
 
 
@@ -227,3 +227,9 @@ def test_held_out_pictures_come_once_with_their_best_caption(tiny_shards):
     assert batches[0].tokens is not None
     with pytest.raises(ValueError, match="validation.batch_size must be at least 1"):
         HeldOutConfig(shards=("x",), batch_size=0)
+
+
+def test_held_out_pictures_of_which_none_can_be_used_are_an_error(tiny_shards: Callable[..., str]):
+    loader = images(tiny_shards([2], bad=[(0, 0), (0, 1)]), batch_size=2, lanes=1, on_bad=lambda bad: None)
+    with pytest.raises(DataError, match="none of the 2 samples of .* can be used"):
+        list(loader.once(2))

@@ -180,6 +180,7 @@ def test_the_record_alone_is_enough():
         ({"txt": b"a cat", "json": b"{cut"}, "does not parse"),
         ({"json": b"[1, 2]"}, "does not parse"),
         ({"json": b'{"caption": 7}'}, "not text"),
+        ({"json": b'{"caption": "nice \\ud83d"}'}, r"half of a character \('\\ud83d'\)"),
         ({"json": b'{"captions": ["a", 7]}'}, "not text"),
     ],
 )

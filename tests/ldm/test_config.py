@@ -122,7 +122,11 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         load_config(TrainConfig, tmp_path / "list.yaml", ["run.name=x"])
 
 
-@pytest.mark.parametrize("word", ["run.steps=7", "run.minutes=3", "preview.steps=3", "validation.batch_size=8"])
+@pytest.mark.parametrize(
+    "word",
+    ["run.steps=7", "run.minutes=3", "preview.steps=3", "validation.batch_size=8", "data.prefetch=0",
+     "model.keep_latents=false"],
+)  # fmt: skip
 def test_a_run_may_go_on_longer_and_show_more(word):
     check_continues(then=dump(load_config(TrainConfig, DIT)), now=dump(load_config(TrainConfig, DIT, [word])))
 

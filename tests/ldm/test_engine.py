@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,16 +25,17 @@ from torch import nn
 from ldm.engine import Engine, EngineConfig, NonFiniteError, OptimConfig, start_process
 
 
-def run(world, *, stage, steps, hidden=33, resume=None, save=None, nan_at=None, nan_gradient_at=None):
+def run(world, *, stage, steps, hidden=33, precision="fp32", clip=1.0, resume=None, save=None, nan_at=None,
+        nan_gradient_at=None):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(7, hidden), nn.GELU(), nn.Linear(hidden, 5))
-    config = EngineConfig(zero_stage=stage, precision="fp32")
+    config = EngineConfig(zero_stage=stage, precision=precision, clip=clip)
     optim = OptimConfig(lr=0.33 / hidden, ema_decay=0.9, weight_decay=0.01)
     engine = Engine(network, world, config=config, optim=optim, batch_size=8, total_steps=100)
     if resume:
         engine.load(Path(resume))
     data = torch.Generator().manual_seed(1)
-    losses = []
+    losses, output = [], torch.zeros(1)
     for step in range(steps):
         x = torch.randn(8, 7, generator=data)
         y = x[:, :5].clone()
@@ -41,7 +44,8 @@ def run(world, *, stage, steps, hidden=33, resume=None, save=None, nan_at=None, 
         if step == nan_at:
             x[0, 0] = float("nan")
         mine = slice(world.rank * 8 // world.ranks, (world.rank + 1) * 8 // world.ranks)
-        loss = (engine(x[mine]) - y[mine]).square().mean()
+        output = engine(x[mine])
+        loss = (output.float() - y[mine]).square().mean()
         if step == nan_gradient_at:  # sqrt has no derivative at 0, and 0 times infinity is no number
             loss = loss + (0 * loss).sqrt()
         try:
@@ -56,7 +60,9 @@ def run(world, *, stage, steps, hidden=33, resume=None, save=None, nan_at=None, 
     means = engine.means({"rank": torch.tensor(float(world.rank)), "one": torch.ones(1)})
     agreed = [engine.agree(world.rank == wishing) for wishing in range(2)]
     shapes = {name: list(tensor.shape) for name, tensor in ema.items()}
-    return {"means": means, "agreed": agreed, "losses": losses, "ema": sums, "shapes": shapes}
+    dtypes = [str(output.dtype), str(next(network.parameters()).dtype), str(next(iter(ema.values()), output).dtype)]
+    found = {"means": means, "agreed": agreed, "total": engine.total(world.rank + 2), "dtypes": dtypes}
+    return found | {"losses": losses, "ema": sums, "shapes": shapes}
 
 
 order = json.loads(sys.argv[-1])  # the launcher puts --local_rank before it
@@ -73,9 +79,13 @@ def work(folder: Path, runs: dict[str, dict], *, ranks: int = 1) -> dict[str, di
     worker.write_text(WORKER)
     out.unlink(missing_ok=True)
     words = json.dumps({"out": str(out), "runs": runs})
-    launcher = (
-        [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)] if ranks > 1 else [sys.executable]
-    )
+    launcher = [sys.executable]
+    if ranks > 1:
+        with socket.socket() as probe:  # deepspeed's own port may be taken by somebody's training
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        deepspeed = Path(sys.executable).parent / "deepspeed"
+        launcher = [str(deepspeed), "--num_gpus", str(ranks), "--master_port", port]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*launcher, str(worker), words]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
@@ -93,6 +103,9 @@ def one(folder):
     """Runs on one rank: ten steps under every ZeRO stage, three steps, a NaN in the fourth, and four steps saved."""
     runs: dict[str, dict] = {f"zero{stage}": {"stage": stage, "steps": 10} for stage in range(4)}
     runs["wide0"] = {"stage": 0, "steps": 10, "hidden": WIDE}
+    runs["bf16"] = {"stage": 0, "steps": 10, "precision": "bf16"}
+    runs["clipped"] = {"stage": 0, "steps": 10, "clip": 1e-12}
+    runs["start"] = {"stage": 0, "steps": 0}
     runs["three"] = {"stage": 0, "steps": 3}
     runs["nan"] = {"stage": 0, "steps": 10, "nan_at": 3}
     for stage in (0, 2):
@@ -107,6 +120,7 @@ def two(folder):
     """Runs on two ranks."""
     runs: dict[str, dict] = {f"zero{stage}": {"stage": stage, "steps": 10} for stage in (0, 2, 3)}
     runs["wide3"] = {"stage": 3, "steps": 10, "hidden": WIDE}
+    runs |= {f"bf16_{stage}": {"stage": stage, "steps": 10, "precision": "bf16"} for stage in (1, 2, 3)}
     runs["saved3"] = {"stage": 3, "steps": 4, "save": str(folder / "two_3" / "step_0000004")}
     return work(folder, runs, ranks=2)
 
@@ -143,6 +157,22 @@ def test_ranks_share_their_numbers(one, two):
     assert two["zero0"]["means"] == {"rank": 0.5, "one": 1}
     assert one["zero0"]["agreed"] == [True, False]
     assert two["zero0"]["agreed"] == [True, True]
+    assert one["zero0"]["total"] == 2 and two["zero0"]["total"] == 5
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_processes_in_bfloat16_are_the_same_training_as_one(stage, one, two):
+    found, expected = two[f"bf16_{stage}"], one["bf16"]
+    assert found["dtypes"] == expected["dtypes"] == ["torch.bfloat16", "torch.float32", "torch.float32"]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=3e-3)
+    assert expected["losses"] != pytest.approx(one["zero0"]["losses"], abs=1e-6)
+    assert expected["losses"] == pytest.approx(one["zero0"]["losses"], abs=2e-2)
+
+
+def test_a_clipped_gradient_moves_less(one):
+    """So far that it is small against AdamW's epsilon, which otherwise would make up for its length."""
+    moved = {name: abs(one[name]["ema"]["0.weight"] - one["start"]["ema"]["0.weight"]) for name in ("zero0", "clipped")}
+    assert moved["clipped"] < 0.1 * moved["zero0"]
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, "one"), (2, "one"), (3, "two")])
@@ -162,17 +192,34 @@ def test_a_checkpoint_of_another_number_of_ranks_is_refused(two, folder):
         work(folder, runs)
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone", "no record", "no average"])
+def test_a_damaged_checkpoint_is_named(damage, one, folder):
+    checkpoint = shutil.copytree(folder / "one_0" / "step_0000004", folder / damage / "step_0000004")
+    state = next(checkpoint.rglob("*model_states.pt"))
+    match damage:
+        case "cut":
+            state.write_bytes(state.read_bytes()[:1000])
+        case "gone":
+            state.unlink()
+        case "no record":
+            (checkpoint / "state.json").write_text("{")
+        case "no average":
+            (checkpoint / "ema_00000.pt").unlink()
+    with pytest.raises(AssertionError, match=r"CheckpointError: .*step_0000004 cannot be read \(.+\): remove it"):
+        work(folder, {"resumed": {"stage": 0, "steps": 10, "resume": str(checkpoint)}})
+
+
 def test_a_nan_stops_the_run_names_the_step_and_moves_nothing(one):
     losses = one["nan"]["losses"]
     assert losses[:3] == one["zero0"]["losses"][:3]
-    assert "step 3 is nan" in losses[3]
+    assert "step 4 is nan" in losses[3]
     assert one["nan"]["ema"] == one["three"]["ema"]
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_gradient_that_is_no_number_stops_the_run_too(stage, one):
     found = one[f"nan_gradient{stage}"]
-    assert re.search(r"gradient of step 3 is (nan|inf)", found["losses"][3])
+    assert re.search(r"gradient of step 4 is (nan|inf)", found["losses"][3])
     assert found["ema"] == pytest.approx(one["three"]["ema"], abs=1e-5)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from ldm.diffusion.paths import RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.diffusion.predictions import Prediction, to_x0
-from ldm.guidance import classifier_free
+from ldm.guidance import classifier_free, drop_captions
 
 X, T = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor(0.7)
 
@@ -70,3 +70,10 @@ def test_answers_of_the_two_functions_are_left_alone():
     guided = classifier_free(lambda x, t: answers["cond"], lambda x, t: answers["uncond"], 4.0)
     guided(X, T)
     assert torch.equal(answers["cond"], cond(X, T)) and torch.equal(answers["uncond"], uncond(X, T))
+
+
+def test_captions_are_dropped_each_by_its_own_number():
+    captions, uniforms = ["a", "b", "c", "d"], torch.tensor([0.05, 0.1, 0.0, 0.999])
+    assert drop_captions(captions, uniforms, 0.1) == ["", "b", "", "d"]
+    assert drop_captions(captions, uniforms, 0.0) == captions
+    assert drop_captions(captions, uniforms, 1.0) == [""] * 4

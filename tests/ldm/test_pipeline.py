@@ -1,5 +1,6 @@
 """Drawing with tiny random models: what a picture depends on, what diffusers draws, and what is refused."""
 
+import json
 import shutil
 from typing import Any
 
@@ -7,8 +8,11 @@ import pytest
 import torch
 
 from ldm import TextToImage
+from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import RectifiedFlowPath
+from ldm.interop.denoiser import save_denoiser
 from ldm.samplers import SAMPLERS
+from text import TextEncoderConfig, TransformersTextEncoder, save_text_encoder
 
 PROMPT = "a noto emoji of a red apple"
 
@@ -164,8 +168,48 @@ def test_damaged_weights_name_the_file(dit_folder, tmp_path, part, fault):
 
 
 def test_a_runs_folder_stands_for_its_newest_model(dit_folder, tmp_path):
-    shutil.copytree(dit_folder, tmp_path / "run" / "model")
-    assert TextToImage.load(tmp_path / "run").weights_hash == TextToImage.load(dit_folder).weights_hash
+    shutil.copytree(dit_folder, tmp_path / "myrun" / "model")
+    for path in (tmp_path / "myrun", tmp_path / "myrun" / "model"):
+        pipe = TextToImage.load(path)
+        assert pipe.weights_hash == TextToImage.load(dit_folder).weights_hash
+        assert pipe.name == "myrun"  # which the picture's metadata will say
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("unet", "the denoiser is made for 9 latent channels, the autoencoder for 4"),
+        ("text_encoder", "the denoiser is made for 16 wide a context, the text encoder for 24"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(unet_folder, tmp_path, part, message):
+    folder = shutil.copytree(unet_folder, tmp_path / "copy")
+    if part == "unet":
+        config = TextToImage.load(folder).denoiser_config
+        assert isinstance(config, UNetConfig)
+        unet = UNet(config, in_channels=9, out_channels=4, context_width=16)
+        save_denoiser(unet, config, folder / "unet", sample_size=8, latent_channels=9, context_width=16)
+        content = json.loads((folder / "unet" / "config.json").read_text())
+        (folder / "unet" / "config.json").write_text(json.dumps(content | {"out_channels": 4}))
+    else:
+        config = TextEncoderConfig(width=24, layers=1, heads=2, intermediate_size=8, projection_dim=8)
+        save_text_encoder(TransformersTextEncoder(config), folder / "text_encoder")
+    with pytest.raises(ValueError, match=f"copy: {message}"):
+        TextToImage.load(folder)
+
+
+def test_the_training_loss_is_that_of_its_parts(dit_folder):
+    """|| network(x_t, t, caption) - (eps - x0) ||^2 on rectified flow, each sample with its own time and caption."""
+    pipe = TextToImage.load(dit_folder)
+    x0, eps = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, captions = torch.tensor([0.1, 0.5, 0.9]), ["a cat", "", "a red apple"]
+    with torch.no_grad():
+        found = pipe.model.loss(pipe.denoiser, x0, eps, t, captions)
+        for i in range(3):
+            text = pipe.model.condition([captions[i]])
+            x_t = (1 - t[i]) * x0[i : i + 1] + t[i] * eps[i : i + 1]
+            output = pipe.denoiser(x_t, 1000 * t[i : i + 1], text.context, text.mask, text.pooled)
+            assert found[i].item() == pytest.approx((output[0] - (eps[i] - x0[i])).square().mean().item(), rel=1e-4)
 
 
 def test_unknown_device_and_dtype(dit_folder):

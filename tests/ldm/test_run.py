@@ -48,10 +48,11 @@ def add_checkpoint(run: Run, step: int, *, whole: bool = True) -> Path:
 def test_the_main_rank_makes_the_folder_when_training_begins(tmp_path: Path):
     run = make_run(tmp_path)
     assert not list(tmp_path.iterdir())
-    run.begin()
+    run.begin(None)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "trial",
         "trial/config.yaml",
+        "trial/metrics.jsonl",
         "trial/samples",
     ]
     assert (tmp_path / "trial/config.yaml").read_text() == "run: {}\n"
@@ -110,7 +111,7 @@ def records(tmp_path: Path) -> list[dict[str, Any]]:
 
 def test_a_line_every_log_every_steps_and_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = make_run(tmp_path, steps=25)
-    run.begin()
+    run.begin(None)
     for step in range(1, 26):
         run.log_step(step=step, loss=step, lr=1e-3, images=8 * step, measures={"kl": step / 7})
     found = records(tmp_path)
@@ -124,21 +125,52 @@ def test_a_line_every_log_every_steps_and_at_the_end(tmp_path: Path, capsys: pyt
 
 def test_what_a_crash_left_after_its_checkpoint_is_not_recorded_twice(tmp_path: Path):
     run = make_run(tmp_path)
-    run.begin()
+    run.begin(None)
     for step in (10, 20, 30):
         run.record(step=step, loss=1.0)
     with run.metrics_path.open("a") as file:
         file.write('{"time": 1.0, "st')  # the crash came while it was written
+    add_checkpoint(run, 30, whole=False)
     make_run(tmp_path, is_main=False).begin(20)
     assert len(run.metrics_path.read_text().splitlines()) == 4
     run.begin(20)
     run.record(step=30, loss=2.0)
     assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_run_that_begins_anew_forgets_what_came_before_its_first_checkpoint(tmp_path: Path):
+    run = make_run(tmp_path)
+    run.begin(None)
+    run.record(step=0, held_out_loss=1.0)
+    run.begin(None)
+    assert records(tmp_path) == []
+
+
+def test_whether_a_step_was_sampled(tmp_path: Path):
+    run = make_run(tmp_path)
+    assert not run.has_sample(10)
+    run.begin(None)
+    run.record(step=10, loss=1.0)
+    assert not run.has_sample(10)
+    run.record(step=10, held_out_loss=1.0)
+    assert run.has_sample(10) and not run.has_sample(20)
+
+
+def test_a_folder_is_one_process_own(tmp_path: Path):
+    make_run(tmp_path).lock()  # nothing there yet, nothing to keep
+    first, second = make_run(tmp_path), make_run(tmp_path)
+    first.begin(None)
+    first.lock()
+    make_run(tmp_path, is_main=False).begin(None)
+    for attempt in (second.lock, lambda: second.begin(None)):
+        with pytest.raises(ValueError, match=r"another process is training in .*trial: wait for it"):
+            attempt()
 
 
 def test_speed_and_time_left(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]):
     run = make_run(tmp_path)
-    run.begin()
+    run.begin(None)
     for step in range(1, 31):
         clock.now += 2.0 if step <= 10 else 0.5
         run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step, measures={})
@@ -150,7 +182,7 @@ def test_speed_and_time_left(tmp_path: Path, clock: Clock, capsys: pytest.Captur
 
 def test_what_happens_between_the_steps_is_not_counted(tmp_path: Path, clock: Clock):
     run = make_run(tmp_path)
-    run.begin()
+    run.begin(None)
     clock.now += 1000.0  # loading
     run.restart_clock()
     for step in range(1, 21):
@@ -166,7 +198,7 @@ def test_speed_after_resuming_counts_this_session_alone(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ):
     run = make_run(tmp_path)
-    run.begin()
+    run.begin(None)
     for step in range(86, 101):  # 85 steps were taken in another session
         clock.now += 2.0
         run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step, measures={})
@@ -175,7 +207,7 @@ def test_speed_after_resuming_counts_this_session_alone(
 
 
 def test_records_are_appended(tmp_path: Path):
-    make_run(tmp_path).begin()
+    make_run(tmp_path).begin(None)
     make_run(tmp_path).record(step=1, psnr=20.5)
     make_run(tmp_path).record(step=2)
     found = records(tmp_path)

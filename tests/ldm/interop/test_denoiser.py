@@ -46,8 +46,8 @@ def random_denoiser(config):
 def test_a_denoiser_comes_back_bit_for_bit(config, tmp_path):
     denoiser = random_denoiser(config)
     save_denoiser(denoiser, config, tmp_path, **SIZES)
-    loaded, found, sample_size = load_denoiser(tmp_path)
-    assert (found, sample_size) == (config, 8)
+    loaded, *found = load_denoiser(tmp_path)
+    assert found == [config, 8, 4, 12]
     assert not any(parameter.is_meta for parameter in loaded.parameters())
     weights = denoiser.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in loaded.state_dict().items())
@@ -122,4 +122,22 @@ def test_a_config_without_a_key_names_it(config, key, tmp_path):
     del content[key]
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"config.json lacks the key '{key}'"):
+        load_denoiser(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        (UNETS[0], {"block_out_channels": None}),
+        (UNETS[0], {"layers_per_block": [1, 2]}),
+        (UNETS[0], {"attention_head_dim": "8"}),
+        (DIT, {"num_layers": "two"}),
+        (DIT, {"sample_size": None}),
+    ],
+)
+def test_a_config_with_a_value_of_another_kind_names_the_file(config, change, tmp_path):
+    save_denoiser(random_denoiser(config), config, tmp_path, **SIZES)
+    content = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.json holds a value of another kind"):
         load_denoiser(tmp_path)

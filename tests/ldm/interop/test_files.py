@@ -11,15 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ldm.interop.files import (
-    load_strictly,
-    read_json,
-    read_weights,
-    to_float32,
-    whole_folder,
-    write_json,
-    write_weights,
-)
+from ldm.interop.files import load_strictly, read_json, read_weights, to_float32, write_json, write_weights
 
 
 def network() -> nn.Module:
@@ -164,34 +156,3 @@ def test_a_network_that_is_refused_its_weights_keeps_its_own(tmp_path: Path):
 def test_to_float32():
     weights = to_float32({"a": torch.ones(2).bfloat16(), "b": torch.ones(2)})
     assert {value.dtype for value in weights.values()} == {torch.float32}
-
-
-def fill(folder: Path, text: str) -> None:
-    with whole_folder(folder) as whole:
-        (whole / "first.txt").write_text(text)
-        if text == "fault":
-            raise OSError("the disk is full")
-        (whole / "second.txt").write_text(text)
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
-    folder = tmp_path / "deep" / "model"
-    with pytest.raises(OSError, match="full"):
-        fill(folder, "fault")
-    assert not folder.exists()
-    fill(folder, "one")
-    with pytest.raises(OSError, match="full"):
-        fill(folder, "fault")
-    assert {path.name: path.read_text() for path in folder.iterdir()} == {"first.txt": "one", "second.txt": "one"}
-    (folder / "of_the_older.txt").touch()
-    fill(folder, "two")
-    assert {path.name: path.read_text() for path in folder.iterdir()} == {"first.txt": "two", "second.txt": "two"}
-    assert [path.name for path in folder.parent.iterdir()] == ["model"]
-
-
-def test_a_folder_cut_off_between_its_renamings_comes_back(tmp_path: Path):
-    fill(tmp_path / "model", "one")
-    (tmp_path / "model").rename(tmp_path / "model.older.partial")
-    with pytest.raises(OSError, match="full"):
-        fill(tmp_path / "model", "fault")
-    assert (tmp_path / "model" / "second.txt").read_text() == "one"

@@ -212,3 +212,13 @@ def test_an_encoder_without_attention_is_refused(vae: AutoencoderKL, tmp_path: P
     write_weights(weights, tmp_path / WEIGHTS_NAME)
     with pytest.raises(ValueError, match=r"20 missing \(decoder.mid_block.attentions.0.group_norm.bias"):
         load_vae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"block_out_channels": 8}, {"latents_std": ["a"] * 4}, {"scaling_factor": 0}, {"layers_per_block": "2"}]
+)
+def test_a_config_with_a_value_of_another_kind_names_the_file(change: dict[str, Any], tmp_path: Path):
+    save_vae(AutoencoderKL(CONFIG), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(vae_config_json(CONFIG) | change))
+    with pytest.raises(ValueError, match=r"config\.json holds a value of another kind"):
+        load_vae(tmp_path)
