@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -66,13 +67,35 @@ def train(
     network can do by now, and records it: every run.sample_every steps, from step 0 on.
     """
     resume(engine, run)
-    try:
-        take_steps(engine, run, images, losses, sample)
-    except Exception as error:
-        error.add_note(f"{IN_TRAINING}, rank {engine.world.rank}, step {engine.step + 1}")
-        raise
-    if engine.step < run.config.steps:
-        run.tell(f"stopped after step {engine.step} of {run.config.steps}: the same command goes on from there")
+    config, batch_size = run.config, images.config.batch_size
+    last = engine.step == config.steps
+    with in_training(engine):
+        # Sampled at the start, and where a run was cut off between a checkpoint and its sample.
+        if engine.step % config.sample_every == 0 or last:
+            if engine.agree(run.is_main and not run.has_sample(engine.step)):
+                sample(engine.step)
+        batches = images.stream(position=engine.step)
+        run.restart_clock()
+        while not last:
+            lr, parts = engine.lr, losses(next(batches))
+            loss = engine.update(parts.pop("loss"))
+            measures = engine.means(parts)
+            if bad := engine.total(len(images.bad_samples)):
+                measures["bad_samples"] = bad
+            run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=measures)
+            timed = config.minutes is not None and engine.agree(run.out_of_time)
+            last = engine.step == config.steps or timed
+            if engine.step % config.checkpoint_every == 0 or last:
+                record = {"samples_seen": engine.step * batch_size, "config": run.config_text}
+                engine.save(run.checkpoint_path(engine.step), record)
+                run.drop_old_checkpoints()
+                run.restart_clock()
+            if engine.step % config.sample_every == 0 or last:
+                sample(engine.step)
+                run.restart_clock()
+        batches.close()
+    if engine.step < config.steps:
+        run.tell(f"stopped after step {engine.step} of {config.steps}: the same command goes on from there")
 
 
 def resume(engine: Engine, run: Run) -> None:
@@ -91,36 +114,11 @@ def resume(engine: Engine, run: Run) -> None:
     run.begin(None if checkpoint is None else engine.step)
 
 
-def take_steps(
-    engine: Engine,
-    run: Run,
-    images: CaptionedImages,
-    losses: Callable[[Batch], dict[str, Tensor]],
-    sample: Callable[[int], None],
-) -> None:
-    config, batch_size = run.config, images.config.batch_size
-    last = engine.step == config.steps
-    # Sampled at the start, and where a run was cut off between a checkpoint and its sample.
-    if engine.step % config.sample_every == 0 or last:
-        if engine.agree(run.is_main and not run.has_sample(engine.step)):
-            sample(engine.step)
-    batches = images.stream(position=engine.step)
-    run.restart_clock()
-    while not last:
-        lr, parts = engine.lr, losses(next(batches))
-        loss = engine.update(parts.pop("loss"))
-        measures = engine.means(parts)
-        if bad := engine.total(len(images.bad_samples)):
-            measures["bad_samples"] = bad
-        run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=measures)
-        timed = config.minutes is not None and engine.agree(run.out_of_time)
-        last = engine.step == config.steps or timed
-        if engine.step % config.checkpoint_every == 0 or last:
-            record = {"samples_seen": engine.step * batch_size, "config": run.config_text}
-            engine.save(run.checkpoint_path(engine.step), record)
-            run.drop_old_checkpoints()
-            run.restart_clock()
-        if engine.step % config.sample_every == 0 or last:
-            sample(engine.step)
-            run.restart_clock()
-    batches.close()
+@contextmanager
+def in_training(engine: Engine) -> Iterator[None]:
+    """Errors within it say which rank met them, and at which step: another rank may have met none."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{IN_TRAINING}, rank {engine.world.rank}, step {engine.step + 1}")
+        raise

@@ -111,13 +111,17 @@ class NumberedFiles:
 
     def __init__(self, folder: Path, *, prefix: str = "", digits: int) -> None:
         self.folder, self.prefix, self.digits = folder, prefix, digits
-        folder.mkdir(parents=True, exist_ok=True)
         name = re.compile(re.escape(prefix) + r"(\d+)\.png")
-        taken = [int(match[1]) for entry in folder.iterdir() if (match := name.fullmatch(entry.name))]
+        entries = folder.iterdir() if folder.is_dir() else ()
+        taken = [int(match[1]) for entry in entries if (match := name.fullmatch(entry.name))]
         self.next = max(taken, default=-1) + 1
 
     def write(self, content: bytes) -> Path:
-        """Write a file that appears only when whole, and never in place of another, whoever wrote that."""
+        """Write a file that appears only when whole, and never in place of another, whoever wrote that.
+
+        The folder is made with the first file, so that a drawing that fails leaves none.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{uuid.uuid4().hex}.partial"
         try:
             with open(partial, "xb") as file:

@@ -1,0 +1,57 @@
+"""What an error becomes: one line, an exit code, and said by whom."""
+
+import argparse
+
+import pytest
+
+from data import DataError
+from ldm.commands import IN_TRAINING, run_command
+from ldm.engine import CheckpointError, NonFiniteError
+
+
+def fail(error: Exception, *, note: str = "") -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--debug", action="store_true")
+    if note:
+        error.add_note(note)
+
+    def main(args: argparse.Namespace) -> None:
+        raise error
+
+    return run_command(main, parser, [])
+
+
+CODES = [
+    (ValueError("x is 1,\n expected 2"), 2),
+    (OSError("no space left"), 2),
+    (DataError("shard"), 3),
+    (CheckpointError("cut"), 4),
+    (NonFiniteError("nan"), 6),
+    (FloatingPointError("nan"), 6),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), CODES, ids=lambda value: type(value).__name__)
+def test_a_mistake_is_one_line_and_a_code(error, code, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert fail(error) == code
+    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+
+
+def test_a_fault_of_ours_shows_where_it_is():
+    with pytest.raises(IndexError):
+        fail(IndexError("ours"))
+
+
+@pytest.mark.parametrize(("error", "code"), CODES, ids=lambda value: type(value).__name__)
+def test_what_all_ranks_meet_is_said_once(error, code, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert fail(error) == code
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), DataError("shard 7 can no longer be read")])
+def test_what_one_rank_may_meet_alone_is_said_by_it(error, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    fail(error, note=f"{IN_TRAINING}, rank 1, step 70")
+    assert capsys.readouterr().err == f"error: rank 1: {error}\n"
