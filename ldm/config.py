@@ -79,6 +79,7 @@ class ModelConfig:
     vae: str  # folder that holds vae/: a run of vae/train.py, or a whole model
     text: str  # folder that holds text_encoder/ and tokenizer/: a run of text/train.py, or a whole model
     denoiser: Annotated[DenoiserConfig, Field(discriminator="kind")]
+    start: str | None = None  # folder of a model, or of a run, whose denoiser training begins with; None: a fresh one
     path: Annotated[PathConfig, Field(discriminator="kind")]
     objective: ObjectiveConfig
     latents: Literal["sample", "mean"] = "sample"  # of the autoencoder's posterior: what is learned

@@ -42,6 +42,8 @@ def main(args: Namespace) -> None:
     model = frozen_half(config, world)
     torch.manual_seed(config.run.seed)
     denoiser = build(config, model)
+    if config.model.start is not None:
+        start_from(denoiser, config, config.model.start)
     engine = session.engine(denoiser)
     sampled = config.model.latents == "sample"
     encode = LatentEncoder(model.vae, keep=config.model.keep_latents, bf16=engine.bf16, sample=sampled)
@@ -103,6 +105,18 @@ def build(config: TrainConfig, model: LatentDiffusion) -> nn.Module:
         )
     channels, width = model.vae.config.latent_channels, model.text_encoder.config.width
     return build_denoiser(config.model.denoiser, latent_channels=channels, context_width=width)
+
+
+def start_from(denoiser: nn.Module, config: TrainConfig, folder: str) -> None:
+    """Give a fresh denoiser the weights of a model or run. Raises ValueError if they are another network's."""
+    from pathlib import Path
+
+    from ldm.interop.denoiser import denoiser_folder, load_denoiser
+    from ldm.interop.files import load_strictly
+    from ldm.pipeline import model_folder
+
+    source = model_folder(Path(folder)) / denoiser_folder(config.model.denoiser)
+    load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)
 
 
 def preview(session: Session[TrainConfig], engine: Engine, model: LatentDiffusion, step: int) -> None:

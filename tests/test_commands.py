@@ -129,6 +129,19 @@ def test_what_was_trained_draws(workshop):
     assert pipe("a red apple", steps=2, n=2)[1].size == (64, 64)
 
 
+def test_training_begins_with_the_weights_of_another_run(workshop):
+    words = ["run.name=second", "run.steps=1", f"model.start={workshop / 'runs/dit'}", "optim.lr=1e-9"]
+    finished = start(["ldm/train.py", "--config", str(workshop / "dit.yaml"), *words])
+    assert finished.returncode == 0, finished.stderr
+
+    def held_out(name: str) -> list[float]:
+        lines = (workshop / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        return [record["held_out_loss"] for record in map(json.loads, lines) if "held_out_loss" in record]
+
+    assert held_out("second") == pytest.approx([held_out("dit")[-1]] * 2, abs=1e-4)
+    assert held_out("dit")[0] != pytest.approx(held_out("dit")[-1], abs=1e-3)
+
+
 def test_open_clip_opens_the_clip_that_was_trained(workshop):
     import open_clip
 
@@ -216,6 +229,7 @@ def test_clip_trains_on_two_ranks(workshop, few_emoji):
         (["validation.shards=[nowhere/*.tar]"], 3, r"no shard matches 'nowhere/*.tar'"),
         (["model.denoiser.sample_size=8"], 2, "sample_size is 8, but pictures of 64 pixels have latents of 16"),
         (["model.vae=nowhere"], 2, "nowhere/vae/config.json is missing"),
+        (["model.start=runs/nowhere"], 2, "runs/nowhere/transformer/config.json is missing"),
         (["data.image_size=66"], 2, "data.image_size is 66, not a multiple of 4"),
         (["preview.scale=-1"], 2, "preview.scale is -1.0, expected a number from 0 up"),
         (["run.name=dit", "run.steps=7"], 2, "step_0000010 has taken 10: set run.steps=10 or more"),
