@@ -89,7 +89,7 @@ def test_diffusers_draws_with_it_offline_as_the_readme_says(monkeypatch):
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "diffusers" in block]
     scope: dict[str, Any] = {}
     exec(code.replace("num_inference_steps=30", "num_inference_steps=12"), scope)
-    picture = torch.from_numpy(np.asarray(scope["image"])).float() / 255
+    picture = torch.from_numpy(np.array(scope["image"])).float() / 255
     assert picture.shape == (64, 64, 3)
     red = picture[20:52, 16:48].mean(dim=(0, 1))
     assert red[0] > red[1] + 0.15 and red[0] > red[2] + 0.15
