@@ -36,7 +36,11 @@ if TYPE_CHECKING:
     from ldm import TextToImage
     from ldm.png import NumberedFiles, Recipe
 
-SAMPLER_NAMES = "ddpm, ddim, euler, dpmpp_2m"  # for --help, which must not wait for PyTorch
+# For --help, which must not wait for PyTorch.
+SAMPLER_NAMES = (
+    "ddpm, ddim, euler, euler_ancestral, heun, dpm2, dpmpp_2s_ancestral, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, "
+    "unipc_2, unipc_3, lms, deis, lcm"
+)
 PRECISIONS = {"auto": "auto", "fp32": "fp32", "bf16": "bf16", "full": "fp32", "autocast": "bf16"}
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "emoji64"
 MAX_SAMPLES, MAX_REPEATS, MAX_COLUMNS = 256, 10_000, 256

@@ -20,6 +20,7 @@ from data.loader import DataConfig, HeldOutConfig
 from ldm.denoisers import DenoiserConfig
 from ldm.diffusion import ObjectiveConfig, PathConfig
 from ldm.engine import EngineConfig, OptimConfig
+from ldm.interop.scheduler import scheduler_config_json
 from ldm.run import RunConfig
 from ldm.samplers import SAMPLERS, time_grid
 from text import TextEncoderConfig
@@ -89,13 +90,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"model.caption_dropout is {self.caption_dropout}, expected a share from 0 to 1")
-        flow, prediction = self.path.kind == "rectified_flow", self.objective.prediction
-        if flow != (prediction == "velocity"):
-            use = "velocity" if flow else "eps or v"
-            raise ValueError(
-                f"model.objective.prediction is {prediction} on model.path {self.path.kind}, which no other program "
-                f"could open: use {use}"
-            )
+        try:
+            scheduler_config_json(self.path, self.objective.prediction)  # every preview writes it
+        except ValueError as error:
+            raise ValueError(f"model.objective: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +172,11 @@ def check_continues(then: str, now: str) -> None:
     """Raise ValueError, naming the key, if a run that began with one configuration cannot go on with another.
 
     Both are texts of `dump`. How long a run goes on (with it, where its learning rate falls), what it shows and how
-    its data are held ready may change; what else the numbers depend on may not.
+    its data are held ready may change; what else the numbers depend on may not. A setting that did not exist when the
+    run began has its default.
     """
     before, after = _leaves(yaml.safe_load(then)), _leaves(yaml.safe_load(now))
-    for key in sorted(before.keys() | after.keys()):
+    for key in sorted(before):
         free = key != "run.seed" and key.split(".")[0] in ("run", "preview", "validation")
         free |= key in ("data.prefetch", "model.keep_latents")
         if before.get(key) != after.get(key) and not free:

@@ -1,26 +1,112 @@
-"""Guidance: two functions denoise(x_t, t) -> x0_hat made into one, and what training must do for it."""
+"""Guidance: functions denoise(x_t, t) -> x0_hat made into one, and what training must do for it.
+
+A sampler never knows: each of these is a function from denoisers to a denoiser, and they compose. `scale` is a number,
+or a function of the time (0-d) that gives one; where it is 1 the second denoiser is not evaluated.
+"""
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+Scale = float | Callable[[Tensor], float]
 
 
-def classifier_free(denoise_cond: Denoise, denoise_uncond: Denoise, scale: float) -> Denoise:
+def classifier_free(denoise_cond: Denoise, denoise_uncond: Denoise, scale: Scale) -> Denoise:
     """x0_uncond + scale (x0_cond - x0_uncond). Ho & Salimans 2022 (arXiv 2207.12598), eq. 6, scale = 1 + w.
 
-    eps, v and velocity are affine in x0 at fixed x_t and t, so guiding any of them with this scale is the
-    same. At scale 1 the unconditional function is never called.
+    eps, v and velocity are affine in x0 at fixed x_t and t, so guiding any of them with this scale is the same. A
+    negative prompt takes the place of no prompt.
     """
-    if scale == 1:
-        return denoise_cond
+    return _combined(denoise_cond, denoise_uncond, scale, lambda x0, change, s: x0 + (s - 1) * change)
+
+
+def autoguidance(denoise: Denoise, weaker: Denoise, scale: Scale) -> Denoise:
+    """Away from what a weaker denoiser of the same task says: a smaller one, or one that was trained for less long.
+
+    Karras et al. 2024 (arXiv 2406.02507), eq. 3: classifier-free guidance's formula, without its loss of variety.
+    """
+    return classifier_free(denoise, weaker, scale)
+
+
+def rescaled(denoise_cond: Denoise, denoise_uncond: Denoise, scale: Scale, share: float) -> Denoise:
+    """classifier_free, its answer brought back, by this share, to the deviation of the conditional one.
+
+    Large scales make pictures too bright. Lin et al. 2023 (arXiv 2305.08891), eqs. 15 and 16. Raises ValueError for a
+    share outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share of rescaling is {share}, expected 0 (none) to 1")
+
+    def rule(x0: Tensor, change: Tensor, s: float) -> Tensor:
+        guided = x0 + (s - 1) * change
+        ratio = _per_sample(x0.flatten(1).std(1) / guided.flatten(1).std(1), x0)
+        return torch.lerp(guided, ratio * guided, share)
+
+    return _combined(denoise_cond, denoise_uncond, scale, rule)
+
+
+def projected(
+    denoise_cond: Denoise,
+    denoise_uncond: Denoise,
+    scale: Scale,
+    *,
+    parallel: float = 0.0,
+    norm_limit: float | None = None,
+    momentum: float = 0.0,
+) -> Denoise:
+    """Adaptive projected guidance: of the change that guidance makes, the part along x0_cond only saturates colours, so
+    it is kept to the share `parallel`; the change is no longer than norm_limit, and goes on by `momentum` (usually
+    negative) from step to step. Sadat et al. 2024 (arXiv 2410.02416), algorithm 1.
+
+    With momentum, use it for one drawing alone: it remembers.
+    """
+    running: Tensor | None = None
+
+    def rule(x0: Tensor, change: Tensor, s: float) -> Tensor:
+        nonlocal running
+        if momentum:
+            change = running = change if running is None else momentum * running + change
+        if norm_limit is not None:
+            change = change * _per_sample((norm_limit / change.flatten(1).norm(dim=1)).clamp(max=1), x0)
+        along = _per_sample((change * x0).flatten(1).sum(1) / x0.flatten(1).square().sum(1), x0) * x0
+        return x0 + (s - 1) * (change - along + parallel * along)
+
+    return _combined(denoise_cond, denoise_uncond, scale, rule)
+
+
+def within_interval(guided: Denoise, plain: Denoise, start: float, stop: float) -> Denoise:
+    """guided at times start <= t <= stop, else plain, so that nothing is evaluated twice there.
+
+    At the highest noise guidance costs variety, at the lowest it does nothing. Kynkäänniemi et al. 2024
+    (arXiv 2404.07724), section 3. Raises ValueError for what is no interval of times.
+    """
+    if not 0 <= start <= stop <= 1:
+        raise ValueError(f"the guidance interval is {start} to {stop}, expected 0 <= start <= stop <= 1")
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        x0_uncond = denoise_uncond(x_t, t)
-        return x0_uncond + scale * (denoise_cond(x_t, t) - x0_uncond)
+        return guided(x_t, t) if start <= t <= stop else plain(x_t, t)
 
     return denoise
+
+
+def _combined(
+    denoise_cond: Denoise, denoise_uncond: Denoise, scale: Scale, rule: Callable[[Tensor, Tensor, float], Tensor]
+) -> Denoise:
+    """rule(x0_cond, x0_cond - x0_uncond, scale)."""
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        s = scale(t) if callable(scale) else scale
+        x0 = denoise_cond(x_t, t)
+        return x0 if s == 1 else rule(x0, x0 - denoise_uncond(x_t, t), s)
+
+    return denoise
+
+
+def _per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """B numbers, to broadcast against x of shape B x ...."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def drop_captions(captions: Sequence[str], uniforms: Tensor, share: float) -> list[str]:

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion import PathConfig, Prediction, diffusion_loss, noise_sample, target, to_x0
+from ldm.diffusion import (
+    PathConfig,
+    Prediction,
+    diffusion_loss,
+    expand_times,
+    noise_sample,
+    prior_std,
+    target,
+    to_x0,
+)
 from ldm.guidance import classifier_free
 from ldm.samplers import SAMPLERS, Denoise, noise_like, time_grid
 from text import TextCondition, TextEncoder, Tokenizer
@@ -38,15 +47,24 @@ class LatentDiffusion:
         return self.text_encoder(self.tokenizer(captions).to(self.device))
 
     def loss(
-        self, network: Callable[..., Tensor], x0: Tensor, eps: Tensor, t: Tensor, captions: Sequence[str]
+        self,
+        network: Callable[..., Tensor],
+        x0: Tensor,
+        eps: Tensor,
+        t: Tensor,
+        captions: Sequence[str],
+        *,
+        added: Tensor | None = None,
     ) -> Tensor:
         """|| network(x_t, t, caption) - target ||^2 of each sample, B: what training minimises.
 
-        x0 and eps B x C x h x w, t B on the CPU. network: a denoiser, or whatever computes one.
+        x0 and eps B x C x h x w, t B on the CPU. network: a denoiser, or whatever computes one. added: the noise in
+        x_t, where it is not eps, the noise in the target.
         """
         text = self.condition(captions)
-        x_t, timesteps = noise_sample(x0, eps, self.path, t), self.path.timesteps(t).to(x0.device)
-        output = network(x_t, timesteps, text.context, text.mask, text.pooled)
+        x_t, timesteps = noise_sample(x0, eps if added is None else added, self.path, t), self.path.timesteps(t)
+        seen = expand_times(self.path.input_scale(t), x_t) * x_t
+        output = network(seen, timesteps.to(x0.device), text.context, text.mask, text.pooled)
         return diffusion_loss(output, target(self.prediction, x0, eps, self.path, t))
 
     def denoise_with(self, denoiser: nn.Module, condition: TextCondition) -> Denoise:
@@ -59,7 +77,8 @@ class LatentDiffusion:
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             timesteps = self.path.timesteps(t).to(device=x_t.device, dtype=torch.float32).expand(len(x_t))
             context, pooled = condition.context.to(dtype), condition.pooled.to(dtype)
-            output = denoiser(x_t.to(dtype), timesteps, context, condition.mask, pooled)
+            seen = expand_times(self.path.input_scale(t), x_t) * x_t
+            output = denoiser(seen.to(dtype), timesteps, context, condition.mask, pooled)
             return to_x0(self.prediction, output.to(x_t.dtype), x_t, self.path, t)
 
         return denoise
@@ -77,8 +96,7 @@ class LatentDiffusion:
         """Latents of h x w = `size` from noise, image i drawn with generators[i] alone: B x C x h x w, float32."""
         times = time_grid(self.path, steps)
         shape = (len(generators), self.vae.config.latent_channels, *size)
-        # Every path here ends in unit variance, or so near it that Stable Diffusion starts from plain noise too.
-        start = noise_like(torch.empty(shape, device=self.device), generators)
+        start = prior_std(self.path) * noise_like(torch.empty(shape, device=self.device), generators)
         return SAMPLERS[sampler].function(denoise, start, self.path, times, generators)
 
     @torch.no_grad()

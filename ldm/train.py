@@ -32,7 +32,7 @@ def main(args: Namespace) -> None:
     from data.loader import Batch
     from ldm.config import TrainConfig
     from ldm.denoisers import attention_length, describe_attention
-    from ldm.diffusion import draw_times, sample_randomness
+    from ldm.diffusion import draw_times, loss_weight, sample_randomness, spread_uniforms, training_noise
     from ldm.guidance import drop_captions
     from ldm.latents import LatentEncoder
     from ldm.loop import open_session, train
@@ -49,20 +49,25 @@ def main(args: Namespace) -> None:
     encode = LatentEncoder(model.vae, keep=config.model.keep_latents, bf16=engine.bf16, sample=sampled)
     side = latent_side(config, model)
     shape = (model.vae.config.latent_channels, side, side)
-    seed = config.run.seed
+    seed, objective, batch_size = config.run.seed, config.model.objective, config.data.batch_size
     run.tell(f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M parameters, {len(images)} pictures, "
              f"{'bf16' if engine.bf16 else 'fp32'} on {world.device}")  # fmt: skip
     length = attention_length(config.model.denoiser, side)
     run.tell(describe_attention(world.device, length, torch.bfloat16 if engine.bf16 else torch.float32))
 
     def losses(batch: Batch) -> dict[str, Tensor]:
-        """One pass of the algorithm: E || network(x_t, t, caption) - target ||^2, over pictures, times and noise."""
-        random = sample_randomness(seed * 2 + NOISE, batch.positions, shape)
-        posterior_noise = sample_randomness(seed * 2 + POSTERIOR, batch.positions, shape).eps
-        x0, eps = encode(batch, posterior_noise), random.eps.to(world.device)
-        t = draw_times(config.model.objective, model.path, random.time_uniforms)
+        """One pass of the algorithm: E w(t) || network(x_t, t, caption) - target ||^2, over pictures, times, noise."""
+        positions, device = batch.positions, world.device
+        random = sample_randomness(seed * 2 + NOISE, positions, shape)
+        x0 = encode(batch, sample_randomness(seed * 2 + POSTERIOR, positions, shape).eps)
+        eps, added = training_noise(objective, random.eps, seed=seed, positions=positions)
+        uniforms = spread_uniforms(
+            objective.time_numbers, random.time_uniforms, positions, batch_size=batch_size, seed=seed
+        )
+        t = draw_times(objective, model.path, uniforms)
         captions = drop_captions(batch.captions, random.drop_uniforms, config.model.caption_dropout)
-        return {"loss": model.loss(engine, x0, eps, t, captions).mean()}
+        errors = model.loss(engine, x0, eps.to(device), t, captions, added=added.to(device))
+        return {"loss": (loss_weight(objective, model.path, t).to(device) * errors).mean()}
 
     train(engine, run, images, losses, sample=lambda step: preview(session, engine, model, step))
 

@@ -14,6 +14,7 @@ import yaml
 
 from data.shards import Shard
 from ldm import TextToImage
+from ldm.diffusion import EDMPath
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -140,6 +141,26 @@ def test_training_begins_with_the_weights_of_another_run(workshop):
 
     assert held_out("second") == pytest.approx([held_out("dit")[-1]] * 2, abs=1e-4)
     assert held_out("dit")[0] != pytest.approx(held_out("dit")[-1], abs=1e-3)
+
+
+def test_every_part_of_the_objective_trains(workshop):
+    """On EDM's path, with its times and prediction, a weight, and more noise than the target knows."""
+    objective = {
+        "prediction": "edm",
+        "time_sampling": "log_normal",
+        "time_numbers": "stratified",
+        "weighting": "soft_min_snr",
+        "offset_noise": 0.1,
+        "input_perturbation": 0.1,
+    }
+    words = [f"model.objective.{key}={value}" for key, value in objective.items()]
+    words += ["run.name=edm", "run.steps=2", "model.path={kind: edm, sigma_data: 1.0}"]
+    finished = start(["ldm/train.py", "--config", str(workshop / "dit.yaml"), *words])
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert all(0 < loss < 100 for loss in losses(workshop, "edm"))
+    pipe = TextToImage.load(workshop / "runs" / "edm")
+    assert (pipe.model.path, pipe.model.prediction) == (EDMPath(sigma_data=1.0), "edm")
+    assert pipe("a red apple", steps=3)[0].size == (64, 64)
 
 
 def test_open_clip_opens_the_clip_that_was_trained(workshop):

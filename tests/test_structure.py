@@ -28,7 +28,16 @@ LEVEL_0: dict[str, set[str]] = {
 # From the ground up: a part imports from the floors below it and from itself.
 FLOORS = (
     (*LEVEL_0, "data", "ldm.whole", "ldm.commands", "ldm.prompts"),
-    ("ldm.engine", "ldm.grids", "ldm.interop", "ldm.latent_diffusion", "ldm.latents", "ldm.png", "ldm.run"),
+    (
+        "ldm.engine",
+        "ldm.grids",
+        "ldm.likelihood",
+        "ldm.interop",
+        "ldm.latent_diffusion",
+        "ldm.latents",
+        "ldm.png",
+        "ldm.run",
+    ),
     ("ldm.config", "ldm.pipeline"),
     ("ldm", "ldm.export", "ldm.loop", "ldm.validation"),
     COMMANDS,

@@ -1,11 +1,21 @@
 """The mathematics of diffusion: noise paths, predictions, the training objective and its random numbers."""
 
-from ldm.diffusion.objective import ObjectiveConfig, diffusion_loss, draw_times
-from ldm.diffusion.paths import LinearBetaPath, PathConfig, RectifiedFlowPath, ScaledLinearBetaPath
-from ldm.diffusion.predictions import Prediction, expand_times, noise_sample, target, to_x0
-from ldm.diffusion.randomness import SampleRandomness, sample_randomness
+from ldm.diffusion.objective import ObjectiveConfig, diffusion_loss, draw_times, loss_weight
+from ldm.diffusion.paths import (
+    CosinePath,
+    EDMPath,
+    LinearBetaPath,
+    PathConfig,
+    RectifiedFlowPath,
+    ScaledLinearBetaPath,
+    prior_std,
+)
+from ldm.diffusion.predictions import Prediction, expand_times, from_x0, noise_sample, target, to_x0, x0_sensitivity
+from ldm.diffusion.randomness import SampleRandomness, sample_randomness, spread_uniforms, training_noise
 
 __all__ = [
+    "CosinePath",
+    "EDMPath",
     "LinearBetaPath",
     "ObjectiveConfig",
     "PathConfig",
@@ -16,8 +26,14 @@ __all__ = [
     "diffusion_loss",
     "draw_times",
     "expand_times",
+    "from_x0",
+    "loss_weight",
     "noise_sample",
+    "prior_std",
     "sample_randomness",
+    "spread_uniforms",
     "target",
     "to_x0",
+    "training_noise",
+    "x0_sensitivity",
 ]

@@ -1,45 +1,153 @@
-"""What training minimises: which times are drawn, and the loss, weighted the same at every time."""
+"""What training minimises: which times are drawn, how the error at each counts, and what noise is added.
 
+The loss is the mean of w(t) || output - target ||^2 over t = g(u) of uniform numbers u: time_numbers says how these
+are spread, time_sampling what g is, weighting what w is.
+"""
+
+import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, assert_never, get_args
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.paths import PathConfig
-from ldm.diffusion.predictions import Prediction
+from ldm.diffusion.predictions import Prediction, x0_sensitivity
 
-TimeSampling = Literal["uniform", "logit_normal"]
+TimeSampling = Literal["uniform", "logit_normal", "log_normal"]
+TimeNumbers = Literal["independent", "stratified", "sobol"]
+Weighting = Literal["constant", "min_snr", "soft_min_snr", "edm", "logit_normal", "cosmap"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """logit_mean and logit_std are read by logit_normal alone; 0 and 1 are Stable Diffusion 3's."""
+    """The defaults are plain diffusion; each number is read only where its heading says."""
 
     prediction: Prediction
     time_sampling: TimeSampling = "uniform"
-    logit_mean: float = 0.0
+    time_numbers: TimeNumbers = "independent"
+    logit_mean: float = 0.0  # of logit_normal, like the next; 0 and 1 are Stable Diffusion 3's
     logit_std: float = 1.0
+    log_mean: float = -1.2  # of log(sigma / alpha) under log_normal, like the next; these are EDM's
+    log_std: float = 1.2
+    weighting: Weighting = "constant"
+    snr_limit: float = 5.0  # gamma of min_snr and soft_min_snr
+    offset_noise: float = 0.0  # share of noise that is the same over a whole channel; 0.1 is usual
+    input_perturbation: float = 0.0  # noise in the input that the target knows nothing of; 0.1 is usual
 
     def __post_init__(self) -> None:
-        if self.prediction not in get_args(Prediction):
-            raise ValueError(f"prediction {self.prediction!r} is unknown; use one of {get_args(Prediction)}")
-        if self.time_sampling not in get_args(TimeSampling):
-            known = get_args(TimeSampling)
-            raise ValueError(f"time_sampling {self.time_sampling!r} is unknown; use one of {known}")
-        if not self.logit_std > 0:
-            raise ValueError(f"logit_std must be above 0, not {self.logit_std}; Stable Diffusion 3 uses 1.0")
+        for name, kind in (("prediction", Prediction), ("time_sampling", TimeSampling), ("time_numbers", TimeNumbers),
+                           ("weighting", Weighting)):  # fmt: skip
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {get_args(kind)}")
+        for name in ("logit_std", "log_std", "snr_limit"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("offset_noise", "input_perturbation"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
 
 
 def draw_times(config: ObjectiveConfig, path: PathConfig, uniforms: Tensor) -> Tensor:
-    """Training times, float32, one for each supplied uniform number in [0, 1]; nothing is random here.
-
-    logit_normal: t = sigmoid(m + s Phi^-1(u)). Esser et al. 2024 (arXiv 2403.03206), eq. 19.
-    """
+    """Training times, float32, one for each supplied uniform number in [0, 1]; nothing is random here."""
     u = uniforms.float()
-    if config.time_sampling == "logit_normal":
-        u = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u))
-    return path.training_times(u)
+    match config.time_sampling:
+        case "uniform":
+            t = u
+        case "logit_normal":
+            t = logit_normal_times(u, config.logit_mean, config.logit_std)
+        case "log_normal":
+            t = log_normal_times(u, path, config.log_mean, config.log_std)
+        case _:
+            assert_never(config.time_sampling)
+    return path.training_times(t)
+
+
+def logit_normal_times(u: Tensor, mean: float, std: float) -> Tensor:
+    """t = sigmoid(m + s Phi^-1(u)). Esser et al. 2024 (arXiv 2403.03206), eq. 19."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+
+
+def log_normal_times(u: Tensor, path: PathConfig, mean: float, std: float) -> Tensor:
+    """log(sigma / alpha) = m + s Phi^-1(1 - u), falling in u. Karras et al. 2022 (arXiv 2206.00364), table 1."""
+    return path.time_of_log_snr(-2 * (mean + std * torch.special.ndtri(u)))
+
+
+def loss_weight(config: ObjectiveConfig, path: PathConfig, t: Tensor) -> Tensor:
+    """w(t), of t's shape.
+
+    Weights that papers give for the error of x0_hat, as all but "constant" and Stable Diffusion 3's, are turned into
+    weights for the output's: || x0_hat - x_0 ||^2 = (d x0_hat / d output)^2 || output - target ||^2.
+    """
+    match config.weighting:
+        case "constant":
+            return torch.ones_like(t)
+        case "min_snr":
+            return min_snr(path.log_snr(t), config.snr_limit) * x0_sensitivity(config.prediction, path, t)
+        case "soft_min_snr":
+            return soft_min_snr(path.log_snr(t), config.snr_limit) * x0_sensitivity(config.prediction, path, t)
+        case "edm":
+            return edm_weight(path, t) * x0_sensitivity(config.prediction, path, t)
+        case "logit_normal":
+            return logit_normal_density(t, config.logit_mean, config.logit_std)
+        case "cosmap":
+            return cosmap_density(t)
+        case _:
+            assert_never(config.weighting)
+
+
+def min_snr(log_snr: Tensor, limit: float) -> Tensor:
+    """min(SNR, gamma): of x0's error. Hang et al. 2023 (arXiv 2303.09556), section 3.4.
+
+    So eps's error has min(SNR, gamma) / SNR, and v's, where variance is preserved, min(SNR, gamma) / (SNR + 1).
+    """
+    return log_snr.clamp(max=math.log(limit)).exp()
+
+
+def soft_min_snr(log_snr: Tensor, limit: float) -> Tensor:
+    """SNR gamma / (SNR + gamma), a minimum without a corner. Crowson et al. 2024 (arXiv 2401.11605), section 3.3."""
+    return limit * torch.sigmoid(log_snr - math.log(limit))
+
+
+def edm_weight(path: PathConfig, t: Tensor) -> Tensor:
+    """lambda = (alpha^2 s^2 + sigma^2) / (sigma s)^2, s = sigma_data: of x0's error, so that F's has 1.
+
+    Karras et al. 2022, table 1, where alpha = 1.
+    """
+    alpha, sigma, deviation = path.alpha(t), path.sigma(t), path.sigma_data
+    return (alpha**2 * deviation**2 + sigma**2) / (sigma * deviation) ** 2
+
+
+def logit_normal_density(t: Tensor, mean: float, std: float) -> Tensor:
+    """The density of logit_normal_times: uniform times under this weight have the same loss in the mean.
+
+    Esser et al. 2024, eq. 19.
+    """
+    return torch.exp(-((torch.logit(t) - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
+
+
+def cosmap_density(t: Tensor) -> Tensor:
+    """2 / (pi (1 - 2 t + 2 t^2)): the flow's times at which the cosine path has evenly spread log-SNRs.
+
+    Esser et al. 2024, eq. 21.
+    """
+    return 2 / (math.pi * (1 - 2 * t + 2 * t**2))
+
+
+def offset_noise(eps: Tensor, channel_noise: Tensor, strength: float) -> Tensor:
+    """(eps + s n) / sqrt(1 + s^2), n one number a channel: pictures learn to change their brightness as a whole.
+
+    Guttenberg 2023, "Diffusion with offset noise", but kept at unit variance. eps B x C x h x w, n B x C.
+    """
+    return (eps + strength * channel_noise[:, :, None, None]) / math.sqrt(1 + strength**2)
+
+
+def input_perturbation(eps: Tensor, more: Tensor, strength: float) -> Tensor:
+    """eps + s n: what is added to the data, while eps stays the target. Ning et al. 2023 (arXiv 2301.11706), eq. 9.
+
+    In training x_t is made of true data, in drawing of the network's own, slightly wrong ones: this makes up for it.
+    """
+    return eps + strength * more
 
 
 def diffusion_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -1,22 +1,30 @@
-"""What the network predicts, and how x0_hat follows from it: the one place that knows eps, v and velocity.
+"""What the network predicts, and how x0_hat follows from it: the one place that knows eps, v, velocity and F.
 
 With x_t = alpha x_0 + sigma eps, and ' for d/dt:
 
+    x0        the data
     eps       the noise                                    Ho et al. 2020 (arXiv 2006.11239), eq. 14
     v         alpha eps - sigma x_0                        Salimans & Ho 2022 (arXiv 2202.00512), appendix D
     velocity  dx_t/dt = alpha' x_0 + sigma' eps            Lipman et al. 2022 (arXiv 2210.02747); eps - x_0 on
                                                            rectified flow
+    edm       F, of unit variance at every time if the     Karras et al. 2022 (arXiv 2206.00364), eqs. 7-8; on
+              data's is sigma_data^2                       other paths than theirs, where sigma_data = 1, it is
+                                                           v turned round: F = -v / sqrt(alpha^2 + sigma^2)
 
-Shapes: x_t, x_0, eps and outputs B x ...; times () or B, one for each sample.
+All are one thing: from x_t and any of them the others follow. Shapes: x_t, x_0, eps and outputs B x ...; times () or
+B, one for each sample.
 """
 
 from typing import Literal, assert_never
 
+import torch
 from torch import Tensor
 
 from ldm.diffusion.paths import PathConfig
 
-Prediction = Literal["eps", "v", "velocity"]
+Prediction = Literal["eps", "v", "x0", "velocity", "edm"]
+
+SMALLEST_ALPHA = 2.0**-12  # diffusers' choice too: alpha_bar = 2^-24
 
 
 def expand_times(values: Tensor, x: Tensor) -> Tensor:
@@ -47,9 +55,22 @@ def velocity_target(x0: Tensor, eps: Tensor, d_alpha: Tensor, d_sigma: Tensor) -
     return d_alpha * x0 + d_sigma * eps
 
 
+def edm_target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """F = (x_0 - c_skip x_t) / c_out = (sigma x_0 / s - alpha s eps) / sqrt(alpha^2 s^2 + sigma^2), s = sigma_data.
+
+    The second form, in which nothing is divided by sigma, follows from the first by inserting x_t.
+    """
+    return (sigma / sigma_data * x0 - alpha * sigma_data * eps) / (alpha**2 * sigma_data**2 + sigma**2).sqrt()
+
+
+def eps_from_x0(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """eps = (x_t - alpha x_0) / sigma; 0 at sigma = 0, where x_t = alpha x_0 says nothing of it."""
+    return (x_t - alpha * x0) / sigma.where(sigma > 0, 1.0)
+
+
 def x0_from_eps(eps: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x_0 = (x_t - sigma eps) / alpha. Not finite at alpha = 0, where x_t says nothing of x_0."""
-    return (x_t - sigma * eps) / alpha
+    """x_0 = (x_t - sigma eps) / alpha; at alpha = 0, where x_t says nothing of it, as if alpha were 2^-12."""
+    return (x_t - sigma * eps) / alpha.clamp(min=SMALLEST_ALPHA)
 
 
 def x0_from_v(v: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -61,9 +82,24 @@ def x0_from_velocity(u: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, d_alp
     """x_0 = (sigma' x_t - sigma u) / (sigma' alpha - sigma alpha'): x_t and u solved for x_0 and eps.
 
     The divisor is alpha sigma times the rate at which log(alpha / sigma) falls: positive on every path, 1 on
-    rectified flow.
+    rectified flow. At sigma = 0, where sigma' may be 0 or infinite, what is left is x_t / alpha.
     """
+    d_sigma = d_sigma.where(sigma > 0, 1.0)
     return (d_sigma * x_t - sigma * u) / (d_sigma * alpha - sigma * d_alpha)
+
+
+def x0_from_edm(f: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """x_0 = c_skip x_t + c_out F, c_skip = alpha s^2 / (alpha^2 s^2 + sigma^2), c_out = sigma s / sqrt(the same)."""
+    variance = alpha**2 * sigma_data**2 + sigma**2  # of x_t
+    return alpha * sigma_data**2 / variance * x_t + sigma * sigma_data / variance.sqrt() * f
+
+
+def score(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The gradient of log q(x_t | x_0) by x_t, -eps / sigma: (alpha x_0 - x_t) / sigma^2.
+
+    With the ideal x0_hat it is the gradient of log q(x_t). Song et al. 2020 (arXiv 2011.13456), section 3.3.
+    """
+    return (alpha * x0 - x_t) / sigma**2
 
 
 def target(prediction: Prediction, x0: Tensor, eps: Tensor, path: PathConfig, t: Tensor) -> Tensor:
@@ -71,25 +107,29 @@ def target(prediction: Prediction, x0: Tensor, eps: Tensor, path: PathConfig, t:
 
     Finite for every t, but for velocity on table paths at t = 0, where sigma' is infinite.
     """
+    alpha, sigma = expand_times(path.alpha(t), x0), expand_times(path.sigma(t), x0)
     match prediction:
+        case "x0":
+            return x0
         case "eps":
             return eps
         case "v":
-            return v_target(x0, eps, expand_times(path.alpha(t), x0), expand_times(path.sigma(t), x0))
+            return v_target(x0, eps, alpha, sigma)
         case "velocity":
             d_alpha, d_sigma = expand_times(path.d_alpha(t), x0), expand_times(path.d_sigma(t), x0)
             return velocity_target(x0, eps, d_alpha, d_sigma)
+        case "edm":
+            return edm_target(x0, eps, alpha, sigma, path.sigma_data)
         case _:
             assert_never(prediction)
 
 
 def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, path: PathConfig, t: Tensor) -> Tensor:
-    """x0_hat, of x_t's shape, from the network's output at x_t and time t.
-
-    Finite but for eps where alpha = 0 (rectified flow at t = 1), and velocity on table paths at t = 0.
-    """
+    """x0_hat, of x_t's shape, from the network's output at x_t and time t. Finite for every t."""
     alpha, sigma = expand_times(path.alpha(t), x_t), expand_times(path.sigma(t), x_t)
     match prediction:
+        case "x0":
+            return output
         case "eps":
             return x0_from_eps(output, x_t, alpha, sigma)
         case "v":
@@ -97,5 +137,21 @@ def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, path: PathConfig,
         case "velocity":
             d_alpha, d_sigma = expand_times(path.d_alpha(t), x_t), expand_times(path.d_sigma(t), x_t)
             return x0_from_velocity(output, x_t, alpha, sigma, d_alpha, d_sigma)
+        case "edm":
+            return x0_from_edm(output, x_t, alpha, sigma, path.sigma_data)
         case _:
             assert_never(prediction)
+
+
+def from_x0(prediction: Prediction, x0: Tensor, x_t: Tensor, path: PathConfig, t: Tensor) -> Tensor:
+    """The output that to_x0 turns into this x0_hat. Finite as target is."""
+    alpha, sigma = expand_times(path.alpha(t), x_t), expand_times(path.sigma(t), x_t)
+    return target(prediction, x0, eps_from_x0(x0, x_t, alpha, sigma), path, t)
+
+
+def x0_sensitivity(prediction: Prediction, path: PathConfig, t: Tensor) -> Tensor:
+    """(d x0_hat / d output)^2 at times t: what turns a weight on x0's error into one on the output's.
+
+    x0_hat is linear in x_t and the output together, so it is what an output of 1 gives where x_t is 0.
+    """
+    return to_x0(prediction, torch.ones_like(t), torch.zeros_like(t), path, t) ** 2

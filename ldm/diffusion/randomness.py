@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
+
+from ldm.diffusion.objective import ObjectiveConfig, TimeNumbers, input_perturbation, offset_noise
 
 
 class SampleRandomness(NamedTuple):
@@ -16,7 +18,7 @@ class SampleRandomness(NamedTuple):
     drop_uniforms: Tensor
 
 
-def sample_randomness(seed: int, positions: Sequence[int], latent_shape: Sequence[int]) -> SampleRandomness:
+def sample_randomness(seed: int | str, positions: Sequence[int], latent_shape: Sequence[int]) -> SampleRandomness:
     """Noise, time and caption-drop numbers of the samples at these positions.
 
     A sample's numbers do not depend on its batch, so a run that is resumed, or split among another number
@@ -33,7 +35,56 @@ def sample_randomness(seed: int, positions: Sequence[int], latent_shape: Sequenc
     return SampleRandomness(eps, uniforms[:, 0].clone(), uniforms[:, 1].clone())
 
 
-def mixed_seed(seed: int, position: int) -> int:
+def mixed_seed(seed: int | str, position: int) -> int:
     """63 well-mixed bits of the pair; a sum of the two would let runs repeat each other's noise."""
     digest = blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def training_noise(
+    config: ObjectiveConfig, eps: Tensor, *, seed: int, positions: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The noise that the target knows, and the noise in x_t: both are eps, unless the objective asks for more."""
+    if config.offset_noise:
+        channel_noise = sample_randomness(f"{seed} offset", positions, eps.shape[1:2]).eps
+        eps = offset_noise(eps, channel_noise, config.offset_noise)
+    if not config.input_perturbation:
+        return eps, eps
+    more = sample_randomness(f"{seed} perturbation", positions, eps.shape[1:]).eps
+    return eps, input_perturbation(eps, more, config.input_perturbation)
+
+
+def keyed_uniform(*key: object) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    digest = blake2b(repr(key).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def spread_uniforms(
+    kind: TimeNumbers, uniforms: Tensor, positions: Sequence[int], *, batch_size: int, seed: int
+) -> Tensor:
+    """Uniform numbers for the times of the samples at these positions, more even than independent ones, float32.
+
+    stratified: one in each B-th of [0, 1) over the global batch of B, moved together at random. Kingma et al. 2021
+    (arXiv 2107.00630), appendix I.1. sobol: a low-discrepancy sequence over the whole run, which in one dimension is
+    van der Corput's, moved once at random. Both are functions of seed and position, and each number by itself is
+    uniform.
+    """
+    match kind:
+        case "independent":
+            return uniforms.float()
+        case "stratified":
+            numbers = [
+                keyed_uniform("stratified", seed, p // batch_size) + p % batch_size / batch_size for p in positions
+            ]
+        case "sobol":
+            numbers = [keyed_uniform("sobol", seed) + van_der_corput(p) for p in positions]
+        case _:
+            assert_never(kind)
+    # Rounding up to 1.0 in float32 is avoided, as in torch.rand.
+    return (torch.tensor(numbers, dtype=torch.float64) % 1).float().clamp(max=1 - 2**-24)
+
+
+def van_der_corput(index: int) -> float:
+    """The index's binary digits mirrored behind the point: 1, 2, 3, ... -> 1/2, 1/4, 3/4, ..."""
+    return int(f"{index:064b}"[::-1], 2) / 2**64

@@ -5,14 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, assert_never
 
-from ldm.diffusion import LinearBetaPath, PathConfig, Prediction, RectifiedFlowPath, ScaledLinearBetaPath
+from ldm.diffusion import (
+    CosinePath,
+    EDMPath,
+    LinearBetaPath,
+    PathConfig,
+    Prediction,
+    RectifiedFlowPath,
+    ScaledLinearBetaPath,
+)
+from ldm.diffusion.paths import BetaTablePath
 from ldm.interop.files import described_by, read_json
 
-_NAMES = {"epsilon": "eps", "v_prediction": "v"}
+_NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_SCHEDULES: dict[str, type[BetaTablePath]] = {
+    "linear": LinearBetaPath,
+    "scaled_linear": ScaledLinearBetaPath,
+    "squaredcos_cap_v2": CosinePath,
+}
 
 
 def scheduler_config_json(path: PathConfig, prediction: Prediction) -> dict[str, Any]:
-    """A DPMSolverMultistepScheduler, which diffusers' Stable Diffusion and PixArt pipelines both accept, for flow too.
+    """A scheduler of diffusers' that its Stable Diffusion and PixArt pipelines both accept.
 
     Raises ValueError for a pair that diffusers has no words for.
     """
@@ -27,18 +41,37 @@ def scheduler_config_json(path: PathConfig, prediction: Prediction) -> dict[str,
         "steps_offset": 1,
         "timestep_spacing": "trailing",
     }
+    known = {"rectified_flow": ("velocity",), "edm": ("edm",)}.get(path.kind, tuple(_NAMES.values()))
+    if prediction not in known:
+        raise ValueError(
+            f"prediction {prediction!r} on path {path.kind!r} is nothing that diffusers could open: "
+            f"use {' or '.join(known)}"
+        )
     match path:
         case RectifiedFlowPath():
-            if prediction != "velocity":
-                raise ValueError(f"a rectified flow trained for {prediction!r} cannot be exported, only 'velocity'")
-            return content | {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
-        case LinearBetaPath() | ScaledLinearBetaPath():
-            if prediction == "velocity":
-                raise ValueError("a diffusion path trained for 'velocity' cannot be exported, only 'eps' and 'v'")
-            name = next(theirs for theirs, ours in _NAMES.items() if ours == prediction)
-            schedule = "linear" if isinstance(path, LinearBetaPath) else "scaled_linear"
-            betas = {"beta_start": path.beta_start, "beta_end": path.beta_end, "beta_schedule": schedule}
-            return content | betas | {"prediction_type": name, "num_train_timesteps": path.num_train_timesteps}
+            return content | {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": path.shift}
+        case EDMPath():
+            sigmas = {"sigma_min": path.sigma_min, "sigma_max": path.sigma_max, "sigma_data": path.sigma_data}
+            return {
+                "_class_name": "EDMDPMSolverMultistepScheduler",
+                "_diffusers_version": "0.30.0",
+                "final_sigmas_type": "zero",
+                "num_train_timesteps": 1000,
+                "prediction_type": "epsilon",  # their word for F
+                "rho": path.rho,
+                "solver_order": 2,
+                **sigmas,
+            }
+        case LinearBetaPath() | ScaledLinearBetaPath() | CosinePath():
+            betas: dict[str, Any] = {
+                "beta_schedule": next(name for name, kind in _SCHEDULES.items() if isinstance(path, kind)),
+                "num_train_timesteps": path.num_train_timesteps,
+                "prediction_type": next(theirs for theirs, ours in _NAMES.items() if ours == prediction),
+                "rescale_betas_zero_snr": path.zero_terminal_snr,
+            }
+            if not isinstance(path, CosinePath):
+                betas |= {"beta_start": path.beta_start, "beta_end": path.beta_end}
+            return content | betas
         case _:
             assert_never(path)
 
@@ -46,20 +79,34 @@ def scheduler_config_json(path: PathConfig, prediction: Prediction) -> dict[str,
 def read_scheduler(file: Path) -> tuple[PathConfig, Prediction]:
     """The path and prediction of any scheduler's config. Raises ValueError for one that we do not have."""
     content = read_json(file)
-    kind = content.get("prediction_type", "epsilon")
-    if kind == "flow_prediction" and content.get("flow_shift", 1.0) == 1.0:
-        return RectifiedFlowPath(), "velocity"
-    schedule = content.get("beta_schedule", "linear")
-    paths = {"linear": LinearBetaPath, "scaled_linear": ScaledLinearBetaPath}
-    if kind not in _NAMES or schedule not in paths or content.get("rescale_betas_zero_snr"):
-        raise ValueError(
-            f"{file} asks for prediction_type {kind!r} on beta_schedule {schedule!r}, expected one of "
-            f"{sorted(_NAMES)} on one of {sorted(paths)}, or a flow without shift: this noise path is not supported"
-        )
     with described_by(file):
-        path = paths[schedule](
-            beta_start=content["beta_start"],
-            beta_end=content["beta_end"],
-            num_train_timesteps=content["num_train_timesteps"],
-        )
-    return path, "eps" if kind == "epsilon" else "v"
+        if str(content.get("_class_name", "")).startswith("EDM"):
+            return _read_edm(content), "edm"
+        kind = content.get("prediction_type", "epsilon")
+        if kind == "flow_prediction":
+            return RectifiedFlowPath(shift=float(content.get("flow_shift", 1.0))), "velocity"
+        schedule = content.get("beta_schedule", "linear")
+        if kind not in _NAMES or schedule not in _SCHEDULES:
+            raise ValueError(
+                f"{file} asks for prediction_type {kind!r} on beta_schedule {schedule!r}, expected one of "
+                f"{sorted(_NAMES)} on one of {sorted(_SCHEDULES)}: this noise path is not supported"
+            )
+        numbers: dict[str, Any] = {
+            "num_train_timesteps": content["num_train_timesteps"],
+            "zero_terminal_snr": bool(content.get("rescale_betas_zero_snr")),
+        }
+        if _SCHEDULES[schedule] is not CosinePath:
+            numbers |= {"beta_start": content["beta_start"], "beta_end": content["beta_end"]}
+        return _SCHEDULES[schedule](**numbers), _NAMES[kind]  # pyright: ignore[reportReturnType]
+
+
+def _read_edm(content: dict[str, Any]) -> EDMPath:
+    if content.get("prediction_type", "epsilon") != "epsilon":
+        raise ValueError(f"an EDM scheduler for {content['prediction_type']!r} is not supported, only for 'epsilon'")
+    defaults = EDMPath()
+    return EDMPath(
+        sigma_min=content.get("sigma_min", defaults.sigma_min),
+        sigma_max=content.get("sigma_max", defaults.sigma_max),
+        sigma_data=content.get("sigma_data", defaults.sigma_data),
+        rho=content.get("rho", defaults.rho),
+    )

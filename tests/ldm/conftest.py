@@ -1,12 +1,23 @@
-"""Tiny models with random weights, built once for all tests of this folder."""
+"""Tiny models with random weights, built once for all tests of this folder, and the paths that the tests of the
+mathematics run over: each kind, and each kind's variations."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from ldm.denoisers import DenoiserConfig, DiTConfig, UNetConfig, build_denoiser
-from ldm.diffusion import PathConfig, Prediction, RectifiedFlowPath, ScaledLinearBetaPath
+from ldm.diffusion import (
+    CosinePath,
+    EDMPath,
+    LinearBetaPath,
+    PathConfig,
+    Prediction,
+    RectifiedFlowPath,
+    ScaledLinearBetaPath,
+)
+from ldm.diffusion.paths import BetaTablePath
 from ldm.export import Trained, export
 from ldm.latent_diffusion import LatentDiffusion
 from text import TextEncoderConfig, Tokenizer, TransformersTextEncoder
@@ -59,3 +70,32 @@ def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-unet"
     export(tiny_trained(UNET, ScaledLinearBetaPath(), "v", tokens=77), folder, dtype=torch.float32)
     return folder
+
+
+@pytest.fixture(scope="session")
+def edm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a tiny DiT on EDM's path."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-edm"
+    export(tiny_trained(DIT, EDMPath(sigma_data=1.0), "edm"), folder, dtype=torch.float32)
+    return folder
+
+
+PATHS: list[PathConfig] = [
+    *(kind() for kind in get_args(PathConfig)),
+    *(kind(zero_terminal_snr=True) for kind in (LinearBetaPath, ScaledLinearBetaPath, CosinePath)),
+    RectifiedFlowPath(shift=3.0),
+]
+
+
+def name(path: PathConfig) -> str:
+    return path.kind + "_zero" * getattr(path, "zero_terminal_snr", False) + "_shift" * (getattr(path, "shift", 1) != 1)
+
+
+@pytest.fixture(params=PATHS, ids=name)
+def path(request: pytest.FixtureRequest) -> PathConfig:
+    return request.param
+
+
+@pytest.fixture(params=[path for path in PATHS if isinstance(path, BetaTablePath)], ids=name)
+def table_path(request: pytest.FixtureRequest) -> BetaTablePath:
+    return request.param

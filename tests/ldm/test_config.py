@@ -84,8 +84,14 @@ def test_overrides_reach_any_depth_and_keep_their_types():
         ("run.steps=many", r"run\.steps.*'many'"),
         ("run.name=a/b", r"one folder's name, not 'a/b'"),
         ("model.caption_dropout=2", r"caption_dropout is 2"),
-        ("model.objective.prediction=eps", r"eps on model\.path rectified_flow.*use velocity"),
-        ("model.path.kind=linear_beta", r"velocity on model\.path linear_beta.*use eps or v"),
+        (
+            "model.objective.prediction=eps",
+            r"'eps' on path 'rectified_flow' is nothing that .*: use velocity",
+        ),
+        (
+            "model.path.kind=linear_beta",
+            r"'velocity' on path 'linear_beta' is nothing that .*: use eps or v or x0",
+        ),
         ("data.shards=[a", r"the value is not YAML"),
         ("steps", r"'steps' is not an override: write section\.key=value"),
         ("run.name.first=x", r"run\.name is a value, not a section"),

@@ -5,7 +5,7 @@ import torch
 
 from ldm.diffusion.paths import RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.diffusion.predictions import Prediction, to_x0
-from ldm.guidance import classifier_free, drop_captions
+from ldm.guidance import autoguidance, classifier_free, drop_captions, projected, rescaled, within_interval
 
 X, T = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor(0.7)
 
@@ -77,3 +77,63 @@ def test_captions_are_dropped_each_by_its_own_number():
     assert drop_captions(captions, uniforms, 0.1) == ["", "b", "", "d"]
     assert drop_captions(captions, uniforms, 0.0) == captions
     assert drop_captions(captions, uniforms, 1.0) == [""] * 4
+
+
+def never(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("evaluated")
+
+
+def test_a_scale_that_depends_on_the_time():
+    guided = classifier_free(cond, uncond, lambda t: 1.0 if t < 0.5 else 4.0)
+    assert torch.equal(guided(X, T), classifier_free(cond, uncond, 4.0)(X, T))
+    late = classifier_free(cond, never, lambda t: 1.0 if t < 0.5 else 4.0)
+    assert torch.equal(late(X, torch.tensor(0.3)), cond(X, torch.tensor(0.3)))
+
+
+def test_outside_its_interval_guidance_costs_nothing():
+    guided = within_interval(classifier_free(cond, uncond, 5.0), cond, 0.4, 0.8)
+    assert torch.equal(guided(X, T), classifier_free(cond, uncond, 5.0)(X, T))
+    for outside in (0.3, 0.9):
+        t = torch.tensor(outside)
+        assert torch.equal(within_interval(never, cond, 0.4, 0.8)(X, t), cond(X, t))
+    for start, stop in ((0.8, 0.4), (-0.1, 0.5), (0.5, 1.1)):
+        with pytest.raises(ValueError, match=f"guidance interval is {start} to {stop}"):
+            within_interval(cond, cond, start, stop)
+
+
+def test_rescaling_brings_the_deviation_back():
+    guided, plain = classifier_free(cond, uncond, 6.0)(X, T), cond(X, T)
+    wanted = plain.flatten(1).std(1)
+    whole = rescaled(cond, uncond, 6.0, 1.0)(X, T)
+    assert torch.allclose(whole.flatten(1).std(1), wanted, rtol=1e-5)
+    assert torch.allclose(rescaled(cond, uncond, 6.0, 0.0)(X, T), guided, rtol=1e-6)
+    assert torch.allclose(rescaled(cond, uncond, 6.0, 0.7)(X, T), 0.7 * whole + 0.3 * guided, atol=1e-5)
+    assert torch.equal(rescaled(cond, never, 1.0, 0.7)(X, T), plain)
+    with pytest.raises(ValueError, match="share of rescaling is 1.5"):
+        rescaled(cond, uncond, 6.0, 1.5)
+
+
+def test_projection_leaves_only_what_is_across():
+    change = projected(cond, uncond, 3.0)(X, T) - cond(X, T)
+    along = torch.cosine_similarity(change.flatten(1), cond(X, T).flatten(1))
+    assert along.abs().max() < 1e-5 and change.abs().max() > 0.1
+    whole = projected(cond, uncond, 3.0, parallel=1.0)(X, T)
+    assert torch.allclose(whole, classifier_free(cond, uncond, 3.0)(X, T), atol=1e-5)
+
+
+def test_the_projected_change_is_no_longer_than_its_limit():
+    limited = projected(cond, uncond, 2.0, parallel=1.0, norm_limit=0.5)(X, T) - cond(X, T)
+    assert torch.allclose(limited.flatten(1).norm(dim=1), torch.full((3,), 0.5), rtol=1e-5)
+    free = projected(cond, uncond, 2.0, parallel=1.0, norm_limit=1e6)(X, T)
+    assert torch.allclose(free, classifier_free(cond, uncond, 2.0)(X, T), atol=1e-5)
+
+
+def test_momentum_adds_to_the_change_of_the_steps_before():
+    guided = projected(cond, uncond, 2.0, parallel=1.0, momentum=-0.5)
+    change = cond(X, T) - uncond(X, T)
+    assert torch.allclose(guided(X, T), cond(X, T) + change, atol=1e-5)
+    assert torch.allclose(guided(X, T), cond(X, T) + 0.5 * change, atol=1e-5)
+
+
+def test_autoguidance_goes_away_from_the_weaker_one():
+    assert torch.allclose(autoguidance(cond, uncond, 2.0)(X, T), 2 * cond(X, T) - uncond(X, T), atol=1e-5)

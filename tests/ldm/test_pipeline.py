@@ -1,6 +1,7 @@
 """Drawing with tiny random models: what a picture depends on, what diffusers draws, and what is refused."""
 
 import json
+import math
 import shutil
 from typing import Any
 
@@ -144,6 +145,18 @@ def test_diffusers_draws_the_same_picture(kind, scale, request, monkeypatch):
     found = (draw(ours, steps=8, scale=scale)[0].clamp(-1, 1) + 1) / 2
     assert expected.std() > 0.01  # not a blank sheet
     assert (found - expected).abs().max() <= 1e-4
+
+
+def test_on_edms_path_the_network_sees_unit_variance_from_the_first_step_on(edm_folder):
+    pipe = TextToImage.load(edm_folder)
+    seen = []
+    pipe.denoiser.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[:2]))
+    pictures = draw(pipe, n=4, steps=6)
+    assert pictures.isfinite().all() and pictures.std() > 0.01
+    first, timesteps = seen[0]
+    assert first.std().item() == pytest.approx(1.0, abs=0.1)
+    assert timesteps.tolist() == pytest.approx([math.log(80) / 4] * 4)
+    assert timesteps.shape == (4,) and len(seen) == 12  # with and without the prompt
 
 
 def test_a_missing_folder_and_a_folder_of_something_else(tmp_path):

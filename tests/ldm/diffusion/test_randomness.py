@@ -1,8 +1,16 @@
 """Random numbers of training: a function of (seed, position), whatever the batch; and random."""
 
+import pytest
 import torch
 
-from ldm.diffusion.randomness import mixed_seed, sample_randomness
+from ldm.diffusion.objective import ObjectiveConfig, TimeNumbers
+from ldm.diffusion.randomness import (
+    mixed_seed,
+    sample_randomness,
+    spread_uniforms,
+    training_noise,
+    van_der_corput,
+)
 
 SHAPE = (4, 16, 16)
 
@@ -74,3 +82,57 @@ def test_the_global_generator_is_left_alone():
     before = torch.random.get_rng_state()
     sample_randomness(0, range(3), SHAPE)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+SPREADS = pytest.mark.parametrize("kind", ["stratified", "sobol"])
+
+
+def spread(kind: TimeNumbers, positions: range | list[int], *, seed: int = 0, batch_size: int = 16) -> torch.Tensor:
+    uniforms = torch.full((len(positions),), 0.25)
+    return spread_uniforms(kind, uniforms, positions, batch_size=batch_size, seed=seed)
+
+
+def test_independent_numbers_are_those_given():
+    assert spread("independent", range(5)).tolist() == [0.25] * 5
+
+
+@SPREADS
+def test_spread_numbers_depend_on_seed_and_position_alone(kind):
+    whole = spread(kind, range(64))
+    assert torch.equal(whole[[40, 3]], spread(kind, [40, 3]))
+    assert not torch.equal(whole, spread(kind, range(64), seed=1))
+    assert whole.dtype == torch.float32 and (whole >= 0).all() and (whole < 1).all()
+
+
+@SPREADS
+def test_each_sixteenth_holds_one_number_of_a_batch_of_sixteen(kind):
+    for batch in range(5):
+        numbers = spread(kind, range(16 * batch, 16 * batch + 16)).double()
+        gaps = torch.cat([numbers.sort().values, numbers.min()[None] + 1]).diff()
+        assert gaps.max().item() == pytest.approx(1 / 16, abs=1e-6)
+
+
+def test_strata_move_from_batch_to_batch_and_each_place_sees_all_times():
+    firsts = spread("stratified", range(0, 16 * 2000, 16))
+    assert firsts.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert firsts.var().item() == pytest.approx(1 / 12, rel=0.06)
+
+
+def test_van_der_corput():
+    assert [van_der_corput(i) for i in range(6)] == [0.0, 0.5, 0.25, 0.75, 0.125, 0.625]
+
+
+def test_training_noise_is_eps_unless_more_is_asked_for():
+    eps = sample_randomness(0, range(3), SHAPE).eps
+    plain, added = training_noise(ObjectiveConfig(prediction="eps"), eps, seed=0, positions=range(3))
+    assert plain is eps and added is eps
+
+
+def test_training_noise_with_offset_and_perturbation_depends_on_position_alone():
+    config = ObjectiveConfig(prediction="eps", offset_noise=0.3, input_perturbation=0.2)
+    eps = sample_randomness(0, range(40), SHAPE).eps
+    known, added = training_noise(config, eps, seed=0, positions=range(40))
+    part = training_noise(config, eps[7:9], seed=0, positions=[7, 8])
+    assert torch.equal(known[7:9], part[0]) and torch.equal(added[7:9], part[1])
+    assert (added - known).std().item() == pytest.approx(0.2, rel=0.02)
+    assert known.mean(dim=(2, 3)).var().item() == pytest.approx((1 / 256 + 0.09) / 1.09, rel=0.3)

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler
 
-from ldm.diffusion import LinearBetaPath, RectifiedFlowPath, ScaledLinearBetaPath
+from ldm.diffusion import CosinePath, EDMPath, LinearBetaPath, RectifiedFlowPath, ScaledLinearBetaPath
+from ldm.diffusion.predictions import to_x0
 from ldm.interop.files import write_json
 from ldm.interop.scheduler import read_scheduler, scheduler_config_json
+from ldm.samplers import time_grid
 
 PAIRS = [
     (RectifiedFlowPath(), "velocity"),
@@ -16,7 +18,12 @@ PAIRS = [
     (ScaledLinearBetaPath(), "v"),
     (LinearBetaPath(), "eps"),
     (LinearBetaPath(beta_start=0.0002, beta_end=0.01, num_train_timesteps=500), "v"),
+    (ScaledLinearBetaPath(zero_terminal_snr=True), "v"),
+    (CosinePath(), "x0"),
+    (RectifiedFlowPath(shift=3.0), "velocity"),
+    (EDMPath(sigma_max=70.0, sigma_data=1.0), "edm"),
 ]
+TABLES = [(path, prediction) for path, prediction in PAIRS if hasattr(path, "num_train_timesteps")]
 
 
 @pytest.mark.parametrize(("path", "prediction"), PAIRS)
@@ -25,7 +32,7 @@ def test_it_comes_back(path, prediction, tmp_path):
     assert read_scheduler(tmp_path / "scheduler_config.json") == (path, prediction)
 
 
-@pytest.mark.parametrize(("path", "prediction"), PAIRS[1:])
+@pytest.mark.parametrize(("path", "prediction"), TABLES)
 def test_diffusers_reads_the_same_noise_levels(path, prediction):
     theirs: Any = DPMSolverMultistepScheduler.from_config(scheduler_config_json(path, prediction))
     n = path.num_train_timesteps
@@ -41,23 +48,54 @@ def test_stable_diffusions_own_scheduler_is_read(tmp_path):
     assert read_scheduler(tmp_path / "scheduler_config.json") == (ScaledLinearBetaPath(), "v")
 
 
-@pytest.mark.parametrize(("path", "prediction"), [(RectifiedFlowPath(), "eps"), (LinearBetaPath(), "velocity")])
-def test_a_pair_without_words_in_diffusers_is_refused(path, prediction):
-    with pytest.raises(ValueError, match=f"'{prediction}' cannot be exported"):
-        scheduler_config_json(path, prediction)
+def test_diffusers_reads_the_same_shifted_flow():
+    theirs: Any = DPMSolverMultistepScheduler.from_config(
+        scheduler_config_json(RectifiedFlowPath(shift=3.0), "velocity")
+    )
+    theirs.set_timesteps(10)
+    # Their grid starts at 0.999 instead of 1, then shifts.
+    t = torch.linspace(1, 1 / 1000, 11, dtype=torch.float64)[:-1]
+    torch.testing.assert_close(RectifiedFlowPath(shift=3.0).sigma(t).float(), theirs.sigmas[:-1], atol=3e-3, rtol=0)
+
+
+def test_diffusers_reads_the_same_edm():
+    path = EDMPath(sigma_data=1.0)
+    theirs: Any = EDMDPMSolverMultistepScheduler.from_config(scheduler_config_json(path, "edm"))
+    theirs.set_timesteps(8)
+    times = time_grid(path, 8, "karras")
+    torch.testing.assert_close(path.sigma(times).float(), theirs.sigmas, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(path.timesteps(times[:-1]).float(), theirs.timesteps, rtol=1e-4, atol=1e-5)
+    x, output = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    for i in (0, 3):
+        sigma, t = theirs.sigmas[i], times[i].float()
+        torch.testing.assert_close(theirs.precondition_inputs(x, sigma), path.input_scale(t) * x)
+        torch.testing.assert_close(theirs.precondition_outputs(x, output, sigma), to_x0("edm", output, x, path, t))
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"prediction_type": "sample"}, {"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True}],
+    ("path", "prediction"), [(RectifiedFlowPath(), "eps"), (LinearBetaPath(), "velocity"), (EDMPath(), "v")]
 )
+def test_a_pair_without_words_in_diffusers_is_refused(path, prediction):
+    with pytest.raises(ValueError, match=f"'{prediction}' on path '{path.kind}' is nothing that diffusers could open"):
+        scheduler_config_json(path, prediction)
+
+
+@pytest.mark.parametrize("change", [{"prediction_type": "noise"}, {"beta_schedule": "sigmoid"}])
 def test_an_unknown_path_is_refused(change, tmp_path):
     write_json(scheduler_config_json(ScaledLinearBetaPath(), "eps") | change, tmp_path / "scheduler_config.json")
     with pytest.raises(ValueError, match="this noise path is not supported"):
         read_scheduler(tmp_path / "scheduler_config.json")
 
 
-def test_a_shifted_flow_is_refused(tmp_path):
-    write_json(scheduler_config_json(RectifiedFlowPath(), "velocity") | {"flow_shift": 3.0}, tmp_path / "s.json")
-    with pytest.raises(ValueError, match="flow_prediction"):
+@pytest.mark.parametrize(
+    ("path", "prediction", "change", "message"),
+    [
+        (ScaledLinearBetaPath(), "eps", {"beta_start": None}, r"s\.json holds a value of another kind"),
+        (EDMPath(), "edm", {"prediction_type": "v_prediction"}, "an EDM scheduler for 'v_prediction'"),
+        (EDMPath(), "edm", {"sigma_max": "big"}, r"s\.json holds a value of another kind"),
+    ],
+)
+def test_wrong_values_are_named(path, prediction, change, message, tmp_path):
+    write_json(scheduler_config_json(path, prediction) | change, tmp_path / "s.json")
+    with pytest.raises(ValueError, match=message):
         read_scheduler(tmp_path / "s.json")

@@ -1,0 +1,144 @@
+"""Time grids: which of a path's times a sampler visits.
+
+All end at t = 0 and, but for those that were made for Stable Diffusion alone (leading, align_your_steps), begin at
+t = 1. Those in log-SNR are laid between the path's finite ends (log_snr_range); where the path begins with no data at
+all, t = 1 is one node more before them.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ldm.diffusion import PathConfig
+
+Grid = Callable[["PathConfig", int], Tensor]
+
+
+def time_grid(path: "PathConfig", steps: int, grid: str | None = None) -> Tensor:
+    """steps + 1 times, float64, strictly falling to 0. grid: of TIME_GRIDS; None: the path's own. Raises ValueError for
+    what cannot be."""
+    grid = path.default_grid if grid is None else grid
+    if grid not in TIME_GRIDS:
+        raise ValueError(f"grid is {grid!r}, expected one of {', '.join(TIME_GRIDS)}")
+    if steps < 1:
+        raise ValueError(f"steps must be 1 or more, not {steps}")
+    times = TIME_GRIDS[grid](path, steps)
+    if not (times[:-1] > times[1:]).all():
+        raise ValueError(f"steps {steps} is more than the path has noise levels; use fewer")
+    return times
+
+
+def cleanest_time(path: "PathConfig") -> Tensor:
+    """The last time before the data that the path is trained at, 0-d float64."""
+    return path.time_of_log_snr(torch.tensor(path.log_snr_range[1], dtype=torch.float64))
+
+
+def linear(path: "PathConfig", steps: int) -> Tensor:
+    """Even in t, moved to the times that the path was trained at.
+
+    On a table path this is "trailing" spacing, which starts at the last noise level. Lin et al. 2023
+    (arXiv 2305.08891), section 3.3.
+    """
+    return path.snap(torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
+
+
+def leading(path: "PathConfig", steps: int) -> Tensor:
+    """Nodes 0, N // steps, 2 (N // steps), ... of a table, one further on: what Stable Diffusion 1 and 2 draw with.
+
+    It starts below the last noise level, so that what it starts from is not quite what was trained. Rombach et al.
+    2022, in their code; steps_offset = 1.
+    """
+    n: int | None = getattr(path, "num_train_timesteps", None)
+    if n is None:
+        raise ValueError(f"grid 'leading' counts the entries of a table, and path {path.kind} has none: use linear")
+    if steps > n - 1:
+        raise ValueError(f"steps {steps} is more than the path has noise levels; use fewer")
+    entries = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (n // steps) + 1
+    return torch.cat([(entries + 1) / n, torch.zeros(1, dtype=torch.float64)])
+
+
+def quadratic(path: "PathConfig", steps: int) -> Tensor:
+    """Even in sqrt(t) down to the cleanest time that was trained at: more steps near the data.
+
+    Song et al. 2020 (arXiv 2010.02502), appendix D.2.
+    """
+    cleanest = cleanest_time(path)
+    shares = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
+    return torch.cat([path.snap(torch.lerp(torch.ones_like(shares), cleanest.sqrt(), shares) ** 2), 0 * shares[:1]])
+
+
+def even_log_snr(path: "PathConfig", steps: int) -> Tensor:
+    """Even in log-SNR, as DPM-Solver has it. Lu et al. 2022 (arXiv 2206.00927), section 3.4."""
+    return _in_log_snr(path, steps, lambda share, low, high: low + share * (high - low))
+
+
+def exponential(path: "PathConfig", steps: int) -> Tensor:
+    """k-diffusion's name for steps even in log(sigma / alpha), which is the same as even in log-SNR."""
+    return even_log_snr(path, steps)
+
+
+def karras(path: "PathConfig", steps: int, rho: float = 7.0) -> Tensor:
+    """Even in (sigma / alpha)^(1 / rho). Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
+
+    def place(share: Tensor, low: float, high: float) -> Tensor:
+        first, last = math.exp(-low / 2 / rho), math.exp(-high / 2 / rho)
+        return -2 * rho * (first + share * (last - first)).log()
+
+    return _in_log_snr(path, steps, place)
+
+
+def beta(path: "PathConfig", steps: int, a: float = 0.6, b: float = 0.6) -> Tensor:
+    """Quantiles of a beta distribution of t: more steps at both ends. Lee et al. 2024 (arXiv 2407.12173), section 4.
+
+    The quantiles come from the distribution's own integral, by quadrature after t = sin^2(x), which takes its
+    infinite ends away.
+    """
+    x = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
+    density = x.sin() ** (2 * a - 1) * x.cos() ** (2 * b - 1)  # of x
+    mass = torch.cat([torch.zeros(1).double(), ((density[1:] + density[:-1]) / 2).cumsum(0)])
+    wanted = torch.arange(steps, -1, -1, dtype=torch.float64) / steps * mass[-1]
+    above = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
+    share = (wanted - mass[above - 1]) / (mass[above] - mass[above - 1])
+    return path.snap(torch.lerp(x[above - 1], x[above], share).sin() ** 2)
+
+
+# sigma / alpha of Stable Diffusion 1.5's best ten steps. Sabour et al. 2024 (arXiv 2404.14507), quick-start guide.
+ALIGNED_SD15 = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
+
+
+def align_your_steps(path: "PathConfig", steps: int) -> Tensor:
+    """The noise levels that were found best for Stable Diffusion 1.5, interpolated in their logarithm."""
+    known = torch.tensor(ALIGNED_SD15, dtype=torch.float64).log()
+    at = torch.arange(steps, dtype=torch.float64) * ((len(known) - 1) / steps)  # the last level becomes 0
+    below = at.long()
+    levels = torch.lerp(known[below], known[below + 1], at - below)
+    times = path.time_of_log_snr(-2 * levels)
+    return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+
+
+def _in_log_snr(path: "PathConfig", steps: int, place: Callable[[Tensor, float, float], Tensor]) -> Tensor:
+    """Times at place(share, noisy end, clean end) for shares from 0 to 1, and t = 0 after them."""
+    low, high = path.log_snr_range
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    before = one if path.time_of_log_snr(torch.tensor(low, dtype=torch.float64)) < 1 else one[:0]
+    count = steps - len(before)
+    if count < 1:
+        return torch.cat([one, zero])
+    shares = torch.arange(count, dtype=torch.float64) / max(1, count - 1)
+    return torch.cat([before, path.time_of_log_snr(place(shares, low, high)), zero])
+
+
+TIME_GRIDS: dict[str, Grid] = {
+    "linear": linear,
+    "leading": leading,
+    "quadratic": quadratic,
+    "karras": karras,
+    "exponential": exponential,
+    "log_snr": even_log_snr,
+    "beta": beta,
+    "align_your_steps": align_your_steps,
+}

@@ -1,0 +1,238 @@
+"""Samplers that remember what the denoiser said at earlier nodes, so that one evaluation a step gives a high order.
+
+A step from alpha = 0 is endless in lambda, so it is a DDIM step and nothing is carried on from there; a step to
+sigma = 0 is one too.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ldm.samplers.steps import Denoise, Generators, Step, add_noise, ddim_step, grid_steps
+
+if TYPE_CHECKING:
+    from ldm.diffusion import PathConfig
+
+
+def dpmpp_2m(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+    """DPM-Solver++(2M): a DDIM step with x0 carried on along its last change.
+
+    D = x0_i + h_i / (2 h_{i-1}) (x0_i - x0_{i-1}), h the step in lambda. Lu et al. 2022 (arXiv 2211.01095),
+    algorithm 2.
+    """
+    previous: tuple[Tensor, float] | None = None
+    for step in grid_steps(path, times):
+        x0 = denoise(x, step.start.t)
+        carried = x0
+        if previous is not None and math.isfinite(step.h):
+            x0_previous, h_previous = previous
+            carried = x0 + step.h / (2 * h_previous) * (x0 - x0_previous)
+        x = ddim_step(x, carried, *step)
+        previous = (x0, step.h) if math.isfinite(step.h) else None
+    return x
+
+
+def sde_step(x: Tensor, x0: Tensor, step: Step, generator: Generators) -> Tensor:
+    """x' = (sigma' / sigma) e^-h x + alpha' (1 - e^-2h) x0 + sigma' sqrt(1 - e^-2h) n: the reverse SDE, x0 constant.
+
+    Lu et al. 2022, eq. 18; it is DDPM's posterior. Larger orders put more terms in x0's place.
+    """
+    kept = -math.expm1(-2 * step.h)
+    x = step.end.sigma / step.start.sigma * math.exp(-step.h) * x + step.end.alpha * kept * x0
+    return add_noise(x, step.end.sigma * math.sqrt(kept), generator)
+
+
+def dpmpp_2m_sde(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+    """SDE-DPM-Solver++(2M): dpmpp_2m's carrying on, with fresh noise at each step. Lu et al. 2022, algorithm 4."""
+    previous: tuple[Tensor, float] | None = None
+    for step in grid_steps(path, times):
+        x0 = denoise(x, step.start.t)
+        carried = x0
+        if previous is not None and math.isfinite(step.h):
+            x0_previous, h_previous = previous
+            carried = x0 + step.h / (2 * h_previous) * (x0 - x0_previous)
+        x = sde_step(x, carried, step, generator)
+        previous = (x0, step.h) if math.isfinite(step.h) else None
+    return x
+
+
+def dpmpp_3m_sde(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+    """SDE-DPM-Solver++(3M): x0 along a parabola through its last three values, integrated exactly.
+
+    Over u = lambda - lambda_i the step needs the integral of 2 e^(-2 (h - u)) x0(u): its terms in 1, u and u^2 / 2
+    weigh phi_1, phi_2, phi_3 of 2 h. After k-diffusion's solver, in the notation of Lu et al. 2022.
+    """
+    history: list[tuple[float, Tensor]] = []  # (lambda, x0), the newest last
+    for step in grid_steps(path, times):
+        x0 = denoise(x, step.start.t)
+        if math.isfinite(step.start.half_log_snr):
+            history = [*history[-2:], (step.start.half_log_snr, x0)]
+        carried = x0
+        if len(history) > 1 and math.isfinite(step.h):
+            slope, bend = derivatives(history)
+            h = 2 * step.h
+            phi_2 = math.expm1(-h) / h + 1
+            phi_3 = phi_2 / h - 0.5
+            # Divided by phi_1 = 1 - e^-2h, by which sde_step multiplies.
+            carried = x0 + (phi_2 * step.h * slope - 2 * phi_3 * step.h**2 * bend) / -math.expm1(-h)
+        x = sde_step(x, carried, step, generator)
+    return x
+
+
+def derivatives(history: Sequence[tuple[float, Tensor]]) -> tuple[Tensor, Tensor]:
+    """First derivative and half the second, at the newest of two or three points, of the polynomial through them."""
+    (l0, d0), (l1, d1) = history[-1], history[-2]
+    first = (d0 - d1) / (l0 - l1)
+    if len(history) < 3:
+        return first, torch.zeros_like(first)
+    l2, d2 = history[-3]
+    bend = (first - (d1 - d2) / (l1 - l2)) / (l0 - l2)
+    return first + bend * (l0 - l1), bend
+
+
+# ------------------------------------------------------------------------------------------ Adams's methods
+
+
+def lms(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+    """Linear multistep, order 4: the noise eps as a polynomial in kappa = sigma / alpha through its last four values.
+
+    x' / alpha' = x / alpha + sum_j c_j eps_j, c_j = integral of Lagrange's j-th polynomial over kappa: Adams and
+    Bashforth's method on an uneven grid. Liu et al. 2022 (arXiv 2202.09778), eq. 12, has it for even grids.
+    """
+    return adams(denoise, x, path, times, order=4, variable=lambda kappa: kappa)
+
+
+def deis(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+    """DEIS (tAB, order 3): as lms, but the noise is a polynomial in log(kappa), along which it changes more evenly.
+
+    Zhang & Chen 2022 (arXiv 2204.13902), eq. 15 with rho = kappa.
+    """
+    return adams(denoise, x, path, times, order=3, variable=torch.log)
+
+
+def adams(
+    denoise: Denoise,
+    x: Tensor,
+    path: "PathConfig",
+    times: Tensor,
+    *,
+    order: int,
+    variable: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """x' / alpha' = x / alpha + integral of eps over kappa, eps a polynomial in variable(kappa)."""
+    history: list[tuple[float, Tensor]] = []  # (kappa, eps), the newest last
+    for step in grid_steps(path, times):
+        start, end = step
+        x0 = denoise(x, start.t)
+        if not math.isfinite(step.h):
+            x = ddim_step(x, x0, start, end)
+            continue
+        history = [*history[1 - order :], (start.sigma / start.alpha, (x - start.alpha * x0) / start.sigma)]
+        weights = adams_weights(tuple(kappa for kappa, _ in history), end.sigma / end.alpha, variable)
+        x = end.alpha * (x / start.alpha + sum(w * eps for w, (_, eps) in zip(weights, history, strict=True)))
+    return x
+
+
+def adams_weights(kappas: Sequence[float], end: float, variable: Callable[[Tensor], Tensor]) -> list[float]:
+    """c_j = integral from kappas[-1] to end of prod_{m != j} (v(k) - v_m) / (v_j - v_m) dk, v = variable.
+
+    By Gauss's quadrature in log k, with which it is exact to the last digits for any grid in use.
+    """
+    points, weights = gauss_legendre(24)
+    low, high = math.log(kappas[-1]), math.log(end)
+    k = (low + (high - low) * (points + 1) / 2).exp()
+    scale = weights * k * (high - low) / 2  # dk = k d(log k)
+    at, v = variable(torch.tensor(kappas, dtype=torch.float64)), variable(k)
+    found = []
+    for j in range(len(kappas)):
+        others = [m for m in range(len(kappas)) if m != j]
+        basis = torch.stack([(v - at[m]) / (at[j] - at[m]) for m in others]).prod(0) if others else torch.ones_like(k)
+        found.append((scale * basis).sum().item())
+    return found
+
+
+@cache
+def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
+    """Points and weights on [-1, 1], exact for polynomials to degree 2 n - 1. Golub & Welsch 1969."""
+    i = torch.arange(1, n, dtype=torch.float64)
+    off = i / (4 * i**2 - 1).sqrt()
+    points, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return points, 2 * vectors[0] ** 2
+
+
+# ---------------------------------------------------------------------------------------------------- UniPC
+
+
+def unipc_2(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+    """UniPC-2. Zhao et al. 2023 (arXiv 2302.04867), algorithm 1."""
+    return unipc(denoise, x, path, times, order=2)
+
+
+def unipc_3(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+    """UniPC-3. Zhao et al. 2023, algorithm 1."""
+    return unipc(denoise, x, path, times, order=3)
+
+
+def unipc(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, *, order: int) -> Tensor:
+    """Predict x' from the last `order` answers; when the denoiser has answered there, step again with that one too.
+
+    The corrected x' is where the next step starts, but is not evaluated again. Answers are those of x0, with
+    B(h) = e^-h - 1. Zhao et al. 2023, section 3.
+    """
+    history: list[tuple[float, Tensor]] = []  # (lambda, x0), the newest last
+    before: tuple[Step, Tensor] | None = None  # the last step and where it started, if it can be corrected
+    for step in grid_steps(path, times):
+        x0 = denoise(x, step.start.t)
+        if before is not None:
+            last, origin = before
+            x = unified_step(origin, last, history, correction=x0)
+        if math.isfinite(step.start.half_log_snr):
+            history = [*history[1 - order :], (step.start.half_log_snr, x0)]
+        if math.isfinite(step.h):
+            before = step, x
+            x = unified_step(x, step, history, correction=None)
+        else:
+            before = None
+            x = ddim_step(x, x0, *step)
+    return x
+
+
+def unified_step(
+    x: Tensor, step: Step, history: Sequence[tuple[float, Tensor]], *, correction: Tensor | None
+) -> Tensor:
+    """x' = DDIM(x, D_0) - alpha' B(h) sum_m a_m (D_m - D_0) / r_m, r_m = (lambda_m - lambda_0) / h.
+
+    D_0 is the newest answer of history, D_m the earlier ones, and the answer at the step's end (r = 1) if there is
+    one. The a_m make the step exact for polynomials. Zhao et al. 2023, eqs. 3, 8 and 9.
+    """
+    newest, x0 = history[-1]
+    answers = [(lam, answer) for lam, answer in history[:-1]]
+    if correction is not None:
+        answers.append((step.end.half_log_snr, correction))
+    result = ddim_step(x, x0, *step)
+    if not answers:
+        return result
+    ratios = [(lam - newest) / step.h for lam, _ in answers]
+    for weight, ratio, (_, answer) in zip(unipc_weights(ratios, step.h), ratios, answers, strict=True):
+        result = result - step.end.alpha * math.expm1(-step.h) * weight / ratio * (answer - x0)
+    return result
+
+
+def unipc_weights(ratios: Sequence[float], h: float) -> list[float]:
+    """a of sum_m a_m r_m^(i-1) = i! n phi_{i+1}(n) / (e^n - 1) for i = 1, 2, ..., n = -h; phi_k as in Zhao et al. 2023.
+
+    One term has a = 1/2 instead, which is of the same order: their section 3.3, and what everybody draws with.
+    """
+    if len(ratios) == 1:
+        return [0.5]
+    n, b = -h, []
+    phi = math.expm1(n) / n  # phi_1(-h)
+    for i in range(1, len(ratios) + 1):
+        phi = (phi - 1 / math.factorial(i)) / n  # phi_{i+1}
+        b.append(phi * n * math.factorial(i) / math.expm1(n))
+    r = torch.tensor([[ratio**i for ratio in ratios] for i in range(len(ratios))], dtype=torch.float64)
+    return torch.linalg.solve(r, torch.tensor(b, dtype=torch.float64)).tolist()

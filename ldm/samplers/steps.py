@@ -1,0 +1,94 @@
+"""What all samplers share: nodes, the DDIM step between two of them, and noise.
+
+Everything is written over (alpha, sigma), never over sigma / alpha: that is infinite at alpha = 0, where rectified
+flow starts.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ldm.diffusion import PathConfig
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+Generators = Sequence[torch.Generator]
+
+
+class Node(NamedTuple):
+    """A time and what the path is there."""
+
+    t: Tensor
+    alpha: float
+    sigma: float
+
+    @property
+    def half_log_snr(self) -> float:
+        """lambda = log(alpha / sigma), with its limits."""
+        if self.alpha == 0:
+            return -math.inf
+        return math.log(self.alpha / self.sigma) if self.sigma > 0 else math.inf
+
+
+class Step(NamedTuple):
+    """From a node to the next of the grid; sigma > 0 at the first and alpha > 0 at the second."""
+
+    start: Node
+    end: Node
+
+    @property
+    def h(self) -> float:
+        """The step in lambda; infinite from alpha = 0, and to sigma = 0."""
+        return self.end.half_log_snr - self.start.half_log_snr
+
+
+def grid_steps(path: "PathConfig", times: Tensor) -> Iterator[Step]:
+    """The grid's steps in order. Raises ValueError for times that do not fall strictly within [0, 1]."""
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"times must be two or more numbers in one row, not of shape {tuple(times.shape)}")
+    if not (times[:-1] > times[1:]).all() or times[0] > 1 or times[-1] < 0:
+        raise ValueError(f"times must fall strictly, from at most 1 to at least 0, not {times.tolist()}")
+    nodes = [Node(*node) for node in zip(times, path.alpha(times).tolist(), path.sigma(times).tolist(), strict=True)]
+    for start, end in zip(nodes[:-1], nodes[1:], strict=True):
+        yield Step(start, end)
+
+
+def node_between(path: "PathConfig", step: Step, share: float) -> Node:
+    """The node at lambda + share h, for a finite h."""
+    log_snr = 2 * (step.start.half_log_snr + share * step.h)
+    t = path.time_of_log_snr(torch.tensor(log_snr, dtype=torch.float64))
+    return Node(t.to(step.start.t), path.alpha(t).item(), path.sigma(t).item())
+
+
+def noise_like(x: Tensor, generator: Generators) -> Tensor:
+    """Standard normal noise of x's shape, image i from generator[i]; float32 from the CPU, then moved."""
+    if len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators for {len(x)} images; give one for each image")
+    return torch.stack([torch.randn(x.shape[1:], generator=g, dtype=torch.float32) for g in generator]).to(x)
+
+
+def ddim_step(x: Tensor, x0: Tensor, start: Node, end: Node) -> Tensor:
+    """x' = alpha' x0 + (sigma' / sigma) (x - alpha x0): keep the noise that x0 implies, at its new level.
+
+    Song et al. 2020 (arXiv 2010.02502), eq. 12 with eta = 0; exact if x0 did not change along the way.
+    """
+    return end.alpha * x0 + (end.sigma / start.sigma) * (x - start.alpha * x0)
+
+
+def ancestral(step: Step, eta: float) -> tuple[Node, float]:
+    """The node to step to without noise, and the deviation of the noise to add there, which together make step.end.
+
+    up = eta sigma' sqrt(1 - e^(-2h)), down^2 = sigma'^2 - up^2: with eta = 1 what is added is what the step from
+    x' to x has added, as DDPM's posterior demands. Song et al. 2020, eq. 16.
+    """
+    up = eta * step.end.sigma * math.sqrt(-math.expm1(-2 * step.h))
+    down = math.sqrt(max(0.0, step.end.sigma**2 - up**2))
+    return step.end._replace(sigma=down), up
+
+
+def add_noise(x: Tensor, deviation: float, generator: Generators) -> Tensor:
+    """x itself where nothing is to be added: then nothing is drawn."""
+    return x + deviation * noise_like(x, generator) if deviation > 0 else x
