@@ -19,11 +19,24 @@ if TYPE_CHECKING:
 
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """DPM-Solver++(2M): a DDIM step with x0 carried on along its last change.
+    """DPM-Solver++(2M): a DDIM step with x0 carried on along its last change. Lu et al. 2022 (arXiv 2211.01095),
+    algorithm 2."""
+    return carried_on(denoise, x, path, times, lambda x, x0, step: ddim_step(x, x0, *step))
 
-    D = x0_i + h_i / (2 h_{i-1}) (x0_i - x0_{i-1}), h the step in lambda. Lu et al. 2022 (arXiv 2211.01095),
-    algorithm 2.
-    """
+
+def dpmpp_2m_sde(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+    """SDE-DPM-Solver++(2M): the same with fresh noise at each step. Lu et al. 2022, algorithm 4."""
+    return carried_on(denoise, x, path, times, lambda x, x0, step: sde_step(x, x0, step, generator))
+
+
+def carried_on(
+    denoise: Denoise,
+    x: Tensor,
+    path: "PathConfig",
+    times: Tensor,
+    advance: Callable[[Tensor, Tensor, Step], Tensor],
+) -> Tensor:
+    """x' = advance(x, D, step), D = x0_i + h_i / (2 h_{i-1}) (x0_i - x0_{i-1}), h the step in lambda."""
     previous: tuple[Tensor, float] | None = None
     for step in grid_steps(path, times):
         x0 = denoise(x, step.start.t)
@@ -31,7 +44,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, gen
         if previous is not None and math.isfinite(step.h):
             x0_previous, h_previous = previous
             carried = x0 + step.h / (2 * h_previous) * (x0 - x0_previous)
-        x = ddim_step(x, carried, *step)
+        x = advance(x, carried, step)
         previous = (x0, step.h) if math.isfinite(step.h) else None
     return x
 
@@ -44,20 +57,6 @@ def sde_step(x: Tensor, x0: Tensor, step: Step, generator: Generators) -> Tensor
     kept = -math.expm1(-2 * step.h)
     x = step.end.sigma / step.start.sigma * math.exp(-step.h) * x + step.end.alpha * kept * x0
     return add_noise(x, step.end.sigma * math.sqrt(kept), generator)
-
-
-def dpmpp_2m_sde(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """SDE-DPM-Solver++(2M): dpmpp_2m's carrying on, with fresh noise at each step. Lu et al. 2022, algorithm 4."""
-    previous: tuple[Tensor, float] | None = None
-    for step in grid_steps(path, times):
-        x0 = denoise(x, step.start.t)
-        carried = x0
-        if previous is not None and math.isfinite(step.h):
-            x0_previous, h_previous = previous
-            carried = x0 + step.h / (2 * h_previous) * (x0 - x0_previous)
-        x = sde_step(x, carried, step, generator)
-        previous = (x0, step.h) if math.isfinite(step.h) else None
-    return x
 
 
 def dpmpp_3m_sde(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
