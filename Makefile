@@ -18,7 +18,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 demo: $(VENV)/installed
-	@echo "== Training a small denoiser from scratch on the embedded pictures, (the loss falls)"
+	@echo "== Training a small denoiser from scratch on the embedded pictures (the loss falls)"
 	rm -rf runs/demo
 	$(BIN)/deepspeed --log_level error --num_gpus 1 ldm/train.py --config configs/demo.yaml
 	@echo "== Drawing six prompts with the weights that this project trained"

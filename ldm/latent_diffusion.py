@@ -46,6 +46,11 @@ class LatentDiffusion:
         """What the denoiser is told: context B x L x D, pooled B x D, mask B x L."""
         return self.text_encoder(self.tokenizer(captions).to(self.device))
 
+    def seen(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t as the network sees it, and its timesteps, B float32; t is () or B."""
+        timesteps = self.path.timesteps(t).to(device=x_t.device, dtype=torch.float32).expand(len(x_t))
+        return expand_times(self.path.input_scale(t), x_t) * x_t, timesteps
+
     def loss(
         self,
         network: Callable[..., Tensor],
@@ -62,9 +67,8 @@ class LatentDiffusion:
         x_t, where it is not eps, the noise in the target.
         """
         text = self.condition(captions)
-        x_t, timesteps = noise_sample(x0, eps if added is None else added, self.path, t), self.path.timesteps(t)
-        seen = expand_times(self.path.input_scale(t), x_t) * x_t
-        output = network(seen, timesteps.to(x0.device), text.context, text.mask, text.pooled)
+        x_t = noise_sample(x0, eps if added is None else added, self.path, t)
+        output = network(*self.seen(x_t, t), text.context, text.mask, text.pooled)
         return diffusion_loss(output, target(self.prediction, x0, eps, self.path, t))
 
     def denoise_with(self, denoiser: nn.Module, condition: TextCondition) -> Denoise:
@@ -75,9 +79,8 @@ class LatentDiffusion:
         dtype = next(denoiser.parameters()).dtype
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            timesteps = self.path.timesteps(t).to(device=x_t.device, dtype=torch.float32).expand(len(x_t))
+            seen, timesteps = self.seen(x_t, t)
             context, pooled = condition.context.to(dtype), condition.pooled.to(dtype)
-            seen = expand_times(self.path.input_scale(t), x_t) * x_t
             output = denoiser(seen.to(dtype), timesteps, context, condition.mask, pooled)
             return to_x0(self.prediction, output.to(x_t.dtype), x_t, self.path, t)
 

@@ -4,15 +4,14 @@ Song et al. 2020 (arXiv 2011.13456), section 4.3; Chen et al. 2018 (arXiv 1806.0
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion import PathConfig, prior_std
 from ldm.diffusion.predictions import eps_from_x0, velocity_target
-
-Denoise = Callable[[Tensor, Tensor], Tensor]
+from ldm.samplers import Denoise
 
 
 def signs(x: Tensor, generator: Sequence[torch.Generator]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -79,9 +79,8 @@ def train(
         while not last:
             lr, parts = engine.lr, losses(next(batches))
             loss = engine.update(parts.pop("loss"))
-            measures = engine.means(parts)
-            if bad := engine.total(len(images.bad_samples)):
-                measures["bad_samples"] = bad
+            # Ranks exchange what a line of progress shows only where there is one.
+            measures = measured(engine, parts, images) if run.tells_at(engine.step) else {}
             run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=measures)
             timed = config.minutes is not None and engine.agree(run.out_of_time)
             last = engine.step == config.steps or timed
@@ -96,6 +95,12 @@ def train(
         batches.close()
     if engine.step < config.steps:
         run.tell(f"stopped after step {engine.step} of {config.steps}: the same command goes on from there")
+
+
+def measured(engine: Engine, parts: Mapping[str, Tensor], images: CaptionedImages) -> dict[str, float]:
+    """The parts' means over all ranks and, if there are any, the number of bad samples that all ranks met."""
+    bad = engine.total(len(images.bad_samples))
+    return engine.means(parts) | ({"bad_samples": bad} if bad else {})
 
 
 def resume(engine: Engine, run: Run) -> None:

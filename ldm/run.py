@@ -133,6 +133,10 @@ class Run:
     def out_of_time(self) -> bool:
         return self.config.minutes is not None and time.monotonic() - self.started > 60 * self.config.minutes
 
+    def tells_at(self, step: int) -> bool:
+        """Whether log_step prints and records a line after this step."""
+        return step % self.config.log_every == 0 or step == self.config.steps
+
     def log_step(self, *, step: int, loss: float, lr: float, images: int, measures: Mapping[str, float]) -> None:
         """After optimiser step number `step` (counted from 1): print and record every log_every steps.
 
@@ -140,7 +144,7 @@ class Run:
         """
         self._losses.append(loss)
         self._steps_timed += 1
-        if step % self.config.log_every and step != self.config.steps:
+        if not self.tells_at(step):
             return
         now = time.monotonic()
         # Counted by the steps since the clock started: `images` also holds what earlier sessions of the run saw.

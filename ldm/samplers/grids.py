@@ -76,11 +76,6 @@ def even_log_snr(path: "PathConfig", steps: int) -> Tensor:
     return _in_log_snr(path, steps, lambda share, low, high: low + share * (high - low))
 
 
-def exponential(path: "PathConfig", steps: int) -> Tensor:
-    """k-diffusion's name for steps even in log(sigma / alpha), which is the same as even in log-SNR."""
-    return even_log_snr(path, steps)
-
-
 def karras(path: "PathConfig", steps: int, rho: float = 7.0) -> Tensor:
     """Even in (sigma / alpha)^(1 / rho). Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
 
@@ -137,7 +132,7 @@ TIME_GRIDS: dict[str, Grid] = {
     "leading": leading,
     "quadratic": quadratic,
     "karras": karras,
-    "exponential": exponential,
+    "exponential": even_log_snr,  # k-diffusion's name: even in log(sigma / alpha), which is the same
     "log_snr": even_log_snr,
     "beta": beta,
     "align_your_steps": align_your_steps,

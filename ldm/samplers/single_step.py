@@ -69,10 +69,10 @@ def ddpm(
     both are. Ho et al. 2020, section 3.2.
     """
     for step in grid_steps(path, times):
-        x_share, x0_share, deviation = ddpm_posterior(step)
+        x_share, x0_share, small = ddpm_posterior(step)
         match variance:
             case "fixed_small":
-                pass
+                deviation = small
             case "fixed_large":
                 deviation = math.sqrt(variance_added(step)) if step.end.sigma > 0 else 0.0
             case _:
