@@ -16,7 +16,6 @@ A prompt file has one prompt on each line, and after it options for that line al
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 import secrets
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.commands import OneLineParser, hyphenated, run_command
+from ldm.options import SCHEDULES, DrawOptions
 from ldm.prompts import MAX_SEED, RANDOM_SEED, Request, check_range, one_line, read_prompts
 
 if TYPE_CHECKING:
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 
 # For --help, which must not wait for PyTorch.
 SAMPLER_NAMES = (
-    "ddpm, ddim, euler, euler_ancestral, heun, dpm2, dpmpp_2s_ancestral, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, "
-    "unipc_2, unipc_3, lms, deis, lcm"
+    "ddpm, ddpm_large, ddpm_learned, ddim, euler, euler_ancestral, heun, dpm2, dpmpp_2s_ancestral, dpmpp_2m, "
+    "dpmpp_2m_sde, dpmpp_3m_sde, unipc_2, unipc_3, lms, plms, pndm, deis, lcm"
 )
+GRID_NAMES = "trailing, linear, leading, quadratic, karras, exponential, log_snr, beta, align_your_steps"
 PRECISIONS = {"auto": "auto", "fp32": "fp32", "bf16": "bf16", "full": "fp32", "autocast": "bf16"}
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "emoji64"
 MAX_SAMPLES, MAX_REPEATS, MAX_COLUMNS = 256, 10_000, 256
@@ -56,8 +57,8 @@ def build_parser() -> ArgumentParser:
     add("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be given several times")
     add("--negative-prompt", "--neg", default=Request.negative_prompt, metavar="TEXT", help="what not to draw")
     add("--from-file", "--prompts", type=Path, metavar="FILE", help="text file with one prompt on each line")
-    add("--steps", "--ddim-steps", "--num-inference-steps", type=int, default=Request.steps, metavar="N",
-        help="evaluations of the model, 1 to 1000 (default: %(default)s)")
+    add("--steps", "--ddim-steps", "--num-inference-steps", type=int, metavar="N",
+        help=f"steps from noise to picture, 1 to 1000 (default: {Request.steps})")
     add("--scale", "--cfg", "--cfg-scale", "--guidance-scale", type=float, default=Request.scale, metavar="X",
         help="how closely to follow the prompt, from 0; 1 is no guidance (default: %(default)s)")
     add("--sampler", "--scheduler", default=Request.sampler, metavar="NAME",
@@ -79,6 +80,22 @@ def build_parser() -> ArgumentParser:
     # CompVis hands this number to make_grid(nrow=...), which is a row's length: its columns.
     add("--n-rows", type=int, default=0, metavar="N",
         help="pictures in a row of a sheet, in spite of its name (default: 0, n-samples: each prompt has its row)")
+    add("--eta", "--ddim-eta", type=float, metavar="X",
+        help="share of fresh noise in ddim and the ancestral samplers, 0 to 1 (default: 0 in ddim, 1 in those)")
+    add("--time-grid", "--schedule-type", metavar="NAME",
+        help=f"which times to visit: one of {GRID_NAMES}, or the times themselves, falling from 1 (noise) to 0, "
+        "as 1,0.6,0.3,0 (default: trailing, or karras for models on EDM's path)")
+    add("--guidance-interval", type=float, nargs=2, default=DrawOptions.guidance_interval, metavar=("START", "STOP"),
+        help="times at which guidance is on, 0 is the picture and 1 the noise (default: 0 1)")
+    add("--guidance-schedule", default=DrawOptions.guidance_schedule, metavar="NAME",
+        help=f"how the scale changes from noise to picture: {', '.join(SCHEDULES)} (default: %(default)s)")
+    add("--guidance-rescale", type=float, default=DrawOptions.guidance_rescale, metavar="X",
+        help="against too bright pictures at large scales, 0 to 1; 0.7 is usual (default: 0)")
+    add("--guidance-parallel", type=float, default=DrawOptions.guidance_parallel, metavar="X",
+        help="share kept of what guidance changes along the answer itself; 0 against garish colours (default: 1)")
+    add("--guidance-norm-limit", type=float, metavar="X", help="longest change by guidance (default: none)")
+    add("--guidance-momentum", type=float, default=DrawOptions.guidance_momentum, metavar="X",
+        help="share of the last step's change, usually negative, as -0.5 (default: 0)")
     add("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
     return parser
@@ -89,6 +106,7 @@ def main(args: Namespace) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt must not fail on the terminal's encoding
     requests = check_arguments(args)
     requests = [replace(request, sampler=find_sampler(request)) for request in requests]
+    check_model_serves(args.ckpt, requests)
     from ldm import TextToImage
     from ldm.png import software
 
@@ -110,9 +128,16 @@ def check_arguments(args: Namespace) -> list[Request]:
     check_range("--n-samples", args.n_samples, 1, MAX_SAMPLES)
     check_range("--n-iter", args.n_iter, 1, MAX_REPEATS)
     check_range("--n-rows", args.n_rows, 0, MAX_COLUMNS)
+    options = DrawOptions(
+        eta=args.eta, time_grid=args.time_grid, guidance_schedule=args.guidance_schedule,
+        guidance_interval=tuple(args.guidance_interval), guidance_rescale=args.guidance_rescale,
+        guidance_parallel=args.guidance_parallel, guidance_norm_limit=args.guidance_norm_limit,
+        guidance_momentum=args.guidance_momentum,
+    )  # fmt: skip
+    steps = args.steps if args.steps is not None else len(options.times) - 1 if options.times else Request.steps
     defaults = Request(
-        negative_prompt=args.negative_prompt, steps=args.steps, scale=args.scale, sampler=args.sampler,
-        seed=args.seed, height=args.H, width=args.W,
+        negative_prompt=args.negative_prompt, steps=steps, scale=args.scale, sampler=args.sampler,
+        seed=args.seed, height=args.H, width=args.W, options=options,
     )  # fmt: skip
     defaults = with_seed(defaults, args)
     requests = [replace(defaults, prompt=prompt) for prompt in args.prompt]
@@ -149,15 +174,38 @@ def check_folder(folder: Path) -> None:
 
 def find_sampler(request: Request) -> str:
     """The sampler's name in SAMPLERS, for it or A1111's label in any case."""
-    from ldm.samplers import SAMPLERS
+    from ldm.samplers import sampler_named
 
-    names = {written.lower(): name for name, sampler in SAMPLERS.items() for written in (name, sampler.label)}
-    wanted = request.sampler.lower()
-    if wanted in names:
-        return names[wanted]
-    near = difflib.get_close_matches(wanted, names, 1)
-    hint = f", did you mean {names[near[0]]}?" if near else ":"
-    raise ValueError(f"{request.place}no sampler {request.sampler!r}{hint} There are {', '.join(SAMPLERS)}")
+    try:
+        return sampler_named(request.sampler)
+    except ValueError as error:
+        raise ValueError(f"{request.place}{error}") from error
+
+
+def check_model_serves(ckpt: Path, requests: list[Request]) -> None:
+    """Raise ValueError if the model's path has no such time grid, or its network has not what a sampler needs.
+
+    Only two small files of the model are read. One that is not there is left to TextToImage.load.
+    """
+    from ldm.interop.denoiser import learns_variance
+    from ldm.interop.files import model_folder, read_json
+    from ldm.interop.scheduler import read_scheduler
+    from ldm.samplers import SAMPLERS, time_grid
+
+    folder = model_folder(ckpt)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    path = read_scheduler(scheduler)[0] if scheduler.exists() else None
+    networks = [file for part in ("transformer", "unet") if (file := folder / part / "config.json").exists()]
+    for request in requests:
+        sampler = SAMPLERS[request.sampler]
+        try:
+            sampler.with_eta(request.options.eta)
+            if path is not None:
+                time_grid(path, request.steps, request.options.grid)
+            if sampler.learned_variance and networks and not learns_variance(read_json(networks[0])):
+                raise ValueError(f"sampler {request.sampler} needs a network that has learned its variance: use ddpm")
+        except ValueError as error:
+            raise ValueError(f"{request.place}{error}") from error
 
 
 def check_size(request: Request, pipe: TextToImage) -> Request:
@@ -207,14 +255,14 @@ def draw(pipe: TextToImage, request: Request, args: Namespace, bar: tqdm) -> tup
     images = pipe(
         request.prompt, negative_prompt=request.negative_prompt, steps=request.steps, scale=request.scale,
         sampler=request.sampler, seed=request.seed, n=args.n_samples, height=request.height, width=request.width,
-        progress=progress,
+        options=request.options, progress=progress,
     )  # fmt: skip
     recipes = [
         Recipe(
             prompt=request.prompt, negative_prompt=request.negative_prompt, steps=request.steps, scale=request.scale,
             sampler=request.sampler, seed=request.seed + i, width=image.width, height=image.height, model=pipe.name,
             weights_hash=pipe.weights_hash, device=str(pipe.device), precision=pipe.precision,
-            software=software(),
+            software=software(), options=request.options,
         )
         for i, image in enumerate(images)
     ]  # fmt: skip

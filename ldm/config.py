@@ -17,12 +17,12 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from data.loader import DataConfig, HeldOutConfig
-from ldm.denoisers import DenoiserConfig
-from ldm.diffusion import ObjectiveConfig, PathConfig
+from ldm.denoisers import DenoiserConfig, DiTConfig
+from ldm.diffusion import EDMPath, ObjectiveConfig, PathConfig, RectifiedFlowPath
 from ldm.engine import EngineConfig, OptimConfig
 from ldm.interop.scheduler import scheduler_config_json
 from ldm.run import RunConfig
-from ldm.samplers import SAMPLERS, time_grid
+from ldm.samplers import sampler_named, time_grid
 from text import TextEncoderConfig
 from text.clip import ImageTowerConfig
 from vae.autoencoder import AutoencoderKLConfig
@@ -94,6 +94,13 @@ class ModelConfig:
             scheduler_config_json(self.path, self.objective.prediction)  # every preview writes it
         except ValueError as error:
             raise ValueError(f"model.objective: {error}") from error
+        if self.objective.learned_variance and isinstance(self.path, RectifiedFlowPath | EDMPath):
+            raise ValueError(
+                f"model.objective.learned_variance is that of a table's steps, and path {self.path.kind} has none: use "
+                "scaled_linear_beta, or leave it out"
+            )
+        if self.objective.learned_variance and not isinstance(self.denoiser, DiTConfig):
+            raise ValueError("model.objective.learned_variance needs a DiT: diffusers opens no such U-Net")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +115,10 @@ class PreviewConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"preview.sampler is {self.sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        try:
+            sampler_named(self.sampler)
+        except ValueError as error:
+            raise ValueError(f"preview.sampler: {error}") from error
         if not self.prompts or self.pictures < 1 or self.steps < 1:
             raise ValueError("preview.prompts, preview.pictures and preview.steps need one at least")
         if not 0 <= self.scale < math.inf:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldm.ema import EMA
+from ldm.ema import EMA, PowerProfile, WarmedUp
 from ldm.lr import LRConfig, lr_at
 
 
@@ -44,6 +44,16 @@ class OptimConfig(LRConfig):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     ema_decay: float = 0.999
+    # Relative lengths of averages whose snapshots any other length can be reconstructed from (0.05 and 0.1 are usual).
+    ema_lengths: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.ema_lengths)) < len(self.ema_lengths):
+            raise ValueError(f"optim.ema_lengths names a length twice: {self.ema_lengths}")
+        WarmedUp(self.ema_decay)
+        for length in self.ema_lengths:
+            PowerProfile(length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +170,9 @@ class Engine:
         # DeepSpeed puts attributes on modules and parameters that no type knows of.
         self._engine: Any = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)[0]
         # Replicated weights need one average; sharded ones are averaged where they lie.
-        self.ema = EMA(self._own_weights(), optim.ema_decay) if self._holds_ema else None
+        self.ema = EMA(self._own_weights(), WarmedUp(optim.ema_decay)) if self._holds_ema else None
+        lengths = optim.ema_lengths if self._holds_ema else ()
+        self.power_emas = {length: EMA(self._own_weights(), PowerProfile(length)) for length in lengths}
 
     def __call__(self, *inputs: Tensor) -> Any:
         """The network's forward pass, under autocast where precision says so."""
@@ -183,8 +195,8 @@ class Engine:
         self._engine.step()
         self._check_gradient(self._engine.get_global_grad_norm())
         self.step += 1
-        if self.ema is not None:
-            self.ema.update(self._own_weights())
+        for average in self._averages():
+            average.update(self._own_weights())
         return value
 
     def _whole_gradient_norm(self) -> Tensor | None:
@@ -205,13 +217,22 @@ class Engine:
         return lr_at(self.optim, self.step, self.total_steps)
 
     def means(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """The mean of each of some one-element tensors over all ranks, in one message."""
+        """The mean of each tensor's elements over all ranks, in one message. What is empty everywhere is left out."""
         if not values:
             return {}
-        together = torch.stack([value.detach().float().squeeze() for value in values.values()])
+        pairs = [(value.detach().float().sum(), torch.tensor(float(value.numel()))) for value in values.values()]
+        together = torch.stack([torch.stack([number.to(self.world.device) for number in pair]) for pair in pairs])
         if self.world.ranks > 1:
             dist.all_reduce(together)
-        return dict(zip(values, (together / self.world.ranks).tolist(), strict=True))
+        return {name: total / n for name, (total, n) in zip(values, together.tolist(), strict=True) if n > 0}
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, as many of each, one rank's after another's."""
+        if self.world.ranks == 1:
+            return rows
+        found = [torch.empty_like(rows) for _ in range(self.world.ranks)]
+        dist.all_gather(found, rows.contiguous())
+        return torch.cat(found)
 
     def total(self, count: int) -> int:
         """The sum of one number over all ranks."""
@@ -222,18 +243,22 @@ class Engine:
         """Whether any rank wishes so; all ranks get the same answer, so that none goes on alone."""
         return self.means({"wish": torch.tensor(float(wish), device=self.world.device)})["wish"] > 0
 
-    def averaged_weights(self) -> dict[str, Tensor]:
+    def averaged_weights(self, length: float | None = None) -> dict[str, Tensor]:
         """The EMA's full weights, float32, and the network's buffers as they are. Every rank must call it; where
-        weights are replicated only the main rank receives them, and the others an empty dict."""
-        if self.ema is None:
+        weights are replicated only the main rank receives them, and the others an empty dict.
+
+        length: of one of optim.ema_lengths; None: the plain average.
+        """
+        average = self.ema if length is None else self.power_emas.get(length)
+        if average is None:
             return {}
         module = self._engine.module
         saved = module.state_dict().keys()
         buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
         if self.config.zero_stage < 3:
-            return self.ema.shadow | buffers
+            return average.shadow | buffers
         shapes = {name: parameter.ds_shape for name, parameter in module.named_parameters()}
-        return {name: self._gather(shard, shapes[name]) for name, shard in self.ema.shadow.items()} | buffers
+        return {name: self._gather(shard, shapes[name]) for name, shard in average.shadow.items()} | buffers
 
     def save(self, folder: Path, record: dict[str, Any]) -> None:
         """Write a checkpoint that appears under its name only when whole. Every rank must call it."""
@@ -244,7 +269,8 @@ class Engine:
         dist.barrier()
         self._engine.save_checkpoint(str(partial), tag="state", save_latest=False)
         if self.ema is not None:
-            torch.save(self.ema.state_dict(), partial / f"ema_{self.world.rank:05d}.pt")
+            powers = {length: average.state_dict() for length, average in self.power_emas.items()}
+            torch.save(self.ema.state_dict() | {"powers": powers}, partial / f"ema_{self.world.rank:05d}.pt")
         dist.barrier()
         if self.world.is_main:
             state = {"step": self.step, "ranks": self.world.ranks, "zero_stage": self.config.zero_stage}
@@ -276,12 +302,19 @@ class Engine:
                 raise FileNotFoundError("it holds no state of DeepSpeed")
             if self.ema is not None:
                 file = folder / f"ema_{self.world.rank:05d}.pt"
-                self.ema.load_state_dict(torch.load(file, weights_only=True, map_location=self.world.device))
+                state = torch.load(file, weights_only=True, map_location=self.world.device)
+                self.ema.load_state_dict(state)
+                for length, average in self.power_emas.items():
+                    average.load_state_dict(state["powers"][length])
             self.step = record["step"]
 
     @property
     def _holds_ema(self) -> bool:
         return self.config.zero_stage == 3 or self.world.is_main
+
+    def _averages(self) -> list[EMA]:
+        """Those that this rank holds."""
+        return [*([self.ema] if self.ema is not None else []), *self.power_emas.values()]
 
     def _own_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The float32 weights that this rank holds: whole ones, or under ZeRO 3 its shard of each."""

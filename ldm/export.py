@@ -59,6 +59,7 @@ def export(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
             sample_size=trained.sample_size,
             latent_channels=model.vae.config.latent_channels,
             context_width=encoder.config.width,
+            learned_variance=model.learned_variance,
             dtype=dtype,
         )
         save_vae(folded(model.vae), whole / "vae", dtype=dtype)
@@ -89,7 +90,8 @@ def model_index(part: str) -> dict[str, object]:
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from ldm.pipeline import TextToImage, model_folder
+    from ldm.interop.files import model_folder
+    from ldm.pipeline import TextToImage
 
     pipe = TextToImage.load(args.source, device="cpu", dtype="fp32")
     notes = model_folder(args.source) / "foundry.yaml"

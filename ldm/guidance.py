@@ -4,13 +4,16 @@ A sampler never knows: each of these is a function from denoisers to a denoiser,
 or a function of the time (0-d) that gives one; where it is 1 the second denoiser is not evaluated.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Scale = float | Callable[[Tensor], float]
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 def classifier_free(denoise_cond: Denoise, denoise_uncond: Denoise, scale: Scale) -> Denoise:
@@ -20,6 +23,22 @@ def classifier_free(denoise_cond: Denoise, denoise_uncond: Denoise, scale: Scale
     negative prompt takes the place of no prompt.
     """
     return _combined(denoise_cond, denoise_uncond, scale, lambda x0, change, s: x0 + (s - 1) * change)
+
+
+def scheduled(kind: Schedule, scale: float) -> Scale:
+    """The scale over time: linear and cosine rise from 1 at the noise, and have this scale in the mean over t.
+
+    scale - 1 is multiplied by 2 (1 - t), or by 1 + cos(pi t). Wang et al. 2024 (arXiv 2404.13040), section 4.
+    """
+    match kind:
+        case "constant":
+            return scale
+        case "linear":
+            return lambda t: 1 + (scale - 1) * 2 * (1 - t.item())
+        case "cosine":
+            return lambda t: 1 + (scale - 1) * (1 + math.cos(math.pi * t.item()))
+        case _:
+            assert_never(kind)
 
 
 def autoguidance(denoise: Denoise, weaker: Denoise, scale: Scale) -> Denoise:

@@ -7,24 +7,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ldm.diffusion import (
+    EDMPath,
+    ObjectiveConfig,
     PathConfig,
     Prediction,
+    RectifiedFlowPath,
     diffusion_loss,
     expand_times,
+    loss_weight,
     noise_sample,
     prior_std,
     target,
     to_x0,
 )
-from ldm.guidance import classifier_free
-from ldm.samplers import SAMPLERS, Denoise, noise_like, time_grid
+from ldm.guidance import Schedule, classifier_free, projected, rescaled, scheduled, within_interval
+from ldm.options import DrawOptions
+from ldm.samplers import Denoise, LearnedDenoise, SamplerFunction, noise_like, with_share_of
+from ldm.variational import bound_terms
 from text import TextCondition, TextEncoder, Tokenizer
 from vae import AutoencoderKL
+
+
+class Losses(NamedTuple):
+    """Of each sample, B: || output - target ||^2, and the bound's term for the variance, if one is learned."""
+
+    error: Tensor
+    bound: Tensor | None
+
+    def weighted(self, objective: ObjectiveConfig, path: PathConfig, t: Tensor) -> Tensor:
+        """w(t) error, and for a learned variance lambda N bound: L_hybrid. Nichol & Dhariwal 2021, eq. 16."""
+        simple = loss_weight(objective, path, t).to(self.error.device) * self.error
+        if self.bound is None:
+            return simple
+        assert not isinstance(path, RectifiedFlowPath | EDMPath)
+        return simple + objective.variance_weight * path.num_train_timesteps * self.bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +58,7 @@ class LatentDiffusion:
     tokenizer: Tokenizer
     path: PathConfig
     prediction: Prediction
+    learned_variance: bool = False  # whether a denoiser has a second half of channels: see ldm.variational
 
     @property
     def device(self) -> torch.device:
@@ -60,16 +83,27 @@ class LatentDiffusion:
         captions: Sequence[str],
         *,
         added: Tensor | None = None,
-    ) -> Tensor:
-        """|| network(x_t, t, caption) - target ||^2 of each sample, B: what training minimises.
+    ) -> Losses:
+        """What training minimises, of each sample.
 
         x0 and eps B x C x h x w, t B on the CPU. network: a denoiser, or whatever computes one. added: the noise in
         x_t, where it is not eps, the noise in the target.
         """
         text = self.condition(captions)
         x_t = noise_sample(x0, eps if added is None else added, self.path, t)
-        output = network(*self.seen(x_t, t), text.context, text.mask, text.pooled)
-        return diffusion_loss(output, target(self.prediction, x0, eps, self.path, t))
+        output, share = self.halves(network(*self.seen(x_t, t), text.context, text.mask, text.pooled))
+        error = diffusion_loss(output, target(self.prediction, x0, eps, self.path, t))
+        if share is None:
+            return Losses(error, None)
+        x0_hat = to_x0(self.prediction, output.detach().float(), x_t, self.path, t)
+        return Losses(error, bound_terms(x0, x_t, x0_hat, share.float(), self.path, t))
+
+    def halves(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A network's output, B x C or 2 C x h x w, as the prediction and, if it was learned, the variance's share."""
+        if not self.learned_variance:
+            return output, None
+        prediction, share = output.chunk(2, dim=1)
+        return prediction, share
 
     def denoise_with(self, denoiser: nn.Module, condition: TextCondition) -> Denoise:
         """The function denoise(x_t, t) -> x0_hat that samplers take; t is one time for the whole batch.
@@ -77,14 +111,24 @@ class LatentDiffusion:
         x_t stays float32 whatever the network computes in: a sampler adds many small steps.
         """
         dtype = next(denoiser.parameters()).dtype
+        context, pooled = condition.context.to(dtype), condition.pooled.to(dtype)
+        last: tuple[Tensor, Tensor | None] | None = None  # x_t and its share: a sampler asks for both of one x_t
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            nonlocal last
             seen, timesteps = self.seen(x_t, t)
-            context, pooled = condition.context.to(dtype), condition.pooled.to(dtype)
-            output = denoiser(seen.to(dtype), timesteps, context, condition.mask, pooled)
-            return to_x0(self.prediction, output.to(x_t.dtype), x_t, self.path, t)
+            output = denoiser(seen.to(dtype), timesteps, context, condition.mask, pooled).to(x_t.dtype)
+            prediction, share = self.halves(output)
+            last = x_t, share
+            return to_x0(self.prediction, prediction, x_t, self.path, t)
 
-        return denoise
+        def share(x_t: Tensor, t: Tensor) -> Tensor:
+            if last is None or last[0] is not x_t:
+                denoise(x_t, t)
+            assert last is not None and last[1] is not None
+            return last[1]
+
+        return LearnedDenoise(denoise, share) if self.learned_variance else denoise
 
     @torch.no_grad()
     def sample(
@@ -93,14 +137,13 @@ class LatentDiffusion:
         generators: Sequence[torch.Generator],
         *,
         size: tuple[int, int],
-        sampler: str,
-        steps: int,
+        sampler: SamplerFunction,
+        times: Tensor,
     ) -> Tensor:
         """Latents of h x w = `size` from noise, image i drawn with generators[i] alone: B x C x h x w, float32."""
-        times = time_grid(self.path, steps)
         shape = (len(generators), self.vae.config.latent_channels, *size)
         start = prior_std(self.path) * noise_like(torch.empty(shape, device=self.device), generators)
-        return SAMPLERS[sampler].function(denoise, start, self.path, times, generators)
+        return sampler(denoise, start, self.path, times, generators)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -111,10 +154,22 @@ class LatentDiffusion:
         return pixels
 
 
-def guided(
-    model: LatentDiffusion, denoiser: nn.Module, prompts: Sequence[str], negative_prompts: Sequence[str], scale: float
-) -> Denoise:
-    """denoise(x_t, t) under classifier-free guidance, prompt i for image i."""
-    with_prompt = model.denoise_with(denoiser, model.condition(prompts))
-    without = model.denoise_with(denoiser, model.condition(negative_prompts))
-    return classifier_free(with_prompt, without, scale)
+def guided(with_prompt: Denoise, without: Denoise, scale: float, options: DrawOptions) -> Denoise:
+    """denoise(x_t, t) under guidance, of the answers with the prompts and with the negative ones."""
+    over_time = scheduled(cast(Schedule, options.guidance_schedule), scale)
+    if options.is_projected:
+        denoise = projected(
+            with_prompt,
+            without,
+            over_time,
+            parallel=options.guidance_parallel,
+            norm_limit=options.guidance_norm_limit,
+            momentum=options.guidance_momentum,
+        )
+    elif options.guidance_rescale:
+        denoise = rescaled(with_prompt, without, over_time, options.guidance_rescale)
+    else:
+        denoise = classifier_free(with_prompt, without, over_time)
+    if options.guidance_interval != (0.0, 1.0):
+        denoise = within_interval(denoise, with_prompt, *options.guidance_interval)
+    return with_share_of(with_prompt, denoise)

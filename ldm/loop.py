@@ -6,17 +6,26 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from data.loader import Batch, CaptionedImages, Tokenize, held_out
 from ldm.commands import IN_TRAINING
 from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, check_continues, dump, load_config
+from ldm.ema import Snapshot
 from ldm.engine import Engine, World, start_process
+from ldm.interop.snapshots import write_snapshot
 from ldm.run import Run
 
 Config = TypeVar("Config", TrainConfig, VAETrainConfig, TextTrainConfig)
+
+
+class State(Protocol):
+    """What losses remember from step to step, as plain numbers, the same on every rank."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +69,15 @@ def train(
     images: CaptionedImages,
     losses: Callable[[Batch], dict[str, Tensor]],
     sample: Callable[[int], None],
+    state: State | None = None,
 ) -> None:
     """Take optimiser steps until run.steps or run.minutes is reached, from the newest checkpoint on.
 
     losses(batch) returns scalars, of which "loss" is minimised and all are logged; sample(step) draws what the
-    network can do by now, and records it: every run.sample_every steps, from step 0 on.
+    network can do by now, and records it: every run.sample_every steps, from step 0 on. state: of losses, which goes
+    into every checkpoint and comes back from there.
     """
-    resume(engine, run)
+    resume(engine, run, state)
     config, batch_size = run.config, images.config.batch_size
     last = engine.step == config.steps
     with in_training(engine):
@@ -84,8 +95,12 @@ def train(
             run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=measures)
             timed = config.minutes is not None and engine.agree(run.out_of_time)
             last = engine.step == config.steps or timed
+            if engine.step % config.snapshot_every == 0 or last:  # before the checkpoint, which promises them
+                snapshots(engine, run)
             if engine.step % config.checkpoint_every == 0 or last:
                 record = {"samples_seen": engine.step * batch_size, "config": run.config_text}
+                if state is not None:
+                    record["state"] = state.state_dict()
                 engine.save(run.checkpoint_path(engine.step), record)
                 run.drop_old_checkpoints()
                 run.restart_clock()
@@ -103,13 +118,24 @@ def measured(engine: Engine, parts: Mapping[str, Tensor], images: CaptionedImage
     return engine.means(parts) | ({"bad_samples": bad} if bad else {})
 
 
-def resume(engine: Engine, run: Run) -> None:
+def snapshots(engine: Engine, run: Run) -> None:
+    """Keep each of optim.ema_lengths' averages as it is now, for ldm.reconstruct."""
+    for length in engine.optim.ema_lengths:
+        weights = engine.averaged_weights(length)
+        if run.is_main:
+            write_snapshot(weights, run.config.path, Snapshot(engine.step, length))
+
+
+def resume(engine: Engine, run: Run, state: State | None = None) -> None:
     """Load the newest checkpoint, if there is one that fits, and make the run's folder."""
     run.lock()
     checkpoint = run.newest_checkpoint()
     if checkpoint is not None:
-        check_continues(then=engine.record_of(checkpoint)["config"], now=run.config_text)
+        record = engine.record_of(checkpoint)
+        check_continues(then=record["config"], now=run.config_text)
         engine.load(checkpoint)
+        if state is not None:
+            state.load_state_dict(record["state"])
         run.tell(f"resumed from {checkpoint}")
         if engine.step > run.config.steps:
             raise ValueError(

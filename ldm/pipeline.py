@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from ldm.denoisers import DenoiserConfig, attention_length, describe_attention
 from ldm.grids import to_images
 from ldm.interop.denoiser import WEIGHTS_NAME, LoadedDenoiser, denoiser_folder, load_denoiser
+from ldm.interop.files import RUN_MODEL, model_folder
 from ldm.interop.scheduler import read_scheduler
 from ldm.interop.vae import load_vae
 from ldm.latent_diffusion import LatentDiffusion, guided
-from ldm.samplers import SAMPLERS, Denoise
+from ldm.options import PLAIN, DrawOptions
+from ldm.samplers import SAMPLERS, Denoise, sampler_named, time_grid, with_share_of
 from text import TextEncoder, Tokenizer, load_text_encoder, load_tokenizer
 from vae import AutoencoderKL
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RUN_MODEL = "model"  # folder of a run of ldm/train.py that holds its newest export
 MAX_BATCH = 16  # pictures drawn at once; more are drawn in turns, which changes none of them
 
 
@@ -99,7 +100,12 @@ class TextToImage:
         for network in (loaded.network, vae, text_encoder):
             network.eval().requires_grad_(False).to(device=place, dtype=precision)
         model = LatentDiffusion(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, path=noise_path, prediction=prediction
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            path=noise_path,
+            prediction=prediction,
+            learned_variance=loaded.learned_variance,
         )
         with (folder / denoiser_folder(loaded.config) / WEIGHTS_NAME).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:10]
@@ -119,19 +125,21 @@ class TextToImage:
         n: int = 1,
         height: int | None = None,
         width: int | None = None,
+        options: DrawOptions = PLAIN,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image]:
         """Draw n pictures; picture i depends on seed + i, not on the others.
 
         scale: 1 is no guidance, more follows the prompt more closely. height, width: pixels, multiples of `factor`
-        (default: what the model was trained at). progress(done, all) is called after each denoising step.
+        (default: what the model was trained at). options: eta, time grid and guidance's variants. progress(done, all)
+        is called after each denoising step.
         Raises ValueError, naming the value, for what cannot be drawn.
         """
         if n < 1:
             raise ValueError(f"n is {n}, expected at least 1 picture")
         pixels = self.draw(
             [prompt] * n, negative_prompt=negative_prompt, steps=steps, scale=scale, sampler=sampler, seed=seed,
-            height=height, width=width, progress=progress,
+            height=height, width=width, options=options, progress=progress,
         )  # fmt: skip
         return to_images(pixels)
 
@@ -146,25 +154,34 @@ class TextToImage:
         seed: int,
         height: int | None = None,
         width: int | None = None,
+        options: DrawOptions = PLAIN,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """One picture of each prompt, prompt i with seed + i, as pixels N x 3 x H x W in about [-1, 1]: not yet
         clamped and rounded."""
         size = self._latent_size(height or self.native_size, width or self.native_size)
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
-        if steps < 1 or scale < 0:
-            raise ValueError(f"steps ({steps}) must be at least 1 and scale ({scale}) at least 0")
+        if scale < 0:
+            raise ValueError(f"scale is {scale}, expected a number from 0 up (1 is no guidance)")
+        model = self.model
+        times = time_grid(model.path, steps, options.grid)
+        found = SAMPLERS[sampler_named(sampler)]
+        if found.learned_variance and not model.learned_variance:
+            raise ValueError(f"sampler {sampler} needs a network that has learned its variance: use ddpm")
+        function = found.with_eta(options.eta)
         rounds = range(0, len(prompts), MAX_BATCH)
         drawn: list[Tensor] = []
         for number, start in enumerate(rounds):
             own = prompts[start : start + MAX_BATCH]
             generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(own))]
-            denoise = guided(self.model, self.denoiser, own, [negative_prompt] * len(own), scale)
+            with_prompt, without = (
+                model.denoise_with(self.denoiser, model.condition(texts))
+                for texts in (own, [negative_prompt] * len(own))
+            )
+            denoise = guided(with_prompt, without, scale, options)
             if progress is not None:
-                denoise = counted(denoise, progress, start=number * steps, total=len(rounds) * steps)
-            latents = self.model.sample(denoise, generators, size=size, sampler=sampler, steps=steps)
-            drawn.append(self.model.decode(latents))
+                denoise = counted(denoise, progress, times, start=number * steps, total=len(rounds) * steps)
+            latents = model.sample(denoise, generators, size=size, sampler=function, times=times)
+            drawn.append(model.decode(latents))
         return torch.cat(drawn)
 
     def cut_off(self, prompt: str) -> str:
@@ -176,11 +193,6 @@ class TextToImage:
             if value < 1 or value % self.factor:
                 raise ValueError(f"{name} is {value}, expected a multiple of {self.factor}, as {self.native_size}")
         return height // self.model.vae.config.factor, width // self.model.vae.config.factor
-
-
-def model_folder(path: Path) -> Path:
-    """Where the model lies: a run of ldm/train.py keeps its newest in its folder model/."""
-    return path / RUN_MODEL if (path / RUN_MODEL / "model_index.json").exists() else path
 
 
 def check_parts_fit(
@@ -199,18 +211,22 @@ def check_parts_fit(
             )
 
 
-def counted(denoise: Denoise, progress: Callable[[int, int], None], *, start: int, total: int) -> Denoise:
-    """The same function, telling how often it has been called. Samplers know nothing of progress."""
-    done = start
+def counted(
+    denoise: Denoise, progress: Callable[[int, int], None], times: Tensor, *, start: int, total: int
+) -> Denoise:
+    """The same function, telling how many of the grid's steps have begun to end. Samplers know nothing of progress."""
+    done = 0
 
     def counting(x_t: Tensor, t: Tensor) -> Tensor:
         nonlocal done
         x0 = denoise(x_t, t)
-        done += 1
-        progress(done, total)
+        reached = min(int((times > t).sum()) + 1, len(times) - 1)  # some samplers ask twice, or in the middle of a step
+        if reached > done:
+            done = reached
+            progress(start + done, total)
         return x0
 
-    return counting
+    return with_share_of(denoise, counting)
 
 
 def choose_device(device: str) -> torch.device:

@@ -15,11 +15,12 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.options import PLAIN, DrawOptions
 from ldm.samplers import SAMPLERS
 
 PARAMETERS, FOUNDRY = "parameters", "foundry"
@@ -42,6 +43,7 @@ class Recipe:
     device: str
     precision: str
     software: str
+    options: DrawOptions = PLAIN  # absent in pictures of before there were any
 
 
 def software() -> str:
@@ -62,10 +64,20 @@ def parameters_text(recipe: Recipe) -> str:
         "Size": f"{recipe.width}x{recipe.height}",
         "Model hash": recipe.weights_hash,
         "Model": recipe.model,
+        **_option_pairs(recipe.options),
         "Version": recipe.software,
     }
     negative = f"\nNegative prompt: {recipe.negative_prompt}" if recipe.negative_prompt else ""
     return f"{recipe.prompt}{negative}\n{', '.join(f'{key}: {_quote(str(value))}' for key, value in pairs.items())}"
+
+
+def _option_pairs(options: DrawOptions) -> dict[str, object]:
+    """The options that are not as they are by default; A1111 knows the first two under these names."""
+    known = {"eta": "Eta", "time_grid": "Schedule type"}
+    plain, pairs = asdict(PLAIN), asdict(options)
+    changed = {key: value for key, value in pairs.items() if value != plain[key]}
+    words = {key: " to ".join(map(str, v)) if isinstance(v, tuple) else v for key, v in changed.items()}
+    return {known.get(key, key.replace("_", " ").capitalize()): value for key, value in words.items()}
 
 
 def _quote(value: str) -> str:
@@ -98,12 +110,20 @@ def read_recipes(path: Path) -> list[Recipe]:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the text {FOUNDRY!r} is not JSON") from error
-    items = content if isinstance(content, list) else [content]
-    kinds = get_type_hints(Recipe)
-    for item in items:
-        if not isinstance(item, dict) or {key: type(value) for key, value in item.items()} != kinds:
-            raise ValueError(f"{path}: the text {FOUNDRY!r} is not a recipe with {', '.join(kinds)}")
-    return [Recipe(**item) for item in items]
+    return [_recipe(item, path) for item in (content if isinstance(content, list) else [content])]
+
+
+def _recipe(item: Any, path: Path) -> Recipe:
+    kinds = {name: kind for name, kind in get_type_hints(Recipe).items() if name != "options"}
+    fields = {key: value for key, value in item.items() if key != "options"} if isinstance(item, dict) else {}
+    if {key: type(value) for key, value in fields.items()} != kinds:
+        raise ValueError(f"{path}: the text {FOUNDRY!r} is not a recipe with {', '.join(kinds)}")
+    try:
+        options: dict[str, Any] = dict(item.get("options", {}))
+        options["guidance_interval"] = tuple(options.get("guidance_interval", PLAIN.guidance_interval))
+        return Recipe(**fields, options=DrawOptions(**options))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the text {FOUNDRY!r} has options that are none ({error})") from error
 
 
 class NumberedFiles:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.options import PLAIN, DrawOptions
+
 RANDOM_SEED = -1
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
@@ -38,6 +40,7 @@ class Request:
     seed: int = RANDOM_SEED
     height: int | None = None  # pixels; None: what the model was trained at
     width: int | None = None
+    options: DrawOptions = PLAIN
     place: str = ""  # what an error starts with: "prompts.txt, line 3: "
 
     def __post_init__(self) -> None:

@@ -26,11 +26,12 @@ class RunConfig:
     log_every: int = 50  # steps, like the next two
     sample_every: int = 1000
     checkpoint_every: int = 1000
+    snapshot_every: int = 1000  # steps between snapshots of optim.ema_lengths
     minutes: float | None = None  # stop, with a checkpoint, after so long in this session
     resume: Literal["auto", "never"] = "auto"  # auto: from the newest checkpoint of this run, if it has one
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "sample_every", "checkpoint_every"):
+        for name in ("steps", "log_every", "sample_every", "checkpoint_every", "snapshot_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1, not {getattr(self, name)}")
         if not self.name.strip(".") or "/" in self.name:

@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING
 from ldm.commands import run_command, training_arguments
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable, Sequence
 
+    from torch import Tensor, nn
+
+    from data.loader import Batch
     from ldm.config import TrainConfig
+    from ldm.diffusion import LossHistory
     from ldm.engine import Engine, World
     from ldm.latent_diffusion import LatentDiffusion
     from ldm.loop import Session
@@ -27,14 +31,10 @@ NOISE, POSTERIOR = 0, 1  # streams of random numbers, each a function of (seed, 
 
 def main(args: Namespace) -> None:
     import torch
-    from torch import Tensor
 
-    from data.loader import Batch
     from ldm.config import TrainConfig
     from ldm.denoisers import attention_length, describe_attention
-    from ldm.diffusion import draw_times, loss_weight, sample_randomness, spread_uniforms, training_noise
-    from ldm.guidance import drop_captions
-    from ldm.latents import LatentEncoder
+    from ldm.diffusion import LossHistory
     from ldm.loop import open_session, train
 
     session = open_session(TrainConfig, args)
@@ -45,31 +45,58 @@ def main(args: Namespace) -> None:
     if config.model.start is not None:
         start_from(denoiser, config, config.model.start)
     engine = session.engine(denoiser)
-    sampled = config.model.latents == "sample"
-    encode = LatentEncoder(model.vae, keep=config.model.keep_latents, bf16=engine.bf16, sample=sampled)
-    side = latent_side(config, model)
-    shape = (model.vae.config.latent_channels, side, side)
-    seed, objective, batch_size = config.run.seed, config.model.objective, config.data.batch_size
     run.tell(f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M parameters, {len(images)} pictures, "
              f"{'bf16' if engine.bf16 else 'fp32'} on {world.device}")  # fmt: skip
-    length = attention_length(config.model.denoiser, side)
+    length = attention_length(config.model.denoiser, latent_side(config, model))
     run.tell(describe_attention(world.device, length, torch.bfloat16 if engine.bf16 else torch.float32))
+    history = LossHistory() if config.model.objective.time_sampling == "importance" else None
+    losses = training_losses(config, engine, model, history)
+    train(engine, run, images, losses, sample=lambda step: preview(session, engine, model, step), state=history)
+
+
+def training_losses(
+    config: TrainConfig, engine: Engine, model: LatentDiffusion, history: LossHistory | None
+) -> Callable[[Batch], dict[str, Tensor]]:
+    """The algorithm: E w(t) || network(x_t, t, caption) - target ||^2, over pictures, times and noise."""
+    from ldm.diffusion import by_quantile, draw_times, sample_randomness, spread_uniforms, training_noise
+    from ldm.guidance import drop_captions
+    from ldm.latents import LatentEncoder
+
+    sampled = config.model.latents == "sample"
+    encode = LatentEncoder(model.vae, keep=config.model.keep_latents, bf16=engine.bf16, sample=sampled)
+    side, device = latent_side(config, model), engine.world.device
+    shape = (model.vae.config.latent_channels, side, side)
+    seed, objective, batch_size = config.run.seed, config.model.objective, config.data.batch_size
 
     def losses(batch: Batch) -> dict[str, Tensor]:
-        """One pass of the algorithm: E w(t) || network(x_t, t, caption) - target ||^2, over pictures, times, noise."""
-        positions, device = batch.positions, world.device
+        positions = batch.positions
         random = sample_randomness(seed * 2 + NOISE, positions, shape)
         x0 = encode(batch, sample_randomness(seed * 2 + POSTERIOR, positions, shape).eps)
         eps, added = training_noise(objective, random.eps, seed=seed, positions=positions)
         uniforms = spread_uniforms(
             objective.time_numbers, random.time_uniforms, positions, batch_size=batch_size, seed=seed
         )
-        t = draw_times(objective, model.path, uniforms)
+        t = draw_times(objective, model.path, uniforms, history)
         captions = drop_captions(batch.captions, random.drop_uniforms, config.model.caption_dropout)
-        errors = model.loss(engine, x0, eps.to(device), t, captions, added=added.to(device))
-        return {"loss": (loss_weight(objective, model.path, t).to(device) * errors).mean()}
+        found = model.loss(engine, x0, eps.to(device), t, captions, added=added.to(device))
+        weighted = found.weighted(objective, model.path, t)
+        if history is not None:
+            weighted = by_importance(weighted, t, positions, history, engine)
+        return {"loss": weighted.mean(), **by_quantile(found.error, uniforms)}
 
-    train(engine, run, images, losses, sample=lambda step: preview(session, engine, model, step))
+    return losses
+
+
+def by_importance(losses: Tensor, t: Tensor, positions: Sequence[int], history: LossHistory, engine: Engine) -> Tensor:
+    """The losses, B, counted less where their times are drawn more often; then history learns those of all ranks."""
+    import torch
+
+    counted = losses / history.density(t).to(losses)
+    rows = torch.stack([torch.tensor(positions), t, losses.detach().cpu()], dim=1).double()
+    everywhere = engine.gather(rows.to(engine.world.device)).cpu()
+    _, times, seen = everywhere[everywhere[:, 0].argsort()].T
+    history.record(times, seen)
+    return counted
 
 
 def frozen_half(config: TrainConfig, world: World) -> LatentDiffusion:
@@ -87,6 +114,7 @@ def frozen_half(config: TrainConfig, world: World) -> LatentDiffusion:
         tokenizer=load_tokenizer(text / "tokenizer"),
         path=config.model.path,
         prediction=config.model.objective.prediction,
+        learned_variance=config.model.objective.learned_variance,
     )
 
 
@@ -108,8 +136,12 @@ def build(config: TrainConfig, model: LatentDiffusion) -> nn.Module:
             f"model.denoiser.sample_size is {native}, but pictures of {config.data.image_size} pixels have latents of "
             f"{side} a side: set it to {side}"
         )
-    channels, width = model.vae.config.latent_channels, model.text_encoder.config.width
-    return build_denoiser(config.model.denoiser, latent_channels=channels, context_width=width)
+    return build_denoiser(
+        config.model.denoiser,
+        latent_channels=model.vae.config.latent_channels,
+        context_width=model.text_encoder.config.width,
+        learned_variance=model.learned_variance,
+    )
 
 
 def start_from(denoiser: nn.Module, config: TrainConfig, folder: str) -> None:
@@ -117,8 +149,7 @@ def start_from(denoiser: nn.Module, config: TrainConfig, folder: str) -> None:
     from pathlib import Path
 
     from ldm.interop.denoiser import denoiser_folder, load_denoiser
-    from ldm.interop.files import load_strictly
-    from ldm.pipeline import model_folder
+    from ldm.interop.files import load_strictly, model_folder
 
     source = model_folder(Path(folder)) / denoiser_folder(config.model.denoiser)
     load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)
@@ -129,8 +160,9 @@ def preview(session: Session[TrainConfig], engine: Engine, model: LatentDiffusio
     import torch
 
     from ldm.export import Trained, export
-    from ldm.pipeline import RUN_MODEL, TextToImage
-    from ldm.validation import drawings, held_out_loss
+    from ldm.interop.files import RUN_MODEL
+    from ldm.pipeline import TextToImage
+    from ldm.validation import drawings, held_out_losses
 
     config, run = session.config, session.run
     weights = engine.averaged_weights()
@@ -138,14 +170,14 @@ def preview(session: Session[TrainConfig], engine: Engine, model: LatentDiffusio
         return
     denoiser = build(config, model).to(session.world.device).eval().requires_grad_(False)
     denoiser.load_state_dict(weights)
-    loss = held_out_loss(config, model, denoiser, session.validation, bf16=engine.bf16)
-    run.tell(f"step {step}: held-out loss {loss:.4f}")
+    losses = held_out_losses(config, model, denoiser, session.validation, bf16=engine.bf16)
+    run.tell(f"step {step}: held-out loss {losses['held_out_loss']:.4f}")
     kind, side = config.model.denoiser, latent_side(config, model)
     pipe = TextToImage(model, denoiser, kind, sample_size=side, name=config.run.name, weights_hash=f"step {step}")
     drawings(config.preview, pipe, run.sample_path(step))
     trained = Trained(model=model, denoiser=denoiser, config=kind, sample_size=side, notes=run.config_text)
     export(trained, config.run.path / RUN_MODEL, dtype=torch.float32)
-    run.record(step=step, held_out_loss=loss)  # last: a step that is recorded has been drawn and exported
+    run.record(step=step, **losses)  # last: a step that is recorded has been drawn and exported
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from data.shards import Shard
 from ldm import TextToImage
@@ -161,6 +163,81 @@ def test_every_part_of_the_objective_trains(workshop):
     pipe = TextToImage.load(workshop / "runs" / "edm")
     assert (pipe.model.path, pipe.model.prediction) == (EDMPath(sigma_data=1.0), "edm")
     assert pipe("a red apple", steps=3)[0].size == (64, 64)
+
+
+@pytest.fixture(scope="module")
+def remembering(workshop: Path, few_emoji: str) -> list[str]:
+    """Times by importance, a learned variance, snapshots of averages; its run "remembered" is complete."""
+    objective = {"prediction": "eps", "time_sampling": "importance", "learned_variance": True}
+    path = {"kind": "scaled_linear_beta"}
+    config = denoiser_config(workshop, "remembering", few_emoji, DIT, path=path, objective=objective)
+    words = ["ldm/train.py", "--config", config, "optim.ema_lengths=[0.05,0.1]", "run.snapshot_every=4"]
+    finished = start([*words, "run.name=remembered"])
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return words
+
+
+def test_a_network_learns_its_variance_and_draws_with_it(workshop, remembering):
+    pipe = TextToImage.load(workshop / "runs" / "remembered")
+    assert pipe.model.learned_variance
+    assert pipe("a red apple", steps=3, sampler="ddpm_learned")[0].size == (64, 64)
+    lines = (workshop / "runs/remembered/metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    quarters = {f"loss_q{i}" for i in range(1, 5)}
+    assert all(quarters & record.keys() for record in records if "loss" in record)
+    assert all({f"held_out_{name}" for name in quarters} <= r.keys() for r in records if "held_out_loss" in r)
+
+
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+def test_what_a_run_remembers_comes_back(launcher, workshop, remembering):
+    """Stopped and resumed, or on two ranks, the losses by time and the averages are those of the whole run."""
+    name = f"resumed_{launcher}"
+    for minutes in ("0", "null"):
+        finished = start([*remembering, f"run.name={name}", f"run.minutes={minutes}"], launcher=launcher)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "resumed from" in finished.stdout
+    assert losses(workshop, name) == pytest.approx(losses(workshop, "remembered"), abs=1e-4)
+    states = [
+        json.loads((workshop / "runs" / run / "checkpoints/step_0000010/state.json").read_text())["state"]
+        for run in (name, "remembered")
+    ]
+    assert states[0]["seen"] == states[1]["seen"] and sum(states[0]["seen"]) == 80
+    assert sum(states[0]["losses"], []) == pytest.approx(sum(states[1]["losses"], []), abs=1e-4)
+    for path in (workshop / "runs/remembered/ema").iterdir():
+        other = load_file(workshop / "runs" / name / "ema" / path.name)
+        for key, tensor in load_file(path).items():
+            assert torch.allclose(tensor, other[key], atol=1e-4)
+
+
+def test_an_average_that_was_never_kept_is_reconstructed(workshop, remembering):
+    run, target = workshop / "runs" / "remembered", workshop / "reconstructed"
+    names = {path.name for path in (run / "ema").iterdir()}
+    assert names == {f"step_{s:07d}_{length}.safetensors" for s in (4, 8, 10) for length in ("0.05", "0.1")}
+    finished = start(["-m", "ldm.reconstruct", str(run), str(target), "--length", "0.1", "--step", "8"])
+    assert finished.returncode == 0, finished.stderr
+    assert "mixing 6 snapshots: the profile is met to 0.00%" in finished.stdout and "warning" not in finished.stderr
+    kept = load_file(run / "ema" / "step_0000008_0.1.safetensors")
+    weights = TextToImage.load(target).denoiser.state_dict()
+    assert kept.keys() == weights.keys() and all(torch.allclose(weights[key], kept[key], atol=1e-5) for key in kept)
+    between = start(["-m", "ldm.reconstruct", str(run), str(target), "--length", "0.02", "--step", "7"])
+    assert between.returncode == 0
+    assert "warning: a step of which there is a snapshot (as 8), or a length nearer to" in between.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("remembered --length 0.3", "the EMA's length is 0.3, expected more than 0 and less than 0.289"),
+        ("remembered --length 0.1 --step 11", "--step is 11, expected 1 to 10, that of the last snapshot in"),
+        ("dit --length 0.1", "holds no snapshots (ema/*.safetensors): train with optim.ema_lengths=[0.05,0.1]"),
+    ],
+)
+def test_what_cannot_be_reconstructed_is_told_in_one_line(words, message, workshop, remembering):
+    run, *options = words.split()
+    finished = start(["-m", "ldm.reconstruct", str(workshop / "runs" / run), str(workshop / "none"), *options])
+    assert finished.returncode == 2 and finished.stderr.count("\n") == 1
+    assert finished.stderr.startswith("error: ") and message in finished.stderr
+    assert not (workshop / "none").exists()
 
 
 def test_open_clip_opens_the_clip_that_was_trained(workshop):

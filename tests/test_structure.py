@@ -27,19 +27,22 @@ LEVEL_0: dict[str, set[str]] = {
 }
 # From the ground up: a part imports from the floors below it and from itself.
 FLOORS = (
-    (*LEVEL_0, "data", "ldm.whole", "ldm.commands", "ldm.prompts"),
+    (*LEVEL_0, "data", "ldm.whole", "ldm.commands", "ldm.options"),
     (
         "ldm.engine",
         "ldm.grids",
         "ldm.likelihood",
+        "ldm.variational",
         "ldm.interop",
-        "ldm.latent_diffusion",
         "ldm.latents",
         "ldm.png",
+        "ldm.prompts",
         "ldm.run",
     ),
+    ("ldm.latent_diffusion",),
     ("ldm.config", "ldm.pipeline"),
     ("ldm", "ldm.export", "ldm.loop", "ldm.validation"),
+    ("ldm.reconstruct",),
     COMMANDS,
 )
 LONGEST_FUNCTION, LONGEST_FILE = 60, 350

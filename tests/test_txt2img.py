@@ -16,9 +16,13 @@ import pytest
 from PIL import Image
 
 from ldm.commands import OneLineParser, hyphenated, run_command, training_arguments
+from ldm.diffusion import RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.grids import GAP
+from ldm.interop.files import write_json
+from ldm.interop.scheduler import scheduler_config_json
+from ldm.options import PLAIN, DrawOptions
 from ldm.png import Recipe, read_recipes, software
-from ldm.samplers import SAMPLERS
+from ldm.samplers import SAMPLERS, TIME_GRIDS
 
 SCRIPT = Path(__file__).parents[1] / "txt2img.py"
 
@@ -57,10 +61,11 @@ class FakeTextToImage:
         return fake
 
     def __call__(self, prompt, *, negative_prompt="", steps=30, scale=5.0, sampler="dpmpp_2m", seed=0, n=1,
-                 height=None, width=None, progress=None):  # fmt: skip
+                 height=None, width=None, options=PLAIN, progress=None):  # fmt: skip
         self.calls.append(
             {"prompt": prompt, "negative_prompt": negative_prompt, "steps": steps, "scale": scale, "sampler": sampler,
              "seed": seed, "n": n, "height": height, "width": width}
+            | ({"options": options} if options != PLAIN else {})
         )  # fmt: skip
         if prompt == "interrupt":
             raise KeyboardInterrupt
@@ -163,23 +168,41 @@ ALL_OPTIONS = {
     "--precision": ["--dtype"],
     "--device": [],
     "--n-rows": ["--n_rows"],
+    "--eta": ["--ddim_eta", "--ddim-eta"],
+    "--time-grid": ["--time_grid", "--schedule-type", "--schedule_type"],
+    "--guidance-interval": ["--guidance_interval"],
+    "--guidance-schedule": ["--guidance_schedule"],
+    "--guidance-parallel": ["--guidance_parallel"],
+    "--guidance-norm-limit": ["--guidance_norm_limit"],
+    "--guidance-momentum": ["--guidance_momentum"],
 }
 VALUES = {
     "--ckpt": "model", "--prompt": "a_--b", "--negative-prompt": "n_o", "--steps": "7", "--scale": "0",
-    "--sampler": "euler", "--seed": "9", "--n-samples": "2", "--n-iter": "3", "--H": "24", "--W": "8",
-    "--outdir": "o_u/t", "--precision": "bf16", "--device": "cpu", "--n-rows": "3",
+    "--sampler": "ddim", "--seed": "9", "--n-samples": "2", "--n-iter": "3", "--H": "24", "--W": "8",
+    "--outdir": "o_u/t", "--precision": "bf16", "--device": "cpu", "--n-rows": "3", "--eta": "0.5",
+    "--time-grid": "karras", "--guidance-interval": "0.2 0.8", "--guidance-schedule": "linear",
+    "--guidance-parallel": "0.25", "--guidance-norm-limit": "7", "--guidance-momentum": "-0.5",
 }  # fmt: skip
+OPTIONS = DrawOptions(
+    eta=0.5, time_grid="karras", guidance_interval=(0.2, 0.8), guidance_schedule="linear", guidance_parallel=0.25,
+    guidance_norm_limit=7.0, guidance_momentum=-0.5,
+)  # fmt: skip
+
+
+def words_of(option: str, value: str, *, joined: bool = False) -> list[str]:
+    return [f"{option}={value}"] if joined and " " not in value else [option, *value.split()]
 
 
 def check_all_options(model) -> None:
     assert model.loads == [("model", "cpu", "bf16")]
     assert model.calls == [
-        {"prompt": "a_--b", "negative_prompt": "n_o", "steps": 7, "scale": 0.0, "sampler": "euler", "seed": seed,
-         "n": 2, "height": 24, "width": 8}
+        {"prompt": "a_--b", "negative_prompt": "n_o", "steps": 7, "scale": 0.0, "sampler": "ddim", "seed": seed,
+         "n": 2, "height": 24, "width": 8, "options": OPTIONS}
         for seed in (9, 11, 13)
     ]  # fmt: skip
     assert pngs("o_u/t") == ["grid-0000.png", *(f"samples/0000{i}.png" for i in range(6))]
     (recipe,) = read_recipes(Path("o_u/t/samples/00005.png"))
+    assert recipe.options == OPTIONS
     assert (recipe.seed, recipe.device, recipe.precision, recipe.scale) == (14, "real cpu", "real bf16", 0.0)
     with Image.open("o_u/t/grid-0000.png") as grid:
         assert grid.size == (3 * (8 + GAP) + GAP, 2 * (24 + GAP) + GAP)
@@ -187,14 +210,14 @@ def check_all_options(model) -> None:
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_every_option_does_something(command, model, joined):
-    words = [word for item in VALUES.items() for word in (["=".join(item)] if joined else item)]
+    words = [word for item in VALUES.items() for word in words_of(*item, joined=joined)]
     assert command(*words)[0] == 0
     check_all_options(model)
 
 
 @pytest.mark.parametrize(("name", "alias"), [(name, alias) for name, found in ALL_OPTIONS.items() for alias in found])
 def test_aliases(command, model, name, alias):
-    words = [word for item in VALUES.items() for word in (alias if item[0] == name else item[0], item[1])]
+    words = [word for key, value in VALUES.items() for word in words_of(alias if key == name else key, value)]
     assert command(*words)[0] == 0
     check_all_options(model)
 
@@ -233,9 +256,56 @@ def test_every_sampler_by_name_and_label(command, model, name, word):
     assert recipe.sampler == name
 
 
-def test_help_lists_the_samplers_that_there_are(txt2img):
-    assert txt2img.SAMPLER_NAMES.split(", ") == list(SAMPLERS)
-    assert txt2img.SAMPLER_NAMES in " ".join(txt2img.build_parser().format_help().split())
+@pytest.mark.parametrize(("names", "table"), [("SAMPLER_NAMES", SAMPLERS), ("GRID_NAMES", TIME_GRIDS)])
+def test_help_lists_what_there_is(txt2img, names, table):
+    assert getattr(txt2img, names).split(", ") == list(table)
+    assert getattr(txt2img, names) in " ".join(txt2img.build_parser().format_help().split())
+
+
+def test_times_may_be_given_and_tell_the_steps(command, model):
+    assert command("--prompt", "x", "--time-grid", "1,0.5,0.2,0", "--guidance-rescale", "0.7")[0] == 0
+    assert model.calls[0]["steps"] == 3
+    assert model.calls[0]["options"] == DrawOptions(time_grid="1,0.5,0.2,0", guidance_rescale=0.7)
+    with Image.open("outputs/samples/00000.png") as image:
+        assert 'Schedule type: "1,0.5,0.2,0", Guidance rescale: 0.7, Version' in image.info["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--time-grid leading", "grid 'leading' counts the entries of a table, and path rectified_flow has none"),
+        ("--time-grid karas", "no time grid 'karas', did you mean karras? There are trailing, linear"),
+        ("--time-grid 1,0.5,0 --steps 7", "the time grid has 3 times, expected one more than steps, 7"),
+        ("--sampler ddpm_learned", "sampler ddpm_learned needs a network that has learned its variance: use ddpm"),
+        ("--time-grid 1,0.5,0 --from-file p.txt", "p.txt, line 2: the time grid has 3 times, expected one more"),
+    ],
+)
+def test_what_the_model_cannot_serve_is_told_before_it_is_loaded(command, model, some_model, words, message):
+    Path("p.txt").write_text("a\nb --s 5\n")
+    code, _, err = command("--ckpt", str(some_model("rectified_flow")), "--prompt", "x", *words.split())
+    assert (code, err.count("\n"), model.loads) == (2, 1, [])
+    assert err.startswith("error: ") and message in err
+
+
+def test_a_model_that_has_learned_its_variance_draws_with_it(command, some_model):
+    assert command("--ckpt", str(some_model("learned")), "--prompt", "x", "--sampler", "ddpm_learned")[0] == 0
+
+
+@pytest.fixture
+def some_model(tmp_path):
+    """The two small files of a model that are read before it is loaded."""
+
+    def write(kind: str) -> Path:
+        folder = tmp_path / kind
+        flow = kind == "rectified_flow"
+        path, prediction = (RectifiedFlowPath(), "velocity") if flow else (ScaledLinearBetaPath(), "eps")
+        for part in ("scheduler", "transformer"):
+            (folder / part).mkdir(parents=True)
+        write_json(scheduler_config_json(path, prediction), folder / "scheduler" / "scheduler_config.json")
+        write_json({"in_channels": 4, "out_channels": 4 if flow else 8}, folder / "transformer" / "config.json")
+        return folder
+
+    return write
 
 
 def test_nothing_is_overwritten_and_the_grid_has_a_row_for_each_prompt(command):
@@ -355,9 +425,17 @@ BAD = [
         ("--W -8", "width is -8, expected 1 to 4096"),
         ("--W 4104", "width is 4104, expected 1 to 4096"),
         ("--H 512px", "--H: invalid int value: '512px'"),
+        ("--eta 0.5", "sampler DPM++ 2M has no eta: leave it out, or use ddim, euler_ancestral"),
+        ("--eta 2 --sampler ddim", "eta is 2.0, expected 0 to 1"),
+        ("--guidance-rescale 1.5", "guidance rescale is 1.5, expected 0 to 1"),
+        ("--guidance-rescale 0.5 --guidance-parallel 0", "use one of them"),
+        ("--guidance-interval 0.5", "--guidance-interval: expected 2 arguments"),
+        ("--guidance-interval 0.9 0.2", "the guidance interval is 0.9 to 0.2, expected 0 <= start <= stop <= 1"),
+        ("--guidance-schedule up", "no guidance schedule 'up': There are constant, linear, cosine"),
+        ("--time-grid 0,1", "the time grid is 0, 1, expected two or more times that fall from at most 1 to 0"),
         ("--precision fp16", "--precision: invalid choice: 'fp16'"),
-        ("--sampler dpmp_2m", "no sampler 'dpmp_2m', did you mean dpmpp_2m? There are ddpm, ddim, euler, "),
-        ("--sampler xyz", "no sampler 'xyz': There are ddpm, ddim, euler, euler_ancestral"),
+        ("--sampler dpmp_2m", "no sampler 'dpmp_2m', did you mean dpmpp_2m? There are ddpm, ddpm_large, "),
+        ("--sampler xyz", "no sampler 'xyz': There are ddpm, ddpm_large, "),
         ("--ckpt missing", "there is no model at missing"),
         ("--from-file missing.txt", "there is no prompt file missing.txt"),
         ("--from-file model", "model is not a plain file"),

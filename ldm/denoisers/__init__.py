@@ -28,15 +28,19 @@ __all__ = [
 DenoiserConfig = UNetConfig | DiTConfig
 
 
-def build_denoiser(config: DenoiserConfig, *, latent_channels: int, context_width: int) -> nn.Module:
-    """A fresh denoiser. latent_channels follow from the VAE, context_width from the text encoder."""
+def build_denoiser(
+    config: DenoiserConfig, *, latent_channels: int, context_width: int, learned_variance: bool = False
+) -> nn.Module:
+    """A fresh denoiser. latent_channels follow from the VAE, context_width from the text encoder.
+
+    learned_variance: with as many channels more in its answer, which say how wide a step of DDPM scatters.
+    """
+    channels = {"in_channels": latent_channels, "out_channels": (1 + learned_variance) * latent_channels}
     match config:
         case UNetConfig():
-            return UNet(
-                config, in_channels=latent_channels, out_channels=latent_channels, context_width=context_width
-            )
+            return UNet(config, **channels, context_width=context_width)
         case DiTConfig():
-            return DiT(config, channels=latent_channels, context_width=context_width)
+            return DiT(config, **channels, context_width=context_width)
         case _:
             assert_never(config)
 

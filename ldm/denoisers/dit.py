@@ -165,18 +165,21 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiT(nn.Module):
-    """Denoiser over latents of any whole number of patches. context_width: of the text encoder's states."""
+    """Denoiser over latents of any whole number of patches. context_width: of the text encoder's states.
 
-    def __init__(self, config: DiTConfig, *, channels: int, context_width: int) -> None:
+    out_channels differs from in_channels where the variance is learned too (twice as many).
+    """
+
+    def __init__(self, config: DiTConfig, *, in_channels: int, out_channels: int, context_width: int) -> None:
         super().__init__()
         self.patch_size = config.patch_size
-        self.pos_embed = PatchEmbed(config, channels)
+        self.pos_embed = PatchEmbed(config, in_channels)
         self.adaln_single = AdaLNSingle(config.width)
         self.caption_projection = CaptionProjection(context_width, config.width)
         blocks = [DiTBlock(config.width, config.heads) for _ in range(config.depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
         self.scale_shift_table = nn.Parameter(torch.empty(2, config.width))
-        self.proj_out = nn.Linear(config.width, config.patch_size**2 * channels)
+        self.proj_out = nn.Linear(config.width, config.patch_size**2 * out_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:

@@ -1,6 +1,7 @@
 """The mathematics of diffusion: noise paths, predictions, the training objective and its random numbers."""
 
-from ldm.diffusion.objective import ObjectiveConfig, diffusion_loss, draw_times, loss_weight
+from ldm.diffusion.importance import LossHistory
+from ldm.diffusion.objective import ObjectiveConfig, by_quantile, diffusion_loss, draw_times, loss_weight
 from ldm.diffusion.paths import (
     CosinePath,
     EDMPath,
@@ -17,12 +18,14 @@ __all__ = [
     "CosinePath",
     "EDMPath",
     "LinearBetaPath",
+    "LossHistory",
     "ObjectiveConfig",
     "PathConfig",
     "Prediction",
     "RectifiedFlowPath",
     "SampleRandomness",
     "ScaledLinearBetaPath",
+    "by_quantile",
     "diffusion_loss",
     "draw_times",
     "expand_times",

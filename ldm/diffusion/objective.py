@@ -11,10 +11,11 @@ from typing import Literal, assert_never, get_args
 import torch
 from torch import Tensor
 
+from ldm.diffusion.importance import LossHistory
 from ldm.diffusion.paths import PathConfig
 from ldm.diffusion.predictions import Prediction, x0_sensitivity
 
-TimeSampling = Literal["uniform", "logit_normal", "log_normal"]
+TimeSampling = Literal["uniform", "logit_normal", "log_normal", "importance"]
 TimeNumbers = Literal["independent", "stratified", "sobol"]
 Weighting = Literal["constant", "min_snr", "soft_min_snr", "edm", "logit_normal", "cosmap"]
 
@@ -34,6 +35,8 @@ class ObjectiveConfig:
     snr_limit: float = 5.0  # gamma of min_snr and soft_min_snr
     offset_noise: float = 0.0  # share of noise that is the same over a whole channel; 0.1 is usual
     input_perturbation: float = 0.0  # noise in the input that the target knows nothing of; 0.1 is usual
+    learned_variance: bool = False  # as iDDPM and DiT: the network also says how wide each step of DDPM scatters
+    variance_weight: float = 0.001  # of the bound's N terms beside the loss, if so
 
     def __post_init__(self) -> None:
         for name, kind in (("prediction", Prediction), ("time_sampling", TimeSampling), ("time_numbers", TimeNumbers),
@@ -43,13 +46,16 @@ class ObjectiveConfig:
         for name in ("logit_std", "log_std", "snr_limit"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("offset_noise", "input_perturbation"):
+        for name in ("offset_noise", "input_perturbation", "variance_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
 
 
-def draw_times(config: ObjectiveConfig, path: PathConfig, uniforms: Tensor) -> Tensor:
-    """Training times, float32, one for each supplied uniform number in [0, 1]; nothing is random here."""
+def draw_times(
+    config: ObjectiveConfig, path: PathConfig, uniforms: Tensor, history: LossHistory | None = None
+) -> Tensor:
+    """Training times, float32, one for each supplied uniform number in [0, 1] and rising with it; nothing is random
+    here. history: of the run's losses, which importance needs."""
     u = uniforms.float()
     match config.time_sampling:
         case "uniform":
@@ -58,6 +64,9 @@ def draw_times(config: ObjectiveConfig, path: PathConfig, uniforms: Tensor) -> T
             t = logit_normal_times(u, config.logit_mean, config.logit_std)
         case "log_normal":
             t = log_normal_times(u, path, config.log_mean, config.log_std)
+        case "importance":
+            assert history is not None, "importance looks back on losses"
+            t = history.times(u)
         case _:
             assert_never(config.time_sampling)
     return path.training_times(t)
@@ -69,7 +78,7 @@ def logit_normal_times(u: Tensor, mean: float, std: float) -> Tensor:
 
 
 def log_normal_times(u: Tensor, path: PathConfig, mean: float, std: float) -> Tensor:
-    """log(sigma / alpha) = m + s Phi^-1(1 - u), falling in u. Karras et al. 2022 (arXiv 2206.00364), table 1."""
+    """log(sigma / alpha) = m + s Phi^-1(u). Karras et al. 2022 (arXiv 2206.00364), table 1."""
     return path.time_of_log_snr(-2 * (mean + std * torch.special.ndtri(u)))
 
 
@@ -153,3 +162,12 @@ def input_perturbation(eps: Tensor, more: Tensor, strength: float) -> Tensor:
 def diffusion_loss(output: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each sample: B x ... to B, in float32 whatever the network's dtype."""
     return (output.float() - target.float()).square().flatten(1).mean(1)
+
+
+def by_quantile(losses: Tensor, uniforms: Tensor, parts: int = 4) -> dict[str, Tensor]:
+    """The losses, B, of each quantile of the times: "loss_q1" of the cleanest quarter to "loss_q4" of the noisiest.
+
+    Times rise with their uniform numbers, B, which are therefore the quantiles themselves. A part may be empty.
+    """
+    part = (uniforms * parts).long().to(losses.device)
+    return {f"loss_q{i + 1}": losses[part == i] for i in range(parts)}

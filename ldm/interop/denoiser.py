@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, assert_never
 
 import torch
 from torch import nn
 
-from ldm.denoisers import DenoiserConfig, DiTConfig, UNet, UNetConfig, build_denoiser
+from ldm.denoisers import DenoiserConfig, DiT, DiTConfig, UNet, UNetConfig
 from ldm.interop.files import (
     described_by,
     load_strictly,
@@ -56,6 +57,7 @@ def save_denoiser(
     sample_size: int,
     latent_channels: int,
     context_width: int,
+    learned_variance: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write config.json and the weights. sample_size: side of the latents that it was trained on."""
@@ -67,6 +69,7 @@ def save_denoiser(
             content = dit_config_json(config, channels=latent_channels, context=context_width)
         case _:
             assert_never(config)
+    content["out_channels"] = (1 + learned_variance) * latent_channels
     write_json(content, folder / "config.json")
     write_weights({name: tensor.to(dtype) for name, tensor in denoiser.state_dict().items()}, folder / WEIGHTS_NAME)
 
@@ -77,6 +80,7 @@ class LoadedDenoiser(NamedTuple):
     sample_size: int  # side of its native latents
     in_channels: int
     context_width: int
+    learned_variance: bool  # whether it has a second half of output channels
 
 
 def load_denoiser(folder: Path) -> LoadedDenoiser:
@@ -86,9 +90,16 @@ def load_denoiser(folder: Path) -> LoadedDenoiser:
     with described_by(source), torch.device("meta"):
         denoiser, config = _from_config(content, source=source)
         width = content["cross_attention_dim" if isinstance(config, UNetConfig) else "caption_channels"]
-        found = LoadedDenoiser(denoiser, config, int(content["sample_size"]), content["in_channels"], width)
+        found = LoadedDenoiser(
+            denoiser, config, int(content["sample_size"]), content["in_channels"], width, learns_variance(content)
+        )
     load_strictly(denoiser, to_float32(read_weights(folder / WEIGHTS_NAME)), source=folder / WEIGHTS_NAME)
     return found
+
+
+def learns_variance(content: Mapping[str, Any]) -> bool:
+    """Whether config.json tells of a second half of output channels."""
+    return (content.get("out_channels") or content["in_channels"]) == 2 * content["in_channels"]
 
 
 def _from_config(content: dict[str, Any], *, source: Path) -> tuple[nn.Module, DenoiserConfig]:
@@ -99,8 +110,9 @@ def _from_config(content: dict[str, Any], *, source: Path) -> tuple[nn.Module, D
             return UNet(unet, **channels, context_width=content["cross_attention_dim"]), unet
         case "PixArtTransformer2DModel":
             dit = dit_config(content, source=source)
-            width = content["caption_channels"]
-            return build_denoiser(dit, latent_channels=content["in_channels"], context_width=width), dit
+            channels = {"in_channels": content["in_channels"], "out_channels": content.get("out_channels")}
+            channels["out_channels"] = channels["out_channels"] or channels["in_channels"]
+            return DiT(dit, **channels, context_width=content["caption_channels"]), dit
         case kind:
             known = "UNet2DConditionModel or PixArtTransformer2DModel"
             raise ValueError(f"{source} describes {kind!r}, expected {known}: give a denoiser's folder")

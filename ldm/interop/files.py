@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from ldm.whole import whole_file
 
 SHOWN_KEYS = 5  # of a long list of wrong ones
+RUN_MODEL = "model"  # folder of a run of ldm/train.py that holds its newest export
+
+
+def model_folder(path: Path) -> Path:
+    """Where the model lies: a run of ldm/train.py keeps its newest in its folder model/."""
+    return path / RUN_MODEL if (path / RUN_MODEL / "model_index.json").exists() else path
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,13 +76,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
 
 
-def write_weights(weights: dict[str, Tensor], path: Path) -> None:
+def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Contiguous float tensors; the metadata names the format, without which other readers refuse the file."""
     from safetensors.torch import save_file
 
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with whole_file(path) as partial:
-        save_file(own, partial, {"format": "pt"})
+        save_file(own, partial, {"format": "pt"} | (metadata or {}))
 
 
 def load_strictly(network: nn.Module, weights: dict[str, Tensor], *, source: Path) -> None:

@@ -9,25 +9,29 @@ A sampler is a pure function `sampler(denoise, x, path, times, generator) -> x`:
                 stochastic samplers draw from it
 """
 
+import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
+from ldm.samplers.adams import deis, lms, plms, pndm
 from ldm.samplers.grids import TIME_GRIDS, time_grid
 from ldm.samplers.inversion import invert
-from ldm.samplers.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, lms, unipc_2, unipc_3
+from ldm.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc_2, unipc_3
 from ldm.samplers.single_step import (
     ddim,
     ddpm,
-    ddpm_posterior,
+    ddpm_large,
+    ddpm_learned,
     dpm2,
     dpmpp_2s_ancestral,
     euler_ancestral,
     heun,
     lcm,
 )
-from ldm.samplers.steps import Denoise, Generators, Node, Step, noise_like
+from ldm.samplers.steps import Denoise, Generators, LearnedDenoise, Node, Step, noise_like, with_share_of
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig
@@ -37,13 +41,16 @@ __all__ = [
     "TIME_GRIDS",
     "Denoise",
     "Generators",
+    "LearnedDenoise",
     "Node",
     "Sampler",
+    "SamplerFunction",
     "Step",
-    "ddpm_posterior",
     "invert",
     "noise_like",
+    "sampler_named",
     "time_grid",
+    "with_share_of",
 ]
 
 
@@ -59,20 +66,37 @@ class Sampler:
     order: int  # error ~ (step size)^order: of the picture, or where stochastic of mean and variance
     stochastic: bool
     label: str  # the name in A1111 and in the metadata of its pictures
-    evaluations: int = 1  # of the denoiser in a step, but for the first and the last
+    evaluations: int = 1  # of the denoiser in a step; one where the step comes from alpha = 0 or goes to sigma = 0
+    more_at_first: int = 0  # evaluations of the first steps beyond those
+    eta: float | None = None  # of its own; None: it takes none
+    learned_variance: bool = False  # whether it needs a LearnedDenoise
+
+    def with_eta(self, eta: float | None) -> SamplerFunction:
+        """The function with this share of noise, from 0 to 1; None: its own. Raises ValueError if it cannot have it."""
+        if eta is None:
+            return self.function
+        if self.eta is None:
+            raise ValueError(f"sampler {self.label} has no eta: leave it out, or use {', '.join(_WITH_ETA)}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}, expected 0 (no noise) to 1 (DDPM's)")
+        return partial(cast(Any, self.function), eta=eta)
 
 
 # DDIM, Euler's method on x / alpha (k-diffusion) and Euler's method for rectified flow are one and the
 # same update between given nodes. Users look for either name, so both are here, and both are `ddim`.
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(function=ddpm, order=1, stochastic=True, label="DDPM"),
-    "ddim": Sampler(function=ddim, order=1, stochastic=False, label="DDIM"),
+    "ddpm_large": Sampler(function=ddpm_large, order=1, stochastic=True, label="DDPM large"),
+    "ddpm_learned": Sampler(
+        function=ddpm_learned, order=1, stochastic=True, label="DDPM learned", learned_variance=True
+    ),
+    "ddim": Sampler(function=ddim, order=1, stochastic=False, label="DDIM", eta=0.0),
     "euler": Sampler(function=ddim, order=1, stochastic=False, label="Euler"),
-    "euler_ancestral": Sampler(function=euler_ancestral, order=1, stochastic=True, label="Euler a"),
+    "euler_ancestral": Sampler(function=euler_ancestral, order=1, stochastic=True, label="Euler a", eta=1.0),
     "heun": Sampler(function=heun, order=2, stochastic=False, label="Heun", evaluations=2),
     "dpm2": Sampler(function=dpm2, order=2, stochastic=False, label="DPM2", evaluations=2),
     "dpmpp_2s_ancestral": Sampler(
-        function=dpmpp_2s_ancestral, order=2, stochastic=True, label="DPM++ 2S a", evaluations=2
+        function=dpmpp_2s_ancestral, order=2, stochastic=True, label="DPM++ 2S a", evaluations=2, eta=1.0
     ),
     "dpmpp_2m": Sampler(function=dpmpp_2m, order=2, stochastic=False, label="DPM++ 2M"),
     "dpmpp_2m_sde": Sampler(function=dpmpp_2m_sde, order=2, stochastic=True, label="DPM++ 2M SDE"),
@@ -80,6 +104,19 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc_2": Sampler(function=unipc_2, order=3, stochastic=False, label="UniPC 2"),
     "unipc_3": Sampler(function=unipc_3, order=4, stochastic=False, label="UniPC"),
     "lms": Sampler(function=lms, order=4, stochastic=False, label="LMS"),
+    "plms": Sampler(function=plms, order=2, stochastic=False, label="PLMS", more_at_first=1),
+    "pndm": Sampler(function=pndm, order=2, stochastic=False, label="PNDM", more_at_first=9),
     "deis": Sampler(function=deis, order=3, stochastic=False, label="DEIS"),
     "lcm": Sampler(function=lcm, order=0, stochastic=True, label="LCM"),
 }
+_WITH_ETA = [name for name, sampler in SAMPLERS.items() if sampler.eta is not None]
+
+
+def sampler_named(name: str) -> str:
+    """The key of SAMPLERS for it or its label, in any case. Raises ValueError, naming the nearest, for another."""
+    names = {written.lower(): key for key, sampler in SAMPLERS.items() for written in (key, sampler.label)}
+    if name.lower() in names:
+        return names[name.lower()]
+    near = difflib.get_close_matches(name.lower(), names, 1)
+    hint = f", did you mean {names[near[0]]}?" if near else ":"
+    raise ValueError(f"no sampler {name!r}{hint} There are {', '.join(SAMPLERS)}")

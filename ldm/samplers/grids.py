@@ -5,8 +5,10 @@ t = 1. Those in log-SNR are laid between the path's finite ends (log_snr_range);
 all, t = 1 is one node more before them.
 """
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,18 +20,36 @@ if TYPE_CHECKING:
 Grid = Callable[["PathConfig", int], Tensor]
 
 
-def time_grid(path: "PathConfig", steps: int, grid: str | None = None) -> Tensor:
-    """steps + 1 times, float64, strictly falling to 0. grid: of TIME_GRIDS; None: the path's own. Raises ValueError for
-    what cannot be."""
-    grid = path.default_grid if grid is None else grid
-    if grid not in TIME_GRIDS:
-        raise ValueError(f"grid is {grid!r}, expected one of {', '.join(TIME_GRIDS)}")
+def time_grid(path: "PathConfig", steps: int, grid: str | Sequence[float] | None = None) -> Tensor:
+    """steps + 1 times, float64, strictly falling to 0.
+
+    grid: a name of TIME_GRIDS, or the times themselves; None: the path's own. Raises ValueError, naming the
+    value, for what cannot be.
+    """
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, not {steps}")
+    grid = path.default_grid if grid is None else grid
+    if not isinstance(grid, str):
+        return explicit_times(steps, grid)
+    if grid not in TIME_GRIDS:
+        near = difflib.get_close_matches(grid, TIME_GRIDS, 1)
+        hint = f", did you mean {near[0]}?" if near else ":"
+        raise ValueError(f"no time grid {grid!r}{hint} There are {', '.join(TIME_GRIDS)}")
     times = TIME_GRIDS[grid](path, steps)
     if not (times[:-1] > times[1:]).all():
         raise ValueError(f"steps {steps} is more than the path has noise levels; use fewer")
     return times
+
+
+def explicit_times(steps: int, times: Sequence[float]) -> Tensor:
+    """The times themselves. Raises ValueError unless they are steps + 1, strictly falling from 1 at most to 0."""
+    falling = all(later < earlier for earlier, later in pairwise(times))
+    if len(times) < 2 or not falling or times[0] > 1 or times[-1] != 0:
+        shown = ", ".join(f"{t:g}" for t in times)
+        raise ValueError(f"the time grid is {shown}, expected two or more times that fall from at most 1 to 0")
+    if len(times) != steps + 1:
+        raise ValueError(f"the time grid has {len(times)} times, expected one more than steps, {steps}")
+    return torch.tensor(times, dtype=torch.float64)
 
 
 def cleanest_time(path: "PathConfig") -> Tensor:
@@ -37,13 +57,18 @@ def cleanest_time(path: "PathConfig") -> Tensor:
     return path.time_of_log_snr(torch.tensor(path.log_snr_range[1], dtype=torch.float64))
 
 
-def linear(path: "PathConfig", steps: int) -> Tensor:
-    """Even in t, moved to the times that the path was trained at.
+def trailing(path: "PathConfig", steps: int) -> Tensor:
+    """Even in t from 1 to 0, moved to the times that the path was trained at.
 
-    On a table path this is "trailing" spacing, which starts at the last noise level. Lin et al. 2023
-    (arXiv 2305.08891), section 3.3.
+    On a table path it starts at the last noise level and is even in its entries. Lin et al. 2023 (arXiv 2305.08891),
+    section 3.3.
     """
     return path.snap(torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
+
+
+def linear(path: "PathConfig", steps: int) -> Tensor:
+    """Even in t from 1 to the cleanest time that was trained at, and then 0: "linspace" in diffusers."""
+    return _to_the_cleanest(path, steps, power=1)
 
 
 def leading(path: "PathConfig", steps: int) -> Tensor:
@@ -54,7 +79,7 @@ def leading(path: "PathConfig", steps: int) -> Tensor:
     """
     n: int | None = getattr(path, "num_train_timesteps", None)
     if n is None:
-        raise ValueError(f"grid 'leading' counts the entries of a table, and path {path.kind} has none: use linear")
+        raise ValueError(f"grid 'leading' counts the entries of a table, and path {path.kind} has none: use trailing")
     if steps > n - 1:
         raise ValueError(f"steps {steps} is more than the path has noise levels; use fewer")
     entries = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (n // steps) + 1
@@ -62,13 +87,14 @@ def leading(path: "PathConfig", steps: int) -> Tensor:
 
 
 def quadratic(path: "PathConfig", steps: int) -> Tensor:
-    """Even in sqrt(t) down to the cleanest time that was trained at: more steps near the data.
+    """As linear, but even in sqrt(t): more steps near the data. Song et al. 2020 (arXiv 2010.02502), appendix D.2."""
+    return _to_the_cleanest(path, steps, power=2)
 
-    Song et al. 2020 (arXiv 2010.02502), appendix D.2.
-    """
-    cleanest = cleanest_time(path)
+
+def _to_the_cleanest(path: "PathConfig", steps: int, *, power: int) -> Tensor:
     shares = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
-    return torch.cat([path.snap(torch.lerp(torch.ones_like(shares), cleanest.sqrt(), shares) ** 2), 0 * shares[:1]])
+    roots = torch.lerp(torch.ones_like(shares), cleanest_time(path) ** (1 / power), shares)
+    return torch.cat([path.snap(roots**power), torch.zeros(1, dtype=torch.float64)])
 
 
 def even_log_snr(path: "PathConfig", steps: int) -> Tensor:
@@ -128,6 +154,7 @@ def _in_log_snr(path: "PathConfig", steps: int, place: Callable[[Tensor, float, 
 
 
 TIME_GRIDS: dict[str, Grid] = {
+    "trailing": trailing,
     "linear": linear,
     "leading": leading,
     "quadratic": quadratic,

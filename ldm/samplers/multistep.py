@@ -6,7 +6,6 @@ sigma = 0 is one too.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,76 +90,6 @@ def derivatives(history: Sequence[tuple[float, Tensor]]) -> tuple[Tensor, Tensor
     l2, d2 = history[-3]
     bend = (first - (d1 - d2) / (l1 - l2)) / (l0 - l2)
     return first + bend * (l0 - l1), bend
-
-
-# ------------------------------------------------------------------------------------------ Adams's methods
-
-
-def lms(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """Linear multistep, order 4: the noise eps as a polynomial in kappa = sigma / alpha through its last four values.
-
-    x' / alpha' = x / alpha + sum_j c_j eps_j, c_j = integral of Lagrange's j-th polynomial over kappa: Adams and
-    Bashforth's method on an uneven grid. Liu et al. 2022 (arXiv 2202.09778), eq. 12, has it for even grids.
-    """
-    return adams(denoise, x, path, times, order=4, variable=lambda kappa: kappa)
-
-
-def deis(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """DEIS (tAB, order 3): as lms, but the noise is a polynomial in log(kappa), along which it changes more evenly.
-
-    Zhang & Chen 2022 (arXiv 2204.13902), eq. 15 with rho = kappa.
-    """
-    return adams(denoise, x, path, times, order=3, variable=torch.log)
-
-
-def adams(
-    denoise: Denoise,
-    x: Tensor,
-    path: "PathConfig",
-    times: Tensor,
-    *,
-    order: int,
-    variable: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """x' / alpha' = x / alpha + integral of eps over kappa, eps a polynomial in variable(kappa)."""
-    history: list[tuple[float, Tensor]] = []  # (kappa, eps), the newest last
-    for step in grid_steps(path, times):
-        start, end = step
-        x0 = denoise(x, start.t)
-        if not math.isfinite(step.h):
-            x = ddim_step(x, x0, start, end)
-            continue
-        history = [*history[1 - order :], (start.sigma / start.alpha, (x - start.alpha * x0) / start.sigma)]
-        weights = adams_weights(tuple(kappa for kappa, _ in history), end.sigma / end.alpha, variable)
-        x = end.alpha * (x / start.alpha + sum(w * eps for w, (_, eps) in zip(weights, history, strict=True)))
-    return x
-
-
-def adams_weights(kappas: Sequence[float], end: float, variable: Callable[[Tensor], Tensor]) -> list[float]:
-    """c_j = integral from kappas[-1] to end of prod_{m != j} (v(k) - v_m) / (v_j - v_m) dk, v = variable.
-
-    By Gauss's quadrature in log k, with which it is exact to the last digits for any grid in use.
-    """
-    points, weights = gauss_legendre(24)
-    low, high = math.log(kappas[-1]), math.log(end)
-    k = (low + (high - low) * (points + 1) / 2).exp()
-    scale = weights * k * (high - low) / 2  # dk = k d(log k)
-    at, v = variable(torch.tensor(kappas, dtype=torch.float64)), variable(k)
-    found = []
-    for j in range(len(kappas)):
-        others = [m for m in range(len(kappas)) if m != j]
-        basis = torch.stack([(v - at[m]) / (at[j] - at[m]) for m in others]).prod(0) if others else torch.ones_like(k)
-        found.append((scale * basis).sum().item())
-    return found
-
-
-@cache
-def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
-    """Points and weights on [-1, 1], exact for polynomials to degree 2 n - 1. Golub & Welsch 1969."""
-    i = torch.arange(1, n, dtype=torch.float64)
-    off = i / (4 * i**2 - 1).sqrt()
-    points, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return points, 2 * vectors[0] ** 2
 
 
 # ---------------------------------------------------------------------------------------------------- UniPC

@@ -1,11 +1,22 @@
 """Samplers that forget: each step looks at its own start, and perhaps at one point on the way."""
 
 import math
-from typing import TYPE_CHECKING, Literal, assert_never
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ldm.samplers.steps import Denoise, Generators, Step, add_noise, ancestral, ddim_step, grid_steps, node_between
+from ldm.samplers.steps import (
+    Denoise,
+    Generators,
+    Step,
+    add_noise,
+    ancestral,
+    ddim_step,
+    grid_steps,
+    node_between,
+    share_of,
+)
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig
@@ -18,34 +29,36 @@ def ddim(
 
     Song et al. 2020 (arXiv 2010.02502), eq. 12.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}, expected 0 (no noise) to 1 (DDPM's)")
     for step in grid_steps(path, times):
         down, up = ancestral(step, eta)
         x = add_noise(ddim_step(x, denoise(x, step.start.t), step.start, down), up, generator)
     return x
 
 
-def euler_ancestral(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def euler_ancestral(
+    denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators, *, eta: float = 1.0
+) -> Tensor:
     """Euler's method with fresh noise at each step, which is DDIM with eta = 1 under another name."""
-    return ddim(denoise, x, path, times, generator, eta=1.0)
+    return ddim(denoise, x, path, times, generator, eta=eta)
 
 
-Variance = Literal["fixed_small", "fixed_large"]
+def ddpm_mean(step: Step) -> tuple[float, float]:
+    """Coefficients of x and x0 in the mean of q(x' | x, x0): (a sigma'^2 x + alpha' b^2 x0) / sigma^2.
 
-
-def ddpm_posterior(step: Step) -> tuple[float, float, float]:
-    """Coefficients of x and x0 in the mean of q(x' | x, x0), and its standard deviation ("fixed small").
-
-    With a = alpha / alpha' and b^2 = sigma^2 - a^2 sigma'^2: mean (a sigma'^2 x + alpha' b^2 x0) / sigma^2,
-    variance b^2 sigma'^2 / sigma^2. Ho et al. 2020 (arXiv 2006.11239), eqs. 6-7; for any path and stride as
-    in Kingma et al. 2021 (arXiv 2107.00630), appendix A.
+    a = alpha / alpha', b^2 = sigma^2 - a^2 sigma'^2. Ho et al. 2020 (arXiv 2006.11239), eq. 7; for any path and stride
+    as in Kingma et al. 2021 (arXiv 2107.00630), appendix A.
     """
     start, end = step
-    ratio, added = start.alpha / end.alpha, variance_added(step)
-    x_share = ratio * end.sigma**2 / start.sigma**2
-    x0_share = end.alpha * added / start.sigma**2
-    return x_share, x0_share, math.sqrt(added) * end.sigma / start.sigma
+    return (
+        start.alpha / end.alpha * end.sigma**2 / start.sigma**2,
+        end.alpha * variance_added(step) / start.sigma**2,
+    )
+
+
+def variance_range(step: Step) -> tuple[float, float]:
+    """The variance of q(x' | x, x0), b^2 sigma'^2 / sigma^2, and the larger b^2. Ho et al. 2020, eq. 7."""
+    added = variance_added(step)
+    return added * step.end.sigma**2 / step.start.sigma**2, added
 
 
 def variance_added(step: Step) -> float:
@@ -54,31 +67,56 @@ def variance_added(step: Step) -> float:
     return start.sigma**2 - (start.alpha / end.alpha * end.sigma) ** 2
 
 
-def ddpm(
+def ddpm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+    """DDPM's ancestral sampling, x' drawn around the mean of q(x' | x, x0_hat), with its variance ("fixed small").
+
+    That is right for data that are one point. Ho et al. 2020, section 3.2.
+    """
+    return ancestral_sampling(denoise, x, path, times, generator, lambda x, step: math.sqrt(variance_range(step)[0]))
+
+
+def ddpm_large(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+    """DDPM with the variance that the forward step added ("fixed large"), right for data that are pure noise.
+
+    With many steps it draws what `ddpm` does. Ho et al. 2020, section 3.2.
+    """
+    return ancestral_sampling(denoise, x, path, times, generator, lambda x, step: math.sqrt(variance_range(step)[1]))
+
+
+def ddpm_learned(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+    """DDPM with the variance that the network has learned, between the small and the large one: denoise.share says
+    where. Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15. Raises ValueError if it says nothing."""
+    share = share_of(denoise)
+
+    def deviation(x: Tensor, step: Step) -> Tensor:
+        small, large = variance_range(step)
+        return (learned_log_variance(share(x, step.start.t), math.log(small), math.log(large)) / 2).exp()
+
+    return ancestral_sampling(denoise, x, path, times, generator, deviation)
+
+
+def ancestral_sampling(
     denoise: Denoise,
     x: Tensor,
     path: "PathConfig",
     times: Tensor,
     generator: Generators,
-    *,
-    variance: Variance = "fixed_small",
+    deviation: Callable[[Tensor, Step], float | Tensor],
 ) -> Tensor:
-    """DDPM's ancestral sampling, x' drawn around the mean of q(x' | x, x0_hat).
-
-    fixed_small is right for data that are one point, fixed_large (b^2) for data that are pure noise; with many steps
-    both are. Ho et al. 2020, section 3.2.
-    """
+    """x' = mean of q(x' | x, x0_hat) + deviation n; a step to sigma' = 0 adds nothing."""
     for step in grid_steps(path, times):
-        x_share, x0_share, small = ddpm_posterior(step)
-        match variance:
-            case "fixed_small":
-                deviation = small
-            case "fixed_large":
-                deviation = math.sqrt(variance_added(step)) if step.end.sigma > 0 else 0.0
-            case _:
-                assert_never(variance)
-        x = add_noise(x_share * x + x0_share * denoise(x, step.start.t), deviation, generator)
+        x_share, x0_share = ddpm_mean(step)
+        mean = x_share * x + x0_share * denoise(x, step.start.t)
+        x = add_noise(mean, deviation(x, step), generator) if step.end.sigma > 0 else mean
     return x
+
+
+def learned_log_variance(share: Tensor, log_small: float | Tensor, log_large: float | Tensor) -> Tensor:
+    """log variance = v log large + (1 - v) log small, v = (share + 1) / 2: share runs from -1 to 1 about.
+
+    Nichol & Dhariwal 2021, eq. 15.
+    """
+    return log_small + (share + 1) / 2 * (log_large - log_small)
 
 
 def lcm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
@@ -124,13 +162,15 @@ def dpm2(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generat
     return x
 
 
-def dpmpp_2s_ancestral(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def dpmpp_2s_ancestral(
+    denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators, *, eta: float = 1.0
+) -> Tensor:
     """DPM-Solver++(2S) with fresh noise: down to less noise than asked for by x0_hat at the middle, then up.
 
     Lu et al. 2022 (arXiv 2211.01095), algorithm 1 with r = 1/2. A step from alpha = 0 or to sigma = 0 is a DDIM step.
     """
     for step in grid_steps(path, times):
-        down, up = ancestral(step, 1.0)
+        down, up = ancestral(step, eta)
         x0 = denoise(x, step.start.t)
         if math.isfinite(step.h):
             middle = node_between(path, Step(step.start, down), 0.5)

@@ -6,6 +6,7 @@ flow starts.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -83,12 +84,42 @@ def ancestral(step: Step, eta: float) -> tuple[Node, float]:
 
     up = eta sigma' sqrt(1 - e^(-2h)), down^2 = sigma'^2 - up^2: with eta = 1 what is added is what the step from
     x' to x has added, as DDPM's posterior demands. Song et al. 2020, eq. 16.
+
+    Raises ValueError for an eta outside [0, 1].
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}, expected 0 (no noise) to 1 (DDPM's)")
     up = eta * step.end.sigma * math.sqrt(-math.expm1(-2 * step.h))
     down = math.sqrt(max(0.0, step.end.sigma**2 - up**2))
     return step.end._replace(sigma=down), up
 
 
-def add_noise(x: Tensor, deviation: float, generator: Generators) -> Tensor:
-    """x itself where nothing is to be added: then nothing is drawn."""
-    return x + deviation * noise_like(x, generator) if deviation > 0 else x
+def add_noise(x: Tensor, deviation: float | Tensor, generator: Generators) -> Tensor:
+    """x + deviation n; x itself where nothing is to be added: then nothing is drawn."""
+    if isinstance(deviation, float) and deviation == 0:
+        return x
+    return x + deviation * noise_like(x, generator)
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedDenoise:
+    """A denoiser that also says how wide its next step scatters: share(x_t, t), of x_t's shape, -1 (as little as
+    q(x' | x, x0)) to 1 (as much as the forward step added) about."""
+
+    denoise: Denoise
+    share: Denoise
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.denoise(x_t, t)
+
+
+def with_share_of(source: Denoise, denoise: Denoise) -> Denoise:
+    """denoise, which was made of source, with source's share, if there is one."""
+    return LearnedDenoise(denoise, source.share) if isinstance(source, LearnedDenoise) else denoise
+
+
+def share_of(denoise: Denoise) -> Denoise:
+    """Its share. Raises ValueError if the network has learned none."""
+    if not isinstance(denoise, LearnedDenoise):
+        raise ValueError("the network has learned no variance, which sampler ddpm_learned needs: use ddpm")
+    return denoise.share

@@ -29,7 +29,14 @@ UNET = UNetConfig(
 )
 
 
-def tiny_trained(config: DenoiserConfig, path: PathConfig, prediction: Prediction, *, tokens: int = 32) -> Trained:
+def tiny_trained(
+    config: DenoiserConfig,
+    path: PathConfig,
+    prediction: Prediction,
+    *,
+    tokens: int = 32,
+    learned_variance: bool = False,
+) -> Trained:
     """A whole model of some thousand random parameters, with latents of 8 x 8 x 4 for pictures of 16 x 16."""
     torch.manual_seed(0)
     vae_config = AutoencoderKLConfig(
@@ -42,7 +49,7 @@ def tiny_trained(config: DenoiserConfig, path: PathConfig, prediction: Predictio
     text_config = TextEncoderConfig(
         width=16, layers=2, heads=2, intermediate_size=32, context_length=tokens, projection_dim=16
     )
-    denoiser = build_denoiser(config, latent_channels=4, context_width=16)
+    denoiser = build_denoiser(config, latent_channels=4, context_width=16, learned_variance=learned_variance)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -52,6 +59,7 @@ def tiny_trained(config: DenoiserConfig, path: PathConfig, prediction: Predictio
         tokenizer=Tokenizer(text_config.tokenizer),
         path=path,
         prediction=prediction,
+        learned_variance=learned_variance,
     )
     return Trained(model=model, denoiser=denoiser.eval(), config=config, sample_size=8, notes="run: {name: tiny}\n")
 
@@ -77,6 +85,14 @@ def edm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of a tiny DiT on EDM's path."""
     folder = tmp_path_factory.mktemp("models") / "tiny-edm"
     export(tiny_trained(DIT, EDMPath(sigma_data=1.0), "edm"), folder, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def learned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a tiny DiT that has learned its variance, on Stable Diffusion's path."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-learned"
+    export(tiny_trained(DIT, ScaledLinearBetaPath(), "eps", learned_variance=True), folder, dtype=torch.float32)
     return folder
 
 

@@ -79,7 +79,12 @@ def test_overrides_reach_any_depth_and_keep_their_types():
         ("runn.name=x", r"unknown key runn; did you mean run\?"),
         ("model.denoiser.kind=dti", r"dti"),
         ("engine.zero_stage=4", r"engine\.zero_stage.*4"),
-        ("preview.sampler=dpmp_2m", r"'dpmp_2m', expected one of .*dpmpp_2m"),
+        ("preview.sampler=dpmp_2m", r"preview.sampler: no sampler 'dpmp_2m', did you mean dpmpp_2m\? There are ddpm, "),
+        ("model.objective.learned_variance=true", r"path rectified_flow has none: use scaled_linear_beta"),
+        ("optim.ema_lengths=[0.3]", r"the EMA's length is 0.3, expected more than 0 and less than 0.289"),
+        ("optim.ema_lengths=[0.1, 0.1]", r"optim.ema_lengths names a length twice"),
+        ("optim.ema_decay=1", r"decay must be at least 0 and below 1, not 1.0"),
+        ("run.snapshot_every=0", r"run\.snapshot_every must be at least 1"),
         ("run.steps=0", r"run\.steps must be at least 1"),
         ("run.steps=many", r"run\.steps.*'many'"),
         ("run.name=a/b", r"one folder's name, not 'a/b'"),
@@ -101,6 +106,13 @@ def test_a_mistake_is_one_line_that_names_it(word, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_config(TrainConfig, DIT, [word])
     assert "\n" not in str(caught.value)
+
+
+def test_a_u_net_learns_no_variance():
+    words = ["model.denoiser={kind: unet}", "model.path={kind: scaled_linear_beta}", "model.objective.prediction=eps"]
+    load_config(TrainConfig, DIT, words)
+    with pytest.raises(ValueError, match="learned_variance needs a DiT"):
+        load_config(TrainConfig, DIT, [*words, "model.objective.learned_variance=true"])
 
 
 @pytest.mark.parametrize("word", ["image.embed_dim=64", "image.image_size=32", "shift=-1"])

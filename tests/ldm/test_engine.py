@@ -30,7 +30,7 @@ def run(world, *, stage, steps, hidden=33, precision="fp32", clip=1.0, resume=No
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(7, hidden), nn.GELU(), nn.Linear(hidden, 5))
     config = EngineConfig(zero_stage=stage, precision=precision, clip=clip)
-    optim = OptimConfig(lr=0.33 / hidden, ema_decay=0.9, weight_decay=0.01)
+    optim = OptimConfig(lr=0.33 / hidden, ema_decay=0.9, weight_decay=0.01, ema_lengths=(0.1,))
     engine = Engine(network, world, config=config, optim=optim, batch_size=8, total_steps=100)
     if resume:
         engine.load(Path(resume))
@@ -57,11 +57,15 @@ def run(world, *, stage, steps, hidden=33, precision="fp32", clip=1.0, resume=No
         engine.save(Path(save), {"samples_seen": 8 * engine.step})
     ema = engine.averaged_weights()
     sums = {name: tensor.double().sum().item() for name, tensor in ema.items()}
-    means = engine.means({"rank": torch.tensor(float(world.rank)), "one": torch.ones(1)})
+    power = {name: tensor.double().sum().item() for name, tensor in engine.averaged_weights(0.1).items()}
+    uneven = torch.arange(3.0)[: 1 + 2 * world.rank]  # [0] on rank 0, [0, 1, 2] on rank 1
+    means = engine.means({"rank": torch.tensor(float(world.rank)), "uneven": uneven, "none": torch.empty(0)})
+    gathered = engine.gather(torch.tensor([[world.rank, 1.0]], dtype=torch.float64)).tolist()
     agreed = [engine.agree(world.rank == wishing) for wishing in range(2)]
     shapes = {name: list(tensor.shape) for name, tensor in ema.items()}
     dtypes = [str(output.dtype), str(next(network.parameters()).dtype), str(next(iter(ema.values()), output).dtype)]
-    found = {"means": means, "agreed": agreed, "total": engine.total(world.rank + 2), "dtypes": dtypes}
+    found = {"means": means, "gathered": gathered, "power": power, "agreed": agreed, "dtypes": dtypes}
+    found["total"] = engine.total(world.rank + 2)
     return found | {"losses": losses, "ema": sums, "shapes": shapes}
 
 
@@ -135,6 +139,7 @@ def test_every_zero_stage_is_the_same_training(stage, one):
     found, expected = one[f"zero{stage}"], one["zero0"]
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
     assert found["ema"] == pytest.approx(expected["ema"], abs=1e-5)
+    assert found["power"] == pytest.approx(expected["power"], abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -142,6 +147,7 @@ def test_two_processes_are_the_same_training_as_one(stage, one, two):
     found, expected = two[f"zero{stage}"], one["zero0"]
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert found["ema"] == pytest.approx(expected["ema"], abs=1e-5)
+    assert found["power"] == pytest.approx(expected["power"], abs=1e-5)
     assert found["shapes"] == expected["shapes"]
 
 
@@ -153,8 +159,9 @@ def test_a_matrix_that_no_rank_holds_whole_is_the_same_training(one, two):
 
 
 def test_ranks_share_their_numbers(one, two):
-    assert one["zero0"]["means"] == {"rank": 0, "one": 1}
-    assert two["zero0"]["means"] == {"rank": 0.5, "one": 1}
+    assert one["zero0"]["means"] == {"rank": 0, "uneven": 0}
+    assert two["zero0"]["means"] == {"rank": 0.5, "uneven": 0.75}
+    assert one["zero0"]["gathered"] == [[0, 1]] and two["zero0"]["gathered"] == [[0, 1], [1, 1]]
     assert one["zero0"]["agreed"] == [True, False]
     assert two["zero0"]["agreed"] == [True, True]
     assert one["zero0"]["total"] == 2 and two["zero0"]["total"] == 5

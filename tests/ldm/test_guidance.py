@@ -5,7 +5,7 @@ import torch
 
 from ldm.diffusion.paths import RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.diffusion.predictions import Prediction, to_x0
-from ldm.guidance import autoguidance, classifier_free, drop_captions, projected, rescaled, within_interval
+from ldm.guidance import autoguidance, classifier_free, drop_captions, projected, rescaled, scheduled, within_interval
 
 X, T = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor(0.7)
 
@@ -137,3 +137,20 @@ def test_momentum_adds_to_the_change_of_the_steps_before():
 
 def test_autoguidance_goes_away_from_the_weaker_one():
     assert torch.allclose(autoguidance(cond, uncond, 2.0)(X, T), 2 * cond(X, T) - uncond(X, T), atol=1e-5)
+
+
+def test_a_scale_over_time():
+    """Both rise from no guidance at the noise, and have the scale itself in the mean."""
+    assert scheduled("constant", 4.0) == 4.0
+    times = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    linear, cosine = scheduled("linear", 4.0), scheduled("cosine", 4.0)
+    assert callable(linear) and callable(cosine)
+    for scale in (linear, cosine):
+        assert [scale(torch.tensor(t)) for t in (1.0, 0.5, 0.0)] == pytest.approx([1.0, 4.0, 7.0])
+        assert sum(scale(t) for t in times) / 2000 == pytest.approx(4.0)
+    assert linear(torch.tensor(0.25)) == pytest.approx(5.5)
+    assert cosine(torch.tensor(0.25)) == pytest.approx(1 + 3 * (1 + 0.5**0.5))
+    expected = 5.5 * cond(X, T) - 4.5 * uncond(X, T)
+    quarter = torch.tensor(0.25)
+    found = classifier_free(lambda x, t: cond(x, T), lambda x, t: uncond(x, T), linear)(X, quarter)
+    assert torch.allclose(found, expected, atol=1e-5)

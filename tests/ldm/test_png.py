@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.options import DrawOptions
 from ldm.png import NumberedFiles, Recipe, parameters_text, png_bytes, read_recipes, software
 from ldm.samplers import SAMPLERS
 
@@ -236,3 +237,36 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     (tmp_path / "usual").touch()
     path = NumberedFiles(tmp_path, digits=5).write(b"x")
     assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+OPTIONS = DrawOptions(eta=0.5, time_grid="1, 0.5, 0", guidance_interval=(0.1, 0.9), guidance_norm_limit=2.0)
+
+
+def test_options_are_told_and_kept(tmp_path):
+    recipe = dataclasses.replace(RECIPE, options=OPTIONS)
+    assert parameters_text(recipe).endswith(
+        'Model: emoji64, Eta: 0.5, Schedule type: "1, 0.5, 0", Guidance interval: 0.1 to 0.9, '
+        "Guidance norm limit: 2.0, Version: Latent Foundry 1"
+    )
+    path = tmp_path / "x.png"
+    path.write_bytes(png_bytes(Image.new("RGB", (64, 48)), [recipe]))
+    assert read_recipes(path) == [recipe]
+
+
+def write_foundry(path, content):
+    info = PngInfo()
+    info.add_text("foundry", json.dumps(content))
+    Image.new("RGB", (64, 48)).save(path, pnginfo=info)
+
+
+def test_pictures_of_before_there_were_options_are_read(tmp_path):
+    fields = {key: value for key, value in dataclasses.asdict(RECIPE).items() if key != "options"}
+    write_foundry(tmp_path / "x.png", fields)
+    assert read_recipes(tmp_path / "x.png") == [RECIPE]
+
+
+@pytest.mark.parametrize("options", [{"eta": 7}, {"eat": 0.5}, [1], {"guidance_interval": 3}, {"eta": "x"}])
+def test_options_that_are_none_are_refused(tmp_path, options):
+    write_foundry(tmp_path / "x.png", dataclasses.asdict(RECIPE) | {"options": options})
+    with pytest.raises(ValueError, match="has options that are none|is not a recipe"):
+        read_recipes(tmp_path / "x.png")

@@ -29,10 +29,12 @@ __all__ = [
     "PathConfig",
     "RectifiedFlowPath",
     "ScaledLinearBetaPath",
+    "TablePath",
     "prior_std",
 ]
 
-PathConfig = LinearBetaPath | ScaledLinearBetaPath | CosinePath | RectifiedFlowPath | EDMPath
+TablePath = LinearBetaPath | ScaledLinearBetaPath | CosinePath
+PathConfig = TablePath | RectifiedFlowPath | EDMPath
 
 
 def prior_std(path: PathConfig) -> float:

@@ -20,7 +20,7 @@ class RectifiedFlowPath:
     kind: Literal["rectified_flow"] = "rectified_flow"
     shift: float = 1.0
     sigma_data: ClassVar[float] = 1.0  # our latents' standard deviation
-    default_grid: ClassVar[str] = "linear"  # of ldm.samplers.TIME_GRIDS
+    default_grid: ClassVar[str] = "trailing"  # of ldm.samplers.TIME_GRIDS
 
     def __post_init__(self) -> None:
         if not self.shift > 0:

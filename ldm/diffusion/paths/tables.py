@@ -24,7 +24,7 @@ class BetaTablePath(ABC):
     num_train_timesteps: int = 1000
     zero_terminal_snr: bool = False
     sigma_data: ClassVar[float] = 1.0  # our latents' standard deviation
-    default_grid: ClassVar[str] = "linear"  # of ldm.samplers.TIME_GRIDS
+    default_grid: ClassVar[str] = "trailing"  # of ldm.samplers.TIME_GRIDS
 
     def __post_init__(self) -> None:
         if self.num_train_timesteps < 2:

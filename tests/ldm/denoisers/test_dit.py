@@ -107,7 +107,7 @@ def test_fresh_network_returns_exactly_zero():
 def test_text_and_time_modulation_begin_silent_and_gates_begin_small():
     torch.manual_seed(0)
     config = DiTConfig(depth=1, width=256, heads=4, sample_size=8)
-    network = DiT(config, channels=4, context_width=CONTEXT_WIDTH)
+    network = DiT(config, in_channels=4, out_channels=4, context_width=CONTEXT_WIDTH)
     block = network.transformer_blocks[0]
     x, context = torch.randn(2, 16, 256), torch.randn(2, 7, 256)
     mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)

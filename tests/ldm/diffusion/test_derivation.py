@@ -5,30 +5,12 @@ from typing import get_args
 
 import pytest
 import torch
-from torch import Tensor
+from analytic import MEAN, STD, double, ideal_denoiser, marginal, node_at
 
-from ldm.diffusion.paths import CosinePath, LinearBetaPath, PathConfig, ScaledLinearBetaPath
+from ldm.diffusion.paths import CosinePath, LinearBetaPath, ScaledLinearBetaPath
 from ldm.diffusion.predictions import Prediction, eps_from_x0, noise_sample, target, to_x0, velocity_target
-from ldm.samplers import Node, Step, ddpm_posterior
-
-MEAN, STD = 0.4, 0.6
-
-
-def double(*numbers: float) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-def node(path: PathConfig, t: float) -> Node:
-    return Node(double(t)[0], path.alpha(double(t)).item(), path.sigma(double(t)).item())
-
-
-def ideal_x0(path: PathConfig, x: Tensor, t: Tensor) -> Tensor:
-    alpha, sigma = path.alpha(t), path.sigma(t)
-    return MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
-
-
-def marginal(path: PathConfig, t: Tensor, z: float) -> Tensor:
-    return path.alpha(t) * MEAN + (path.alpha(t) ** 2 * STD**2 + path.sigma(t) ** 2).sqrt() * z
+from ldm.samplers import Step
+from ldm.samplers.single_step import ddpm_mean, variance_range
 
 
 @pytest.mark.parametrize("kind", [LinearBetaPath, ScaledLinearBetaPath, CosinePath])
@@ -57,8 +39,9 @@ def test_a_chain_of_draws_has_the_closed_forms_moments():
 
 def test_a_term_of_the_bound_is_the_fall_of_the_snr(path):
     """Equations 10 and 11: the divergence of two of the posterior's normals, integrated numerically as well."""
-    start, end = node(path, 0.6), node(path, 0.55)
-    x_share, x0_share, deviation = ddpm_posterior(Step(start, end))
+    start, end = (node_at(path, t) for t in double(0.6, 0.55))
+    x_share, x0_share = ddpm_mean(Step(start, end))
+    deviation = math.sqrt(variance_range(Step(start, end))[0])
     x, x0, guess = 0.3, 0.9, 0.5
     means = [x_share * x + x0_share * value for value in (x0, guess)]
     fall = (end.alpha / end.sigma) ** 2 - (start.alpha / start.sigma) ** 2
@@ -84,17 +67,17 @@ def test_every_objective_has_the_same_minimiser(path, prediction, time):
     fit = torch.linalg.lstsq(torch.stack([x_t, torch.ones(4).double()], dim=1), wanted[:, None]).solution.flatten()
     x = double(-1.3, 0.0, 2.1)
     found = to_x0(prediction, fit[0] * x + fit[1], x, path, t[0])
-    assert torch.allclose(found, ideal_x0(path, x, t), rtol=1e-7, atol=1e-8)
+    assert torch.allclose(found, ideal_denoiser(path)(x, t), rtol=1e-7, atol=1e-8)
 
 
 def test_the_ode_keeps_the_marginals(path):
     """Equation 19: along it a sample keeps its quantile of the marginal."""
     for time in (0.3, 0.5004, 0.9):
         t = torch.tensor(time, dtype=torch.float64, requires_grad=True)
-        x = marginal(path, t, 0.8)
+        x = marginal(path, t, double(0.8))[0]
         (slope,) = torch.autograd.grad(x, t)
         t, x = t.detach(), x.detach()
-        x0 = ideal_x0(path, x, t)
+        x0 = ideal_denoiser(path)(x, t)
         eps = eps_from_x0(x0, x, path.alpha(t), path.sigma(t))
         assert velocity_target(x0, eps, path.d_alpha(t), path.d_sigma(t)).item() == pytest.approx(
             slope.item(), rel=1e-9
@@ -105,7 +88,8 @@ def test_the_ode_solved_for_all_but_x0(path):
     """Equation 22, integrated numerically along the exact solution."""
     grid = torch.linspace(-1.0, 1.5, 4001, dtype=torch.float64)
     times = path.time_of_log_snr(2 * grid)
-    x = marginal(path, times, -1.1)
+    x = marginal(path, times, double(-1.1))
+    ideal = torch.stack([ideal_denoiser(path)(*at) for at in zip(x, times, strict=True)])
     ends = [path.sigma(times[i]).item() for i in (0, -1)]
-    integral = torch.trapezoid(grid.exp() * ideal_x0(path, x, times), grid).item()
+    integral = torch.trapezoid(grid.exp() * ideal, grid).item()
     assert ends[1] / ends[0] * x[0].item() + ends[1] * integral == pytest.approx(x[-1].item(), rel=1e-6)

@@ -9,6 +9,7 @@ import torch
 from ldm.diffusion.objective import (
     ObjectiveConfig,
     Weighting,
+    by_quantile,
     cosmap_density,
     diffusion_loss,
     draw_times,
@@ -211,3 +212,16 @@ def test_loss_is_float32_and_has_its_gradient():
 def test_wrong_configs_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         ObjectiveConfig(**wrong)
+
+
+def test_losses_by_quantile_of_the_times():
+    uniforms, losses = torch.tensor([0.1, 0.3, 0.2, 0.999, 0.25]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = {name: part.tolist() for name, part in by_quantile(losses, uniforms).items()}
+    assert found == {"loss_q1": [1.0, 3.0], "loss_q2": [2.0, 5.0], "loss_q3": [], "loss_q4": [4.0]}
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "log_normal"])
+def test_times_rise_with_their_numbers_so_that_these_are_quantiles(sampling, path):
+    config = ObjectiveConfig(prediction="v", time_sampling=sampling)
+    times = draw_times(config, path, torch.linspace(0.001, 0.999, 400))
+    assert (times.diff() >= 0).all() and times[0] < times[-1]

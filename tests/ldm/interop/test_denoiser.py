@@ -33,21 +33,22 @@ def inputs():
     return torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([3.0, 700.0]), context, mask
 
 
-def random_denoiser(config):
+def random_denoiser(config, *, learned_variance=False):
     torch.manual_seed(0)
-    denoiser = build_denoiser(config, latent_channels=4, context_width=12)
+    denoiser = build_denoiser(config, latent_channels=4, context_width=12, learned_variance=learned_variance)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return denoiser.eval()
 
 
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("config", [DIT, *UNETS], ids=["dit", "sd1", "sd2"])
-def test_a_denoiser_comes_back_bit_for_bit(config, tmp_path):
-    denoiser = random_denoiser(config)
-    save_denoiser(denoiser, config, tmp_path, **SIZES)
+def test_a_denoiser_comes_back_bit_for_bit(config, learned, tmp_path):
+    denoiser = random_denoiser(config, learned_variance=learned)
+    save_denoiser(denoiser, config, tmp_path, learned_variance=learned, **SIZES)
     loaded, *found = load_denoiser(tmp_path)
-    assert found == [config, 8, 4, 12]
+    assert found == [config, 8, 4, 12, learned]
     assert not any(parameter.is_meta for parameter in loaded.parameters())
     weights = denoiser.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in loaded.state_dict().items())

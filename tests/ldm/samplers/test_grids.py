@@ -28,18 +28,32 @@ def test_a_grid_falls_from_noise_to_data(grid, steps, path):
         assert times[0] == pytest.approx(1.0, abs=1e-9)
 
 
-def test_linear_on_rectified_flow_is_even():
+def test_times_may_be_given():
+    assert time_grid(RectifiedFlowPath(), 2, (0.9, 0.3, 0.0)).tolist() == [0.9, 0.3, 0.0]
+
+
+def test_trailing_on_rectified_flow_is_even():
     assert time_grid(RectifiedFlowPath(), 4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 30, 50, 999, 1000])
-@pytest.mark.parametrize(("grid", "spacing"), [("linear", "trailing"), ("leading", "leading")])
+@pytest.mark.parametrize(("grid", "spacing"), [("trailing", "trailing"), ("leading", "leading")])
 def test_grids_of_a_table_against_diffusers(steps, grid, spacing):
     steps -= (grid, steps) == ("leading", 1000)  # with an offset of 1 there are 999
     scheduler = DDIMScheduler(**SD_BETAS, timestep_spacing=spacing, steps_offset=1)
     scheduler.set_timesteps(steps)
     path = ScaledLinearBetaPath()
     assert torch.equal(path.timesteps(time_grid(path, steps, grid)[:-1]).long(), scheduler.timesteps[:steps])
+
+
+def test_linear_is_others_linspace():
+    path = ScaledLinearBetaPath()
+    scheduler = DDIMScheduler(**SD_BETAS, timestep_spacing="linspace")
+    for steps in (2, 7, 50, 999, 1000):
+        scheduler.set_timesteps(steps)
+        ours = path.timesteps(time_grid(path, steps, "linear")[:-1]).long()
+        # Halves between two entries are rounded here upwards, there to the even one.
+        assert (ours - scheduler.timesteps).abs().max() <= (999 % (steps - 1) != 0)
 
 
 def test_quadratic_is_even_in_the_root():
@@ -99,7 +113,13 @@ def test_ten_aligned_steps_are_those_published():
         (0, "linear", "steps must be 1 or more, not 0"),
         (1001, "linear", "steps 1001 is more than the path has noise levels"),
         (1000, "leading", "steps 1000 is more than the path has noise levels"),
-        (10, "karas", "grid is 'karas', expected one of linear, .*karras"),
+        (10, "karas", "no time grid 'karas', did you mean karras. There are trailing, .*karras"),
+        (10, "zzz", "no time grid 'zzz': There are trailing, .*karras"),
+        (3, (1.0, 0.5, 0.0), "the time grid has 3 times, expected one more than steps, 3"),
+        (2, (1.0, 0.2, 0.5, 0.0), "the time grid is 1, 0.2, 0.5, 0, expected two or more times that fall"),
+        (2, (1.2, 0.2, 0.0), "the time grid is 1.2, 0.2, 0, expected"),
+        (1, (1.0, 0.2), "the time grid is 1, 0.2, expected"),
+        (1, (0.0,), "the time grid is 0, expected"),
     ],
 )
 def test_impossible_grids_are_refused(steps, grid, message):
@@ -108,5 +128,5 @@ def test_impossible_grids_are_refused(steps, grid, message):
 
 
 def test_leading_is_for_tables():
-    with pytest.raises(ValueError, match="path rectified_flow has none: use linear"):
+    with pytest.raises(ValueError, match="path rectified_flow has none: use trailing"):
         time_grid(RectifiedFlowPath(), 10, "leading")

@@ -2,36 +2,14 @@
 
 import pytest
 import torch
+from analytic import mixture, mixture_denoiser
 from torch import Tensor
 
-from ldm.diffusion.paths import CosinePath, PathConfig, RectifiedFlowPath
-from ldm.samplers import SAMPLERS, Denoise, time_grid
+from ldm.diffusion.paths import CosinePath, RectifiedFlowPath
+from ldm.samplers import SAMPLERS, time_grid
 
-# lcm is for consistency models: it draws means from any other denoiser.
-DRAWS_DATA = [name for name in SAMPLERS if name != "lcm"]
-
-CENTRES = torch.tensor([[1.5, 0.0], [-1.0, 1.0], [-0.5, -1.5]])
-SPREAD, SHARES = 0.25, torch.tensor([0.5, 0.3, 0.2])
-
-
-def mixture(n: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    which = torch.multinomial(SHARES, n, replacement=True, generator=generator)
-    return CENTRES[which] + SPREAD * torch.randn(n, 2, generator=generator)
-
-
-def mixture_denoiser(path: PathConfig) -> Denoise:
-    """E[x0 | x_t], exactly: x_t is N x 2."""
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = path.alpha(t).to(x), path.sigma(t).to(x)
-        variance = alpha**2 * SPREAD**2 + sigma**2
-        centres = CENTRES.to(x)
-        logits = SHARES.to(x).log() - (x[:, None] - alpha * centres).square().sum(2) / (2 * variance)
-        each = centres + alpha * SPREAD**2 / variance * (x[:, None] - alpha * centres)  # N x 3 x 2
-        return (logits.softmax(1)[..., None] * each).sum(1)
-
-    return denoise
+# lcm is for consistency models: it draws means from any other denoiser. ddpm_learned: see test_order.py.
+DRAWS_DATA = [name for name in SAMPLERS if name not in ("lcm", "ddpm_learned")]
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:

@@ -1,25 +1,37 @@
 """Exponential moving average of weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class WarmedUp:
+    """min(decay, (1 + n) / (10 + n)) at update n, so that the average soon forgets its start."""
+
+    decay: float  # in [0, 1)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be at least 0 and below 1, not {self.decay}; 0.9999 is usual")
+
+    def __call__(self, n: int) -> float:
+        return min(self.decay, (1 + n) / (10 + n))
+
+
 class EMA:
     """Float32 shadows of named tensors, whatever their dtype: in bfloat16 small changes round away.
 
-    Update n = 1, 2, ...: shadow += (1 - d) (value - shadow), d = min(decay, (1 + n) / (10 + n)), so that
-    the average soon forgets its start. It sees names and tensors only: whole weights, or the shards that a
-    rank owns.
+    Update n = 1, 2, ...: shadow += (1 - d) (value - shadow), d = profile(n). It sees names and tensors only: whole
+    weights, or the shards that a rank owns.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
-        """The shadows start as copies, on the tensors' own devices. decay in [0, 1)."""
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be at least 0 and below 1, not {decay}; 0.9999 is usual")
-        self.decay = decay
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], profile: Callable[[int], float]) -> None:
+        """The shadows start as copies, on the tensors' own devices."""
+        self.profile = profile
         self.updates = 0
         self.shadow = {name: value.detach().float().clone() for name, value in named_parameters}
 
@@ -29,13 +41,13 @@ class EMA:
         values = dict(named_parameters)
         self._check_matches(values)
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = self.profile(self.updates)
         sources = [values[name].float() for name in self.shadow]
         shadows = list(self.shadow.values())
         torch._foreach_lerp_(shadows, sources, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates and the shadows themselves, not copies. decay belongs to the config."""
+        """The number of updates and the shadows themselves, not copies. The profile belongs to the config."""
         return {"updates": self.updates, "shadow": self.shadow}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.ema import EMA
+from ldm.ema import EMA, WarmedUp
 
 
 def test_closed_form_towards_a_constant():
     """From 0 towards 1: 1 - shadow is the product of the decays, each min(decay, (1 + n) / (10 + n))."""
     value = nn.Parameter(torch.zeros(3))
-    ema = EMA([("w", value)], decay=0.9)
+    ema = EMA([("w", value)], WarmedUp(0.9))
     value.data.fill_(1.0)
     remaining = 1.0
     for n in range(1, 201):
@@ -26,7 +26,7 @@ def test_closed_form_towards_a_constant():
 
 
 def test_weighted_sum_of_moving_weights():
-    ema = EMA([("a", torch.tensor([0.0])), ("b", torch.zeros(2, 2))], decay=0.25)
+    ema = EMA([("a", torch.tensor([0.0])), ("b", torch.zeros(2, 2))], WarmedUp(0.25))
     for value in (1.0, 2.0, 4.0):
         ema.update([("b", torch.full((2, 2), -value)), ("a", torch.tensor([value]))])
     # Decays 2/11, 1/4, 1/4.
@@ -37,7 +37,7 @@ def test_weighted_sum_of_moving_weights():
 
 def test_bfloat16_weights_still_move_it():
     weight = torch.full((4,), 1.0, dtype=torch.bfloat16)
-    ema = EMA([("w", weight)], decay=0.9999)
+    ema = EMA([("w", weight)], WarmedUp(0.9999))
     ema.updates = 10**6  # long after warm-up
     target = torch.full((4,), 1.25, dtype=torch.bfloat16)
     for _ in range(100):
@@ -53,7 +53,7 @@ def test_bfloat16_weights_still_move_it():
 def test_shadows_are_copies_and_weights_are_left_alone():
     model = nn.Linear(3, 2)
     before = copy.deepcopy(model.state_dict())
-    ema = EMA(model.named_parameters(), decay=0.5)
+    ema = EMA(model.named_parameters(), WarmedUp(0.5))
     nn.init.zeros_(model.weight)
     assert torch.equal(ema.shadow["weight"], before["weight"])
     ema.update(model.named_parameters())
@@ -64,14 +64,14 @@ def test_shadows_are_copies_and_weights_are_left_alone():
 def test_resumed_average_goes_on_as_if_never_stopped():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(10, 5, generator=generator)
-    whole = EMA([("w", values[0])], decay=0.99)
+    whole = EMA([("w", values[0])], WarmedUp(0.99))
     for value in values[1:]:
         whole.update([("w", value)])
 
-    first = EMA([("w", values[0])], decay=0.99)
+    first = EMA([("w", values[0])], WarmedUp(0.99))
     for value in values[1:4]:
         first.update([("w", value)])
-    second = EMA([("w", torch.zeros(5))], decay=0.99)
+    second = EMA([("w", torch.zeros(5))], WarmedUp(0.99))
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for value in values[4:]:
         second.update([("w", value)])
@@ -80,7 +80,7 @@ def test_resumed_average_goes_on_as_if_never_stopped():
 
 
 def test_loading_copies():
-    source, sink = EMA([("w", torch.ones(2))], decay=0.5), EMA([("w", torch.zeros(2))], decay=0.5)
+    source, sink = EMA([("w", torch.ones(2))], WarmedUp(0.5)), EMA([("w", torch.zeros(2))], WarmedUp(0.5))
     sink.load_state_dict(source.state_dict())
     sink.update([("w", torch.zeros(2))])
     assert torch.equal(source.shadow["w"], torch.ones(2))
@@ -89,7 +89,7 @@ def test_loading_copies():
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
 def test_impossible_decay_is_refused(decay):
     with pytest.raises(ValueError, match=str(decay)):
-        EMA([("w", torch.zeros(1))], decay=decay)
+        EMA([("w", torch.zeros(1))], WarmedUp(decay))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_impossible_decay_is_refused(decay):
     ],
 )
 def test_other_models_are_refused_and_change_nothing(values, message):
-    ema = EMA([("a", torch.ones(2)), ("b", torch.ones(2))], decay=0.5)
+    ema = EMA([("a", torch.ones(2)), ("b", torch.ones(2))], WarmedUp(0.5))
     with pytest.raises(ValueError, match=message):
         ema.update(values.items())
     with pytest.raises(ValueError, match=message):

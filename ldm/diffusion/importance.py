@@ -1,0 +1,63 @@
+"""Training times by importance: more often where the loss is large, and counted less there.
+
+Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.3, with times in bins, so that continuous paths have it too.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BINS, KEPT = 100, 10  # of [0, 1]; losses that each bin remembers
+UNIFORM_SHARE = 0.001  # of the times, drawn evenly, so that no bin is ever forgotten
+
+
+class LossHistory:
+    """The last losses in each bin of times. It is part of a run's state: the same on all ranks, saved and loaded.
+
+    density = sqrt(mean of the bin's squared losses), normalised; even until every bin has seen KEPT losses.
+    """
+
+    def __init__(self) -> None:
+        self.losses = torch.zeros(BINS, KEPT, dtype=torch.float64)
+        self.seen = torch.zeros(BINS, dtype=torch.long)
+
+    @property
+    def densities(self) -> Tensor:
+        """Of each bin, mean 1, float64."""
+        if not (self.seen >= KEPT).all():
+            return torch.ones(BINS, dtype=torch.float64)
+        size = self.losses.square().mean(1).sqrt()
+        return (1 - UNIFORM_SHARE) * size / size.mean() + UNIFORM_SHARE
+
+    def times(self, uniforms: Tensor) -> Tensor:
+        """Times that have this density, rising with their uniform numbers: the inverse of its integral."""
+        densities = self.densities
+        mass = torch.cat([torch.zeros(1, dtype=torch.float64), densities.cumsum(0) / BINS])
+        u = uniforms.double() * mass[-1]
+        bins = (torch.searchsorted(mass, u, right=True) - 1).clamp(0, BINS - 1)
+        return ((bins / BINS) + (u - mass[bins]) / densities[bins]).clamp(0, 1).float()
+
+    def density(self, t: Tensor) -> Tensor:
+        """At times, also those that a path has raised to its next node: so a bin holds its upper end."""
+        return self.densities[bin_of(t)].to(t)
+
+    def record(self, t: Tensor, losses: Tensor) -> None:
+        """Remember the losses of a global batch at its times, in its order."""
+        for place, loss in zip(bin_of(t).tolist(), losses.double().tolist(), strict=True):
+            self.losses[place, self.seen[place] % KEPT] = loss
+            self.seen[place] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, which JSON keeps to the last bit."""
+        return {"losses": self.losses.tolist(), "seen": self.seen.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.losses.copy_(torch.tensor(state["losses"], dtype=torch.float64))
+        self.seen.copy_(torch.tensor(state["seen"]))
+
+
+def bin_of(t: Tensor) -> Tensor:
+    # A node on a bin's edge may be a little above it in float32.
+    return ((t.double() * BINS - 1e-4).ceil().long() - 1).clamp(0, BINS - 1)

@@ -1,0 +1,47 @@
+"""Snapshots of averages, RUN/ema/step_0001000_0.05.safetensors: which one it is stands in the file itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.ema import Snapshot
+from ldm.interop.files import read_weights, write_weights
+
+FOLDER = "ema"
+
+
+def write_snapshot(weights: Mapping[str, Tensor], run: Path, snapshot: Snapshot) -> None:
+    """One average's weights, in their own precision; the same snapshot of before is replaced."""
+    path = run / FOLDER / f"step_{snapshot.step:07d}_{snapshot.length:g}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    write_weights(dict(weights), path, {"step": str(snapshot.step), "length": repr(snapshot.length)})
+
+
+def read_snapshots(run: Path) -> dict[Snapshot, Path]:
+    """Those of a run, in order. Raises ValueError, naming the file, for one that is damaged or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[Snapshot, Path] = {}
+    for path in (run / FOLDER).glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = file.metadata()
+            found[Snapshot(int(told["step"]), float(told["length"]))] = path
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no whole snapshot of a run ({error!r}): remove it, or copy it again"
+            ) from error
+    return dict(sorted(found.items()))
+
+
+def mixed(paths: Sequence[Path], shares: Sequence[float]) -> dict[str, Tensor]:
+    """sum of share_i weights_i, summed in float64, as float32. One file at a time is in memory."""
+    total: dict[str, Tensor] = {}
+    for path, share in zip(paths, shares, strict=True):
+        for name, tensor in read_weights(path).items():
+            total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + share * tensor.double()
+    return {name: tensor.float() for name, tensor in total.items()}

@@ -1,0 +1,91 @@
+"""The weights of an average that was never kept, from a run's snapshots of others.
+
+    python -m ldm.reconstruct runs/NAME runs/NAME-0.13 --length 0.13 [--step 20000]
+
+How long the average of the weights should be is known only after training, by looking at what each draws. A run with
+optim.ema_lengths=[0.05,0.1] keeps snapshots of two averages, every run.snapshot_every steps, of which this command
+mixes any other length: relative to the training up to that step, between 0 (the last weights alone) and 0.289 (the mean
+of all). What it writes is a model as any other: txt2img.py --ckpt draws with it. Karras et al. 2023 (arXiv 2312.02696).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.commands import OneLineParser, run_command
+
+if TYPE_CHECKING:
+    from ldm.ema import Snapshot
+
+TOLERANCE = 0.1  # error of a profile that is told of
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch
+
+    from ldm.ema import mixture
+    from ldm.export import Trained, export
+    from ldm.interop.files import RUN_MODEL, load_strictly
+    from ldm.interop.snapshots import mixed, read_snapshots
+    from ldm.pipeline import TextToImage
+
+    known = read_snapshots(args.run)
+    wanted = check_wanted(args, list(known))
+    made = mixture(list(known), wanted)
+    print(f"mixing {len(known)} snapshots: the profile is met to {made.error:.2%}", flush=True)
+    if made.error > TOLERANCE:
+        print(
+            f"warning: a step of which there is a snapshot (as {nearest_step(wanted, list(known))}), or a length "
+            "nearer to those of the snapshots, would be met better",
+            file=sys.stderr,
+        )
+    pipe = TextToImage.load(args.run / RUN_MODEL, device="cpu", dtype="fp32")
+    weights = mixed(list(known.values()), made.shares)
+    load_strictly(pipe.denoiser, weights, source=args.run / "ema")
+    trained = Trained(
+        model=pipe.model,
+        denoiser=pipe.denoiser,
+        config=pipe.denoiser_config,
+        sample_size=pipe.sample_size,
+        notes=(args.run / RUN_MODEL / "foundry.yaml").read_text(),
+    )
+    export(trained, args.target, dtype=torch.float32)
+    print(f"wrote {args.target}")
+
+
+def check_wanted(args: argparse.Namespace, known: list[Snapshot]) -> Snapshot:
+    """What is asked for. Raises ValueError if there is nothing that it could be made of."""
+    from ldm.ema import PowerProfile, Snapshot
+
+    if not known:
+        raise ValueError(f"{args.run} holds no snapshots (ema/*.safetensors): train with optim.ema_lengths=[0.05,0.1]")
+    last = max(snapshot.step for snapshot in known)
+    step = last if args.step is None else args.step
+    if not 1 <= step <= last:
+        raise ValueError(f"--step is {step}, expected 1 to {last}, that of the last snapshot in {args.run}")
+    PowerProfile(args.length)
+    return Snapshot(step, args.length)
+
+
+def nearest_step(wanted: Snapshot, known: list[Snapshot]) -> int:
+    return min((snapshot.step for snapshot in known), key=lambda step: abs(step - wanted.step))
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = OneLineParser(__doc__ or "")
+    parser.prog = "python -m ldm.reconstruct"
+    parser.add_argument("run", type=Path, help="a run of ldm/train.py that kept snapshots")
+    parser.add_argument("target", type=Path, help="the folder to write; an older model there is replaced")
+    parser.add_argument("--length", type=float, required=True, help="relative length of the average, as 0.13")
+    parser.add_argument(
+        "--step", type=int, help="of the training that is averaged up to (default: the last snapshot's)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, arguments()))

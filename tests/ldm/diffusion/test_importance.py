@@ -1,0 +1,77 @@
+"""Times by importance: drawn as often as the losses are large, and without a bias."""
+
+import json
+
+import pytest
+import torch
+
+from ldm.diffusion import LossHistory, ObjectiveConfig, ScaledLinearBetaPath, draw_times
+from ldm.diffusion.importance import BINS, KEPT
+
+
+def taught(loss) -> LossHistory:
+    """A history that has seen loss(t) often enough everywhere."""
+    history = LossHistory()
+    t = (torch.arange(BINS) + 0.5) / BINS
+    for _ in range(KEPT):
+        history.record(t, loss(t))
+    return history
+
+
+def test_times_are_even_until_every_bin_is_known():
+    history, u = LossHistory(), torch.linspace(0, 0.999, 50)
+    assert torch.allclose(history.times(u), u, atol=1e-6)
+    for _ in range(KEPT):
+        history.record((torch.arange(BINS - 1) + 0.5) / BINS, torch.full((BINS - 1,), 9.0))
+    assert torch.equal(history.densities, torch.ones(BINS, dtype=torch.float64))
+
+
+def test_times_have_the_density_of_the_losses_roots_mean_square():
+    history = taught(lambda t: 1 + 3 * t)
+    u = (torch.arange(200_000) + 0.5) / 200_000
+    t = history.times(u)
+    assert (t.diff() >= 0).all()
+    shares = torch.histc(t, bins=4, min=0, max=1) / len(t)
+    exact = torch.tensor([1 + 3 * (i + 0.5) / 4 for i in range(4)])
+    assert torch.allclose(shares, exact / exact.sum(), atol=1e-3)
+    assert history.density(torch.tensor([0.505])).item() == pytest.approx((1 + 3 * 0.505) / 2.5, rel=2e-3)
+
+
+def test_the_weighted_mean_is_that_of_even_times():
+    history = taught(lambda t: torch.exp(3 * t))
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    t = history.times(u)
+    found = ((t**2) / history.density(t)).mean().item()
+    assert found == pytest.approx(1 / 3, rel=1e-3)
+    assert (t**2).mean().item() > 0.5  # which it would not be without the weights
+
+
+def test_the_last_losses_count_and_all_squares_of_them():
+    history = LossHistory()
+    t = (torch.arange(BINS) + 0.5) / BINS
+    for loss in [100.0] * 3 + [1.0] * (KEPT - 1) + [3.0]:
+        history.record(t, torch.full((BINS,), loss))
+    history.record(torch.full((KEPT,), 0.995), torch.full((KEPT,), 5.0))
+    one, last = ((KEPT - 1 + 9) / KEPT) ** 0.5, 5.0
+    mean = (one * (BINS - 1) + last) / BINS
+    assert history.densities[0].item() == pytest.approx(0.999 * one / mean + 0.001)
+    assert history.densities[-1].item() == pytest.approx(0.999 * last / mean + 0.001)
+
+
+def test_a_tables_nodes_belong_to_the_bin_that_they_were_drawn_from():
+    """A path raises times to its next node: the upper edge of a bin is still its own."""
+    path, history = ScaledLinearBetaPath(), taught(lambda t: torch.where(t > 0.5, 4.0, 1.0))
+    objective = ObjectiveConfig(prediction="eps", time_sampling="importance")
+    u = torch.rand(5000, generator=torch.Generator().manual_seed(0))
+    t = draw_times(objective, path, u, history)
+    assert torch.equal((t * 1000).round() / 1000, t)
+    assert torch.equal(history.density(t), history.density(history.times(u)))
+
+
+def test_json_keeps_it_to_the_last_bit():
+    history, again = taught(lambda t: torch.sin(t) / 3), LossHistory()
+    again.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    assert torch.equal(history.densities, again.densities)
+    for each in (history, again):
+        each.record(torch.tensor([0.3, 0.3]), torch.tensor([7.0, 0.1]))
+    assert torch.equal(history.losses, again.losses) and torch.equal(history.seen, again.seen)

@@ -1,0 +1,53 @@
+"""How a picture is drawn: what is refused, and by which words."""
+
+from typing import get_args
+
+import pytest
+
+from ldm.guidance import Schedule
+from ldm.options import SCHEDULES, DrawOptions
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eta": 1.5}, "eta is 1.5, expected 0 to 1"),
+        ({"eta": float("nan")}, "eta is nan, expected 0 to 1"),
+        ({"guidance_rescale": -0.1}, "guidance rescale is -0.1, expected 0 to 1"),
+        ({"guidance_parallel": 1.1}, "guidance parallel is 1.1, expected 0 to 1"),
+        (
+            {"guidance_schedule": "cosin"},
+            "no guidance schedule 'cosin', did you mean cosine. There are constant, linear",
+        ),
+        ({"guidance_schedule": "zz"}, "no guidance schedule 'zz': There are constant, linear, cosine"),
+        ({"guidance_interval": (0.7, 0.3)}, "the guidance interval is 0.7 to 0.3, expected 0 <= start <= stop <= 1"),
+        ({"guidance_interval": (0.0, 2.0)}, "the guidance interval is 0 to 2"),
+        ({"guidance_norm_limit": 0.0}, "guidance norm limit is 0.0, expected a length above 0"),
+        ({"guidance_momentum": -1.0}, "guidance momentum is -1.0, expected more than -1 and less than 1"),
+        ({"guidance_rescale": 0.5, "guidance_parallel": 0.0}, "use one of them"),
+        ({"time_grid": "1, 0.2, 0.5, 0"}, "the time grid is 1, 0.2, 0.5, 0, expected two or more times that fall"),
+        ({"time_grid": "1, 0.2"}, "the time grid is 1, 0.2, expected two or more times that fall from at most 1 to 0"),
+        ({"time_grid": "1, x, 0"}, "the time grid is '1, x, 0', expected numbers, as in 1, 0.6, 0.3, 0"),
+        ({"time_grid": "nan, 0"}, "the time grid is nan, 0, expected"),
+    ],
+)
+def test_what_is_out_of_range_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        DrawOptions(**change)
+
+
+def test_a_grid_is_a_name_or_times():
+    assert DrawOptions().grid is None and DrawOptions().times is None
+    assert DrawOptions(time_grid="karras").grid == "karras"
+    assert DrawOptions(time_grid="1, 0.5,0").grid == (1.0, 0.5, 0.0)
+
+
+def test_the_schedules_are_those_of_guidance():
+    assert get_args(Schedule) == SCHEDULES
+
+
+def test_projection_is_asked_for_by_any_of_its_numbers():
+    assert not DrawOptions(guidance_rescale=0.5).is_projected
+    assert DrawOptions(guidance_parallel=0.5).is_projected
+    assert DrawOptions(guidance_norm_limit=2.0).is_projected
+    assert DrawOptions(guidance_momentum=0.1).is_projected
