@@ -6,7 +6,7 @@ PROMPTS := --prompt "a noto emoji of Santa Claus, medium skin tone" --prompt "a 
 	--prompt "a noto emoji of flag of Japan" --prompt "a twemoji emoji of dog face" \
 	--prompt "a noto emoji of woman surfing, dark skin tone" --prompt "a twemoji emoji of fire engine"
 
-.PHONY: demo test clean
+.PHONY: demo test pictures mutation clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,14 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
+
+# Those of docs/mathematics.md: seconds.
+pictures: $(VENV)/installed-dev
+	$(BIN)/python docs/mathematics_pictures.py
+
+# Breaks each coefficient of the mathematics, one at a time, and tells which of these mistakes no test finds.
+mutation: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/mutation.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -80,6 +80,16 @@ def build_parser() -> ArgumentParser:
     # CompVis hands this number to make_grid(nrow=...), which is a row's length: its columns.
     add("--n-rows", type=int, default=0, metavar="N",
         help="pictures in a row of a sheet, in spite of its name (default: 0, n-samples: each prompt has its row)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    # fmt: on
+    add_finer_options(parser)
+    return parser
+
+
+def add_finer_options(parser: ArgumentParser) -> None:
+    """Those of DrawOptions."""
+    add = parser.add_argument_group("finer options").add_argument
+    # fmt: off
     add("--eta", "--ddim-eta", type=float, metavar="X",
         help="share of fresh noise in ddim and the ancestral samplers, 0 to 1 (default: 0 in ddim, 1 in those)")
     add("--time-grid", "--schedule-type", metavar="NAME",
@@ -96,9 +106,7 @@ def build_parser() -> ArgumentParser:
     add("--guidance-norm-limit", type=float, metavar="X", help="longest change by guidance (default: none)")
     add("--guidance-momentum", type=float, default=DrawOptions.guidance_momentum, metavar="X",
         help="share of the last step's change, usually negative, as -0.5 (default: 0)")
-    add("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
-    return parser
 
 
 def main(args: Namespace) -> None:

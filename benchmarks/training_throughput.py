@@ -39,7 +39,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    config = load_config(TrainConfig, args.config)
+    print(json.dumps(measure(load_config(TrainConfig, args.config), rounds=args.rounds)))
+
+
+def measure(config: TrainConfig, *, rounds: int) -> dict[str, float]:
     vae = load_vae(Path(config.model.vae) / "vae").config
     text = load_text_encoder(Path(config.model.text) / "text_encoder").config
     denoiser = build_denoiser(config.model.denoiser, latent_channels=vae.latent_channels, context_width=text.width)
@@ -66,10 +69,10 @@ def main() -> None:
         denoiser(*inputs)
     flops = 3 * counter.get_total_flops() / batch
     step(), product()
-    steps, products = zip(*[(seconds(step), seconds(product)) for _ in range(args.rounds)], strict=True)
+    steps, products = zip(*[(seconds(step), seconds(product)) for _ in range(rounds)], strict=True)
     rate = flops * batch / statistics.median(steps)
     matrix_rate = 10 * 2 * SIZE**3 / statistics.median(products)
-    found = {
+    return {
         "images_per_second": round(batch / statistics.median(steps), 1),
         "gflop_per_image": round(flops / 1e9, 2),
         "training_gflops": round(rate / 1e9, 1),
@@ -77,7 +80,6 @@ def main() -> None:
         "share": round(rate / matrix_rate, 3),
         "threads": torch.get_num_threads(),
     }
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":

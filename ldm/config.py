@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,7 +239,15 @@ def _first_error(error: ValidationError, kind: type) -> str:
         )
     message = first["msg"].removeprefix("Value error, ")
     given = "" if first["type"] in ("missing", "value_error") else f" (given {first['input']!r})"
-    return f"{where}: {message}{given}" if where else message
+    return (f"{where}: {message}{given}" if where else message) + _nearest(first)
+
+
+def _nearest(error: Any) -> str:
+    """A hint, where one of some names was expected and what was given, or the kind that it names, resembles one."""
+    expected = error.get("ctx", {}).get("expected", "") or error.get("ctx", {}).get("expected_tags", "")
+    given = error["ctx"].get("tag", error["input"]) if "ctx" in error else error["input"]
+    near = difflib.get_close_matches(str(given), re.findall(r"'([^']*)'", expected), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _known_keys(kind: Any) -> set[str]:

@@ -99,11 +99,7 @@ def train(
                 snapshots(engine, run)
             if engine.step % config.checkpoint_every == 0 or last:
                 record = {"samples_seen": engine.step * batch_size, "config": run.config_text}
-                if state is not None:
-                    record["state"] = state.state_dict()
-                engine.save(run.checkpoint_path(engine.step), record)
-                run.drop_old_checkpoints()
-                run.restart_clock()
+                save(engine, run, record | ({"state": state.state_dict()} if state is not None else {}))
             if engine.step % config.sample_every == 0 or last:
                 sample(engine.step)
                 run.restart_clock()
@@ -118,12 +114,20 @@ def measured(engine: Engine, parts: Mapping[str, Tensor], images: CaptionedImage
     return engine.means(parts) | ({"bad_samples": bad} if bad else {})
 
 
+def save(engine: Engine, run: Run, record: dict[str, Any]) -> None:
+    """Write a checkpoint, with this record beside it, and drop those that are too old."""
+    engine.save(run.checkpoint_path(engine.step), record)
+    run.drop_old_checkpoints()
+    run.restart_clock()
+
+
 def snapshots(engine: Engine, run: Run) -> None:
     """Keep each of optim.ema_lengths' averages as it is now, for ldm.reconstruct."""
     for length in engine.optim.ema_lengths:
         weights = engine.averaged_weights(length)
         if run.is_main:
             write_snapshot(weights, run.config.path, Snapshot(engine.step, length))
+    run.restart_clock()
 
 
 def resume(engine: Engine, run: Run, state: State | None = None) -> None:

@@ -14,7 +14,7 @@ from ldm.diffusion import (
     RectifiedFlowPath,
     ScaledLinearBetaPath,
 )
-from ldm.diffusion.paths import BetaTablePath
+from ldm.diffusion.paths import BetaTablePath, TablePath
 from ldm.interop.files import described_by, read_json
 
 _NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -23,6 +23,19 @@ _SCHEDULES: dict[str, type[BetaTablePath]] = {
     "scaled_linear": ScaledLinearBetaPath,
     "squaredcos_cap_v2": CosinePath,
 }
+_COMMON: dict[str, Any] = {
+    "_diffusers_version": "0.30.0",
+    "final_sigmas_type": "zero",
+    "num_train_timesteps": 1000,
+    "solver_order": 2,
+}
+_DPM_SOLVER: dict[str, Any] = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "steps_offset": 1,
+    "timestep_spacing": "trailing",
+}
 
 
 def scheduler_config_json(path: PathConfig, prediction: Prediction) -> dict[str, Any]:
@@ -30,17 +43,6 @@ def scheduler_config_json(path: PathConfig, prediction: Prediction) -> dict[str,
 
     Raises ValueError for a pair that diffusers has no words for.
     """
-    content: dict[str, Any] = {
-        "_class_name": "DPMSolverMultistepScheduler",
-        "_diffusers_version": "0.30.0",
-        "algorithm_type": "dpmsolver++",
-        "final_sigmas_type": "zero",
-        "num_train_timesteps": 1000,
-        "solver_order": 2,
-        "solver_type": "midpoint",
-        "steps_offset": 1,
-        "timestep_spacing": "trailing",
-    }
     known = {"rectified_flow": ("velocity",), "edm": ("edm",)}.get(path.kind, tuple(_NAMES.values()))
     if prediction not in known:
         raise ValueError(
@@ -49,31 +51,30 @@ def scheduler_config_json(path: PathConfig, prediction: Prediction) -> dict[str,
         )
     match path:
         case RectifiedFlowPath():
-            return content | {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": path.shift}
+            flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": path.shift}
+            return _COMMON | _DPM_SOLVER | flow
         case EDMPath():
-            sigmas = {"sigma_min": path.sigma_min, "sigma_max": path.sigma_max, "sigma_data": path.sigma_data}
-            return {
-                "_class_name": "EDMDPMSolverMultistepScheduler",
-                "_diffusers_version": "0.30.0",
-                "final_sigmas_type": "zero",
-                "num_train_timesteps": 1000,
-                "prediction_type": "epsilon",  # their word for F
-                "rho": path.rho,
-                "solver_order": 2,
-                **sigmas,
-            }
+            numbers = {name: getattr(path, name) for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
+            # "epsilon" is their word for F.
+            return _COMMON | {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon"} | numbers
         case LinearBetaPath() | ScaledLinearBetaPath() | CosinePath():
-            betas: dict[str, Any] = {
-                "beta_schedule": next(name for name, kind in _SCHEDULES.items() if isinstance(path, kind)),
-                "num_train_timesteps": path.num_train_timesteps,
-                "prediction_type": next(theirs for theirs, ours in _NAMES.items() if ours == prediction),
-                "rescale_betas_zero_snr": path.zero_terminal_snr,
-            }
-            if not isinstance(path, CosinePath):
-                betas |= {"beta_start": path.beta_start, "beta_end": path.beta_end}
-            return content | betas
+            return _COMMON | _DPM_SOLVER | _table_json(path, prediction)
         case _:
             assert_never(path)
+
+
+def _table_json(path: TablePath, prediction: Prediction) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "beta_schedule": next(name for name, kind in _SCHEDULES.items() if isinstance(path, kind)),
+        "num_train_timesteps": path.num_train_timesteps,
+        "prediction_type": next(theirs for theirs, ours in _NAMES.items() if ours == prediction),
+        "rescale_betas_zero_snr": path.zero_terminal_snr,
+    }
+    return (
+        content
+        if isinstance(path, CosinePath)
+        else content | {"beta_start": path.beta_start, "beta_end": path.beta_end}
+    )
 
 
 def read_scheduler(file: Path) -> tuple[PathConfig, Prediction]:

@@ -1,11 +1,13 @@
 """What an error becomes: one line, an exit code, and said by whom."""
 
 import argparse
+import json
+import sys
 
 import pytest
 
 from data import DataError
-from ldm.commands import IN_TRAINING, run_command
+from ldm.commands import IN_TRAINING, OneLineParser, hyphenated, run_command, training_arguments
 from ldm.engine import CheckpointError, NonFiniteError
 
 
@@ -55,3 +57,32 @@ def test_what_one_rank_may_meet_alone_is_said_by_it(error, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     fail(error, note=f"{IN_TRAINING}, rank 1, step 70")
     assert capsys.readouterr().err == f"error: rank 1: {error}\n"
+
+
+def test_hyphenated_leaves_values_alone():
+    words = ["--n_samples", "a_b", "--from_file=a_b", "--a_b c_d", "-a_b", "--", "--_x"]
+    assert hyphenated(words) == ["--n-samples", "a_b", "--from-file=a_b", "--a_b c_d", "-a_b", "--", "--_x"]
+
+
+def test_training_commands_parse_and_fail_as_before(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "c.yaml", "run.steps=3", "--local_rank=1"])
+
+    def fail(args):
+        raise FileNotFoundError(json.dumps([args.config, args.overrides, args.local_rank]))
+
+    assert run_command(fail, training_arguments("x")) == 2
+    assert capsys.readouterr().err == 'error: ["c.yaml", ["run.steps=3"], 1]\n'
+
+    def bug(args):
+        raise TypeError("ours")
+
+    with pytest.raises(TypeError):
+        run_command(bug, training_arguments("x"))
+
+
+def test_options_are_not_abbreviated(capsys):
+    parser = OneLineParser("x")
+    parser.add_argument("--outdir", "--output")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--outd", "x"])
+    assert capsys.readouterr().err == "error: unknown option --outd, did you mean --outdir?\n"

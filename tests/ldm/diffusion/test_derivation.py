@@ -6,8 +6,10 @@ from typing import get_args
 import pytest
 import torch
 from analytic import MEAN, STD, double, ideal_denoiser, marginal, node_at
+from torch import Tensor
 
-from ldm.diffusion.paths import CosinePath, LinearBetaPath, ScaledLinearBetaPath
+from ldm.diffusion.objective import ObjectiveConfig, Weighting, loss_weight
+from ldm.diffusion.paths import CosinePath, LinearBetaPath, RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.diffusion.predictions import Prediction, eps_from_x0, noise_sample, target, to_x0, velocity_target
 from ldm.samplers import Step
 from ldm.samplers.single_step import ddpm_mean, variance_range
@@ -70,6 +72,33 @@ def test_every_objective_has_the_same_minimiser(path, prediction, time):
     assert torch.allclose(found, ideal_denoiser(path)(x, t), rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("weighting", get_args(Weighting))
+@pytest.mark.parametrize("prediction", get_args(Prediction))
+def test_a_linear_model_learns_the_ideal_denoiser_by_any_loss(prediction, weighting):
+    """The same by training: gradients of the weighted loss over several times, on the flow."""
+    path, t = RectifiedFlowPath(), double(0.15, 0.4, 0.6, 0.85)
+    objective = ObjectiveConfig(prediction=prediction, weighting=weighting)
+    x0 = double(MEAN + STD, MEAN + STD, MEAN - STD, MEAN - STD).expand(4, 4)  # a row a time
+    eps = double(1, -1, 1, -1).expand(4, 4)
+    x_t, wanted = noise_sample(x0, eps, path, t), target(prediction, x0, eps, path, t)
+    weights = torch.zeros(2, 4, 1, dtype=torch.float64, requires_grad=True)  # slope and offset at each time
+    optimizer = torch.optim.LBFGS([weights], max_iter=400, tolerance_grad=1e-9, tolerance_change=1e-14)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        errors = (weights[0] * x_t + weights[1] - wanted).square().mean(1)
+        loss = (loss_weight(objective, path, t) * errors).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    for i in range(4):
+        x = double(-1.3, 0.0, 2.1)
+        output = (weights[0, i] * x + weights[1, i]).detach()
+        found = to_x0(prediction, output, x, path, t[i])
+        assert torch.allclose(found, ideal_denoiser(path)(x, t[i]), atol=1e-3)
+
+
 def test_the_ode_keeps_the_marginals(path):
     """Equation 19: along it a sample keeps its quantile of the marginal."""
     for time in (0.3, 0.5004, 0.9):
@@ -89,7 +118,8 @@ def test_the_ode_solved_for_all_but_x0(path):
     grid = torch.linspace(-1.0, 1.5, 4001, dtype=torch.float64)
     times = path.time_of_log_snr(2 * grid)
     x = marginal(path, times, double(-1.1))
-    ideal = torch.stack([ideal_denoiser(path)(*at) for at in zip(x, times, strict=True)])
+    alpha, sigma = path.alpha(times), path.sigma(times)
+    ideal = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
     ends = [path.sigma(times[i]).item() for i in (0, -1)]
     integral = torch.trapezoid(grid.exp() * ideal, grid).item()
     assert ends[1] / ends[0] * x[0].item() + ends[1] * integral == pytest.approx(x[-1].item(), rel=1e-6)

@@ -76,9 +76,9 @@ def test_each_node_but_the_last_is_evaluated_and_inputs_are_left_alone(name):
 @every_sampler
 def test_many_steps_stay_finite(name, path):
     x = noise_like(torch.empty(1, 1, 2, 2), generators(0))
-    for times in (time_grid(path, 250), time_grid(path, 250).float()):
-        answer = SAMPLERS[name].function(scattering(ideal_denoiser(path)), x, path, times, generators(0))
-        assert answer.isfinite().all() and (answer - MEAN).abs().max() < 5 * STD
+    times = time_grid(path, 250).float()
+    answer = SAMPLERS[name].function(scattering(ideal_denoiser(path)), x, path, times, generators(0))
+    assert answer.isfinite().all() and (answer - MEAN).abs().max() < 5 * STD
 
 
 def test_noise_comes_from_each_images_generator():

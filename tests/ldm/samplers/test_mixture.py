@@ -5,10 +5,11 @@ import torch
 from analytic import mixture, mixture_denoiser
 from torch import Tensor
 
-from ldm.diffusion.paths import CosinePath, RectifiedFlowPath
-from ldm.samplers import SAMPLERS, time_grid
+from ldm.diffusion.paths import CosinePath, PathConfig, RectifiedFlowPath
+from ldm.samplers import SAMPLERS, SamplerFunction, time_grid
 
 # lcm is for consistency models: it draws means from any other denoiser. ddpm_learned: see test_order.py.
+PATHS = [RectifiedFlowPath(), CosinePath()]
 DRAWS_DATA = [name for name in SAMPLERS if name not in ("lcm", "ddpm_learned")]
 
 
@@ -21,16 +22,36 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     return (2 * torch.cdist(a, b).mean() - within(a) - within(b)).item()
 
 
-@pytest.mark.parametrize("name", DRAWS_DATA)
-@pytest.mark.parametrize("flow", [True, False])
-def test_every_sampler_draws_a_mixture(name, flow):
-    """Against true samples, within twice what other true samples differ by, at most."""
-    path = RectifiedFlowPath() if flow else CosinePath()
-    times = time_grid(path, 200 if SAMPLERS[name].order > 1 else 600, "log_snr")
-    start = torch.randn(1000, 2, generator=torch.Generator().manual_seed(5))
-    one_for_each = [torch.Generator().manual_seed(1000 + i) for i in range(1000)]
-    drawn = SAMPLERS[name].function(mixture_denoiser(path), start, path, times, one_for_each)
+@pytest.fixture(scope="module")
+def chance() -> tuple[Tensor, float]:
+    """True samples, and the most that eight other sets of true samples are away from them."""
     true = mixture(4000, 0)
-    chance = max(abs(energy_distance(mixture(1000, seed), true)) for seed in range(1, 9))
-    assert energy_distance(drawn, true) < 2 * chance
-    assert energy_distance(drawn * 1.1, true) > 2 * chance  # the test can fail
+    return true, max(abs(energy_distance(mixture(2000, seed), true)) for seed in range(1, 9))
+
+
+def draw(function: SamplerFunction, path: PathConfig, steps: int) -> Tensor:
+    """2000 points, as ten images of two hundred."""
+    exact = mixture_denoiser(path)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return exact(x.flatten(0, 1), t).view_as(x)
+
+    start = torch.randn(10, 200, 2, generator=torch.Generator().manual_seed(5))
+    one_for_each = [torch.Generator().manual_seed(3000 + i) for i in range(10)]
+    return function(denoise, start, path, time_grid(path, steps, "log_snr"), one_for_each).flatten(0, 1)
+
+
+@pytest.mark.parametrize("name", DRAWS_DATA)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.kind)
+def test_every_sampler_draws_a_mixture(name, path, chance):
+    """Against true samples, within twice what other true samples differ by, at most."""
+    drawn, (true, most) = draw(SAMPLERS[name].function, path, 200 if SAMPLERS[name].order > 1 else 600), chance
+    assert energy_distance(drawn, true) < 2 * most
+    assert energy_distance(drawn * 1.1, true) > 2 * most  # the test can fail
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.kind)
+@pytest.mark.parametrize(("name", "eta"), [("ddim", 0.3), ("ddim", 1.0), ("euler_ancestral", 0.6)])
+def test_a_share_of_noise_leaves_the_mixture_as_it_is(name, eta, path, chance):
+    true, most = chance
+    assert energy_distance(draw(SAMPLERS[name].with_eta(eta), path, 600), true) < 2 * most
