@@ -196,7 +196,7 @@ def check_model_serves(ckpt: Path, requests: list[Request]) -> None:
     Only two small files of the model are read. One that is not there is left to TextToImage.load.
     """
     from ldm.interop.denoiser import learns_variance
-    from ldm.interop.files import model_folder, read_json
+    from ldm.interop.files import described_by, model_folder, read_json
     from ldm.interop.scheduler import read_scheduler
     from ldm.samplers import SAMPLERS, time_grid
 
@@ -210,8 +210,13 @@ def check_model_serves(ckpt: Path, requests: list[Request]) -> None:
             sampler.with_eta(request.options.eta)
             if path is not None:
                 time_grid(path, request.steps, request.options.grid)
-            if sampler.learned_variance and networks and not learns_variance(read_json(networks[0])):
-                raise ValueError(f"sampler {request.sampler} needs a network that has learned its variance: use ddpm")
+            for network in networks if sampler.learned_variance else []:
+                with described_by(network):
+                    learned = learns_variance(read_json(network))
+                if not learned:
+                    raise ValueError(
+                        f"sampler {request.sampler} needs a network that has learned its variance: use ddpm"
+                    )
         except ValueError as error:
             raise ValueError(f"{request.place}{error}") from error
 

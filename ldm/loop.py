@@ -73,9 +73,9 @@ def train(
 ) -> None:
     """Take optimiser steps until run.steps or run.minutes is reached, from the newest checkpoint on.
 
-    losses(batch) returns scalars, of which "loss" is minimised and all are logged; sample(step) draws what the
-    network can do by now, and records it: every run.sample_every steps, from step 0 on. state: of losses, which goes
-    into every checkpoint and comes back from there.
+    losses(batch) returns "loss", which is minimised, and other tensors, whose means are logged; sample(step) draws what
+    the network can do by now, and records it: every run.sample_every steps, from step 0 on. state: what losses
+    remembers, which goes into every checkpoint and comes back from there.
     """
     resume(engine, run, state)
     config, batch_size = run.config, images.config.batch_size

@@ -98,7 +98,7 @@ def load_denoiser(folder: Path) -> LoadedDenoiser:
 
 
 def learns_variance(content: Mapping[str, Any]) -> bool:
-    """Whether config.json tells of a second half of output channels."""
+    """Whether a config.json tells of a second half of output channels. Raises KeyError if it tells of none at all."""
     return (content.get("out_channels") or content["in_channels"]) == 2 * content["in_channels"]
 
 

@@ -21,6 +21,7 @@ def taught(loss) -> LossHistory:
 def test_times_are_even_until_every_bin_is_known():
     history, u = LossHistory(), torch.linspace(0, 0.999, 50)
     assert torch.allclose(history.times(u), u, atol=1e-6)
+    assert history.times(torch.ones(1)).item() == 1.0
     for _ in range(KEPT):
         history.record((torch.arange(BINS - 1) + 0.5) / BINS, torch.full((BINS - 1,), 9.0))
     assert torch.equal(history.densities, torch.ones(BINS, dtype=torch.float64))

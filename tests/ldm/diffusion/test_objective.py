@@ -225,3 +225,27 @@ def test_times_rise_with_their_numbers_so_that_these_are_quantiles(sampling, pat
     config = ObjectiveConfig(prediction="v", time_sampling=sampling)
     times = draw_times(config, path, torch.linspace(0.001, 0.999, 400))
     assert (times.diff() >= 0).all() and times[0] < times[-1]
+
+
+def test_defaults_are_the_published_ones():
+    assert ObjectiveConfig(prediction="v") == ObjectiveConfig(
+        prediction="v", logit_mean=0.0, logit_std=1.0, log_mean=-1.2, log_std=1.2, snr_limit=5.0, variance_weight=0.001
+    )
+
+
+def test_a_constant_weight_is_one(path):
+    assert loss_weight(ObjectiveConfig(prediction="v"), path, torch.tensor([0.2, 0.9])).tolist() == [1.0, 1.0]
+
+
+def test_the_logit_normal_density_by_torchs_distributions():
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    normal = torch.distributions.Normal(torch.tensor(-0.7).double(), torch.tensor(0.6).double())
+    logistic = torch.distributions.TransformedDistribution(normal, [torch.distributions.SigmoidTransform()])
+    assert torch.allclose(logit_normal_density(t, -0.7, 0.6), logistic.log_prob(t).exp(), rtol=1e-6)
+
+
+def test_offset_noise_by_its_definition():
+    eps, channel = torch.full((2, 3, 2, 2), 2.0), torch.tensor([[1.0, -1.0, 0.5], [0.0, 3.0, 2.0]])
+    found = offset_noise(eps, channel, 0.3)
+    assert torch.allclose(found[1, 1], torch.full((2, 2), (2 + 0.3 * 3) / 1.09**0.5))
+    assert torch.allclose(found[0, 1], torch.full((2, 2), (2 - 0.3) / 1.09**0.5))

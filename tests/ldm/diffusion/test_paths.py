@@ -16,6 +16,7 @@ from ldm.diffusion.paths import (
     PathConfig,
     RectifiedFlowPath,
     ScaledLinearBetaPath,
+    prior_std,
 )
 
 
@@ -289,3 +290,35 @@ def test_impossible_numbers_are_refused(kind, wrong):
 def test_too_short_a_table_is_refused(table_path):
     with pytest.raises(ValueError, match="num_train_timesteps is 1"):
         type(table_path)(num_train_timesteps=1)
+
+
+def test_the_range_of_log_snr_is_that_of_the_ends_that_are_trained(path):
+    """The first and the last node of a table where it is finite; a thousandth from both ends of a flow."""
+    n = getattr(path, "num_train_timesteps", 1000)
+    if path.kind == "rectified_flow":
+        ends = [2 * math.log(s / (1 - s)) for s in (0.001, 0.999)]
+    elif path.kind == "edm":
+        ends = [-2 * math.log(80.0), -2 * math.log(0.002)]
+    else:
+        ends = [path.log_snr(double(k / n)).item() for k in (n - path.zero_terminal_snr, 1)]
+    assert path.log_snr_range == pytest.approx(tuple(ends), rel=1e-9)
+
+
+def test_defaults_are_the_published_ones():
+    assert RectifiedFlowPath() == RectifiedFlowPath(shift=1.0)
+    assert EDMPath() == EDMPath(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0)
+    assert LinearBetaPath() == LinearBetaPath(beta_start=1e-4, beta_end=0.02, num_train_timesteps=1000)
+    assert ScaledLinearBetaPath() == ScaledLinearBetaPath(beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
+
+
+def test_training_stays_off_the_ends():
+    t = EDMPath().training_times(double(0.0, 0.5, 1.0))
+    assert EDMPath().sigma(t)[0].item() == pytest.approx(0.002, rel=1e-9) and t[1:].tolist() == [0.5, 1.0]
+    eps = torch.finfo(torch.float64).eps
+    assert RectifiedFlowPath().training_times(double(0.0, 0.5, 1.0)).tolist() == [eps, 0.5, 1 - eps]
+
+
+def test_what_drawing_starts_from_has_the_deviation_of_the_last_time():
+    assert prior_std(EDMPath()) == pytest.approx((80**2 + 0.5**2) ** 0.5, rel=1e-12)
+    assert prior_std(RectifiedFlowPath()) == 1.0
+    assert prior_std(ScaledLinearBetaPath()) == pytest.approx(1.0, rel=1e-12)
