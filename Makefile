@@ -34,9 +34,15 @@ test: $(VENV)/installed-dev
 pictures: $(VENV)/installed-dev
 	$(BIN)/python docs/mathematics_pictures.py
 
-# Breaks each coefficient of the mathematics, one at a time, and tells which of these mistakes no test finds.
+# Breaks each coefficient of the mathematics, one at a time, and tells which of these mistakes no test finds: half an hour.
+MUTATE := $(BIN)/python benchmarks/mutation.py
 mutation: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/mutation.py
+	$(MUTATE) --target ldm/guidance.py ldm/likelihood.py ldm/variational.py ldm/ema --tests tests/ldm/test_guidance.py \
+		tests/ldm/test_likelihood.py tests/ldm/test_variational.py tests/ldm/ema
+	$(MUTATE) --target ldm/diffusion --tests tests/ldm/diffusion tests/ldm/samplers/test_published.py \
+		tests/ldm/samplers/test_single_step.py tests/ldm/samplers/test_grids.py
+	$(MUTATE) --target ldm/samplers --tests tests/ldm/samplers tests/ldm/diffusion/test_derivation.py \
+		tests/ldm/test_variational.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -37,7 +37,7 @@ class LossHistory:
         mass = torch.cat([torch.zeros(1, dtype=torch.float64), densities.cumsum(0) / BINS])
         u = uniforms.double() * mass[-1]
         bins = (torch.searchsorted(mass, u, right=True) - 1).clamp(0, BINS - 1)
-        return ((bins / BINS) + (u - mass[bins]) / densities[bins]).clamp(0, 1).float()
+        return (bins / BINS + (u - mass[bins]) / densities[bins]).float()
 
     def density(self, t: Tensor) -> Tensor:
         """At times, also those that a path has raised to its next node: so a bin holds its upper end."""

@@ -75,6 +75,23 @@ def test_a_gaussians_likelihood_is_exact_whatever_the_probe(path):
     assert torch.allclose(found, exact, atol=0.01 + 8 * path.alpha(times[0]).item() / path.sigma(times[0]).item())
 
 
+def test_the_integral_is_of_fourth_order():
+    """Of Runge and Kutta's method: half the step, a sixteenth of the error."""
+    path, mean, std = RectifiedFlowPath(), 0.3, 0.4
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x - alpha * mean)
+
+    x, errors = double(-0.4, 0.1, 0.9)[:, None], []
+    for steps in (8, 16, 32):
+        times = torch.linspace(1.0, 0.25, steps + 1, dtype=torch.float64)
+        found = log_likelihood(denoise, x, path, times, torch.ones_like(x))
+        exact = torch.distributions.Normal(double(0.75 * mean), double((0.75**2 * std**2 + 0.25**2) ** 0.5)).log_prob(x)
+        errors.append((found - exact[:, 0]).abs().max().item())
+    assert errors[0] / errors[1] > 12 and errors[1] / errors[2] > 12
+
+
 def test_signs_are_each_samples_own():
     x = torch.zeros(3, 4, 5)
     probe = signs(x, generators(3, 7))

@@ -85,7 +85,7 @@ class BetaTablePath(ABC):
     def training_times(self, u: Tensor) -> Tensor:
         """Numbers u in [0, 1] raised to the next node: a uniform u gives every node equally often."""
         n = self.num_train_timesteps
-        return ((u.to("cpu", torch.float64) * n).ceil().clamp(1, n) / n).to(u)
+        return ((u.to("cpu", torch.float64) * n).ceil().clamp(min=1) / n).to(u)
 
     def snap(self, t: Tensor) -> Tensor:
         """Times moved to the nearest node (or 0): the only times that the network saw in training."""

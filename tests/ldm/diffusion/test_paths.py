@@ -306,6 +306,7 @@ def test_the_range_of_log_snr_is_that_of_the_ends_that_are_trained(path):
 
 def test_defaults_are_the_published_ones():
     assert RectifiedFlowPath() == RectifiedFlowPath(shift=1.0)
+    assert [kind().sigma_data for kind in get_args(PathConfig)] == [1.0, 1.0, 1.0, 1.0, 0.5]
     assert EDMPath() == EDMPath(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0)
     assert LinearBetaPath() == LinearBetaPath(beta_start=1e-4, beta_end=0.02, num_train_timesteps=1000)
     assert ScaledLinearBetaPath() == ScaledLinearBetaPath(beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)

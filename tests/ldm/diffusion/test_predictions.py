@@ -158,7 +158,7 @@ def test_eps_says_nothing_at_pure_noise():
     _, eps = pair()
     assert to_x0("eps", eps, eps, RectifiedFlowPath(), torch.tensor(1.0)).abs().max() == 0
     off = to_x0("eps", 0.99 * eps, eps, RectifiedFlowPath(), torch.tensor(1.0))
-    assert torch.allclose(off, 0.01 * eps / SMALLEST_ALPHA, rtol=1e-9)
+    assert torch.allclose(off, 0.01 * eps / SMALLEST_ALPHA, rtol=1e-9) and SMALLEST_ALPHA == 1 / 4096
 
 
 def test_the_score_is_the_gradient_of_the_log_density(path):

@@ -5,6 +5,7 @@ import torch
 
 from ldm.diffusion.objective import ObjectiveConfig, TimeNumbers
 from ldm.diffusion.randomness import (
+    keyed_uniform,
     mixed_seed,
     sample_randomness,
     spread_uniforms,
@@ -136,3 +137,17 @@ def test_training_noise_with_offset_and_perturbation_depends_on_position_alone()
     assert torch.equal(known[7:9], part[0]) and torch.equal(added[7:9], part[1])
     assert (added - known).std().item() == pytest.approx(0.2, rel=0.02)
     assert known.mean(dim=(2, 3)).var().item() == pytest.approx((1 / 256 + 0.09) / 1.09, rel=0.3)
+
+
+def test_keyed_numbers_are_uniform_below_one():
+    numbers = torch.tensor([keyed_uniform("any", i) for i in range(20_000)], dtype=torch.float64)
+    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert numbers.var().item() == pytest.approx(1 / 12, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["stratified", "sobol"])
+def test_spread_numbers_stay_below_one_in_float32(kind, monkeypatch):
+    monkeypatch.setattr("ldm.diffusion.randomness.keyed_uniform", lambda *key: 1 - 1e-12)
+    found = spread_uniforms(kind, torch.zeros(1), [0], batch_size=4, seed=0)
+    assert found.item() == 1 - 2**-24
