@@ -43,7 +43,8 @@ def test_grids_of_a_table_against_diffusers(steps, grid, spacing):
     scheduler = DDIMScheduler(**SD_BETAS, timestep_spacing=spacing, steps_offset=1)
     scheduler.set_timesteps(steps)
     path = ScaledLinearBetaPath()
-    assert torch.equal(path.timesteps(time_grid(path, steps, grid)[:-1]).long(), scheduler.timesteps[:steps])
+    ours = path.timesteps(time_grid(path, steps, grid)[:-1])
+    assert torch.allclose(ours, scheduler.timesteps[:steps].double(), rtol=0, atol=1e-9)
 
 
 def test_linear_is_others_linspace():
@@ -65,8 +66,10 @@ def test_quadratic_is_even_in_the_root():
 
 @pytest.mark.parametrize("grid", ["log_snr", "exponential"])
 def test_even_steps_in_log_snr(grid, path):
-    steps = path.log_snr(time_grid(path, 12, grid)[:-1])
-    steps = steps[steps.isfinite()].diff()
+    levels = path.log_snr(time_grid(path, 12, grid)[:-1])
+    levels = levels[levels.isfinite()]
+    assert (levels[0].item(), levels[-1].item()) == pytest.approx(path.log_snr_range, rel=1e-6)
+    steps = levels.diff()
     assert len(steps) >= 10
     assert torch.allclose(steps, steps[0].expand(len(steps)), rtol=1e-6)
 
