@@ -106,8 +106,10 @@ def test_ten_aligned_steps_are_those_published():
     # In diffusers' whole timesteps: the list that the paper gives for Stable Diffusion 1.5.
     published = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
     assert path.timesteps(times[:-1]).tolist() == pytest.approx(published, abs=3.0)
-    between = (-path.log_snr(time_grid(path, 20, "align_your_steps")[1:2]) / 2).exp().item()
-    assert between == pytest.approx(math.sqrt(ALIGNED_SD15[0] * ALIGNED_SD15[1]), rel=2e-3)
+    between = (-path.log_snr(time_grid(path, 20, "align_your_steps")[:-1]) / 2).exp().tolist()
+    # The geometric means of neighbours, as the paper prints these.
+    assert between[1] == pytest.approx(math.sqrt(14.615 * 6.475), rel=2e-3)
+    assert between[-3:] == pytest.approx([math.sqrt(0.399 * 0.152), 0.152, math.sqrt(0.152 * 0.029)], rel=2e-3)
 
 
 @pytest.mark.parametrize(
