@@ -213,10 +213,7 @@ def check_model_serves(ckpt: Path, requests: list[Request]) -> None:
             for network in networks if sampler.learned_variance else []:
                 with described_by(network):
                     learned = learns_variance(read_json(network))
-                if not learned:
-                    raise ValueError(
-                        f"sampler {request.sampler} needs a network that has learned its variance: use ddpm"
-                    )
+                sampler.check(learned=learned)
         except ValueError as error:
             raise ValueError(f"{request.place}{error}") from error
 

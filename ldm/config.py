@@ -23,7 +23,7 @@ from ldm.diffusion import EDMPath, ObjectiveConfig, PathConfig, RectifiedFlowPat
 from ldm.engine import EngineConfig, OptimConfig
 from ldm.interop.scheduler import scheduler_config_json
 from ldm.run import RunConfig
-from ldm.samplers import sampler_named, time_grid
+from ldm.samplers import SAMPLERS, sampler_named, time_grid
 from text import TextEncoderConfig
 from text.clip import ImageTowerConfig
 from vae.autoencoder import AutoencoderKLConfig
@@ -139,8 +139,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         try:
             time_grid(self.model.path, self.preview.steps)
+            SAMPLERS[sampler_named(self.preview.sampler)].check(learned=self.model.objective.learned_variance)
         except ValueError as error:
-            raise ValueError(f"preview.{error}") from error
+            raise ValueError(f"preview: {error}") from error
 
 
 def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -183,9 +184,12 @@ def check_continues(then: str, now: str) -> None:
 
     Both are texts of `dump`. How long a run goes on (with it, where its learning rate falls), what it shows and how
     its data are held ready may change; what else the numbers depend on may not. A setting that did not exist when the
-    run began has its default.
+    run began had its default then.
     """
-    before, after = _leaves(yaml.safe_load(then)), _leaves(yaml.safe_load(now))
+    tree = yaml.safe_load(then)
+    kind = VAETrainConfig if "vae" in tree else TextTrainConfig if "text" in tree else TrainConfig
+    began = dump(parse(kind, tree, source="the configuration that this run began with"))
+    before, after = _leaves(yaml.safe_load(began)), _leaves(yaml.safe_load(now))
     for key in sorted(before):
         free = key != "run.seed" and key.split(".")[0] in ("run", "preview", "validation")
         free |= key in ("data.prefetch", "model.keep_latents")

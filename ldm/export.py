@@ -46,8 +46,7 @@ def export(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
     from ldm.whole import whole_folder
     from text import OpenClipTextEncoder, TransformersTextEncoder, save_text_encoder, save_tokenizer
 
-    if folder.exists() and not (folder / "model_index.json").exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists and is not a model: give a new folder, or one that holds an older export")
+    check_target(folder)
     model, encoder = trained.model, trained.model.text_encoder
     assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
     part = denoiser_folder(trained.config)
@@ -69,6 +68,12 @@ def export(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
         write_json(scheduler_config_json(model.path, model.prediction), whole / "scheduler" / "scheduler_config.json")
         write_json(model_index(part), whole / "model_index.json")
         (whole / "foundry.yaml").write_text(trained.notes)
+
+
+def check_target(folder: Path) -> None:
+    """Raise ValueError if the folder exists and is no export: nothing else is ever replaced."""
+    if folder.exists() and not (folder / "model_index.json").exists() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not a model: give a new folder, or one that holds an older export")
 
 
 def model_index(part: str) -> dict[str, object]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Scale = float | Callable[[Tensor], float]
+TINY = 1e-12  # for divisors that may be 0
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -52,15 +53,15 @@ def autoguidance(denoise: Denoise, weaker: Denoise, scale: Scale) -> Denoise:
 def rescaled(denoise_cond: Denoise, denoise_uncond: Denoise, scale: Scale, share: float) -> Denoise:
     """classifier_free, its answer brought back, by this share, to the deviation of the conditional one.
 
-    Large scales make pictures too bright. Lin et al. 2023 (arXiv 2305.08891), eqs. 15 and 16. Raises ValueError for a
-    share outside [0, 1].
+    Large scales make pictures too bright. Lin et al. 2023 (arXiv 2305.08891), eqs. 15 and 16, who rescale the network's
+    output; here it is x0, whatever is predicted. Raises ValueError for a share outside [0, 1].
     """
     if not 0 <= share <= 1:
         raise ValueError(f"the share of rescaling is {share}, expected 0 (none) to 1")
 
     def rule(x0: Tensor, change: Tensor, s: float) -> Tensor:
         guided = x0 + (s - 1) * change
-        ratio = _per_sample(x0.flatten(1).std(1) / guided.flatten(1).std(1), x0)
+        ratio = _per_sample(x0.flatten(1).std(1) / guided.flatten(1).std(1).clamp(min=TINY), x0)
         return torch.lerp(guided, ratio * guided, share)
 
     return _combined(denoise_cond, denoise_uncond, scale, rule)
@@ -89,7 +90,7 @@ def projected(
             change = running = change if running is None else momentum * running + change
         if norm_limit is not None:
             change = change * _per_sample((norm_limit / change.flatten(1).norm(dim=1)).clamp(max=1), x0)
-        along = _per_sample((change * x0).flatten(1).sum(1) / x0.flatten(1).square().sum(1), x0) * x0
+        along = _per_sample((change * x0).flatten(1).sum(1) / x0.flatten(1).square().sum(1).clamp(min=TINY), x0) * x0
         return x0 + (s - 1) * (change - along + parallel * along)
 
     return _combined(denoise_cond, denoise_uncond, scale, rule)

@@ -84,7 +84,7 @@ class LatentDiffusion:
         *,
         added: Tensor | None = None,
     ) -> Losses:
-        """What training minimises, of each sample.
+        """The parts of what training minimises, of each sample.
 
         x0 and eps B x C x h x w, t B on the CPU. network: a denoiser, or whatever computes one. added: the noise in
         x_t, where it is not eps, the noise in the target.
@@ -142,7 +142,7 @@ class LatentDiffusion:
     ) -> Tensor:
         """Latents of h x w = `size` from noise, image i drawn with generators[i] alone: B x C x h x w, float32."""
         shape = (len(generators), self.vae.config.latent_channels, *size)
-        start = prior_std(self.path) * noise_like(torch.empty(shape, device=self.device), generators)
+        start = prior_std(self.path, times[0].item()) * noise_like(torch.empty(shape, device=self.device), generators)
         return sampler(denoise, start, self.path, times, generators)
 
     @torch.no_grad()

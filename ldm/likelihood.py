@@ -27,8 +27,8 @@ def log_likelihood(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor,
     by Runge and Kutta's fourth-order method between the given times. The divergence is Hutchinson's estimate
     v . (df/dx) v from a probe v of signs, like x: right in the mean over probes, exact where D = 1.
     """
-    if not (times[:-1] > times[1:]).all() or times[-1] <= 0:
-        raise ValueError(f"times must fall strictly to above 0, not {times.tolist()}")
+    if not (times[:-1] > times[1:]).all() or times[-1] <= 0 or times[0] != 1:
+        raise ValueError(f"times must fall strictly from 1 to above 0, not {times.tolist()}")
     total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     rising = times.flip(0)
     for t, t_next in zip(rising[:-1], rising[1:], strict=True):

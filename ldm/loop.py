@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from data.loader import Batch, CaptionedImages, Tokenize, held_out
@@ -87,38 +88,46 @@ def train(
                 sample(engine.step)
         batches = images.stream(position=engine.step)
         run.restart_clock()
+        since: list[dict[str, Tensor]] = []  # what else losses has returned since the last line of progress
         while not last:
             lr, parts = engine.lr, losses(next(batches))
             loss = engine.update(parts.pop("loss"))
-            # Ranks exchange what a line of progress shows only where there is one.
-            measures = measured(engine, parts, images) if run.tells_at(engine.step) else {}
+            since.append({name: part.detach() for name, part in parts.items()})
+            measures = {}
+            if run.tells_at(engine.step):  # ranks exchange what a line shows only where there is one
+                measures, since = measured(engine, since, images), []
             run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=measures)
             timed = config.minutes is not None and engine.agree(run.out_of_time)
             last = engine.step == config.steps or timed
-            if engine.step % config.snapshot_every == 0 or last:  # before the checkpoint, which promises them
-                snapshots(engine, run)
-            if engine.step % config.checkpoint_every == 0 or last:
-                record = {"samples_seen": engine.step * batch_size, "config": run.config_text}
-                save(engine, run, record | ({"state": state.state_dict()} if state is not None else {}))
-            if engine.step % config.sample_every == 0 or last:
-                sample(engine.step)
-                run.restart_clock()
+            after_step(engine, run, last, sample, batch_size=batch_size, state=state)
         batches.close()
     if engine.step < config.steps:
         run.tell(f"stopped after step {engine.step} of {config.steps}: the same command goes on from there")
 
 
-def measured(engine: Engine, parts: Mapping[str, Tensor], images: CaptionedImages) -> dict[str, float]:
-    """The parts' means over all ranks and, if there are any, the number of bad samples that all ranks met."""
+def after_step(
+    engine: Engine, run: Run, last: bool, sample: Callable[[int], None], *, batch_size: int, state: State | None
+) -> None:
+    """Snapshots, checkpoint and sample, where they are due; their time counts in no rate."""
+    step, config = engine.step, run.config
+    if step % config.snapshot_every == 0 or last:  # before the checkpoint, which promises them
+        snapshots(engine, run)
+    if step % config.checkpoint_every == 0 or last:
+        record = {"samples_seen": step * batch_size, "config": run.config_text}
+        record |= {"state": state.state_dict()} if state is not None else {}
+        engine.save(run.checkpoint_path(step), record)
+        run.drop_old_checkpoints()
+        run.restart_clock()
+    if step % config.sample_every == 0 or last:
+        sample(step)
+        run.restart_clock()
+
+
+def measured(engine: Engine, since: Sequence[Mapping[str, Tensor]], images: CaptionedImages) -> dict[str, float]:
+    """The means of all parts of some steps over all ranks and, if there are any, the number of bad samples met."""
     bad = engine.total(len(images.bad_samples))
-    return engine.means(parts) | ({"bad_samples": bad} if bad else {})
-
-
-def save(engine: Engine, run: Run, record: dict[str, Any]) -> None:
-    """Write a checkpoint, with this record beside it, and drop those that are too old."""
-    engine.save(run.checkpoint_path(engine.step), record)
-    run.drop_old_checkpoints()
-    run.restart_clock()
+    together = {name: torch.cat([parts[name].flatten() for parts in since]) for name in since[0]}
+    return engine.means(together) | ({"bad_samples": bad} if bad else {})
 
 
 def snapshots(engine: Engine, run: Run) -> None:

@@ -37,7 +37,7 @@ class DrawOptions:
         start, stop = self.guidance_interval
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"the guidance interval is {start:g} to {stop:g}, expected 0 <= start <= stop <= 1")
-        if self.guidance_norm_limit is not None and not self.guidance_norm_limit > 0:
+        if self.guidance_norm_limit is not None and not 0 < self.guidance_norm_limit < math.inf:
             raise ValueError(f"guidance norm limit is {self.guidance_norm_limit}, expected a length above 0")
         if not -1 < self.guidance_momentum < 1:
             raise ValueError(f"guidance momentum is {self.guidance_momentum}, expected more than -1 and less than 1")

@@ -165,8 +165,7 @@ class TextToImage:
         model = self.model
         times = time_grid(model.path, steps, options.grid)
         found = SAMPLERS[sampler_named(sampler)]
-        if found.learned_variance and not model.learned_variance:
-            raise ValueError(f"sampler {sampler} needs a network that has learned its variance: use ddpm")
+        found.check(learned=model.learned_variance)
         function = found.with_eta(options.eta)
         rounds = range(0, len(prompts), MAX_BATCH)
         drawn: list[Tensor] = []

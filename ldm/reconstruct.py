@@ -27,15 +27,16 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from ldm.ema import mixture
-    from ldm.export import Trained, export
+    from ldm.export import Trained, check_target, export
     from ldm.interop.files import RUN_MODEL, load_strictly
     from ldm.interop.snapshots import mixed, read_snapshots
     from ldm.pipeline import TextToImage
 
+    check_target(args.target)
     known = read_snapshots(args.run)
     wanted = check_wanted(args, list(known))
     made = mixture(list(known), wanted)
-    print(f"mixing {len(known)} snapshots: the profile is met to {made.error:.2%}", flush=True)
+    print(f"mixing {len(known)} snapshots: the profile is off by {made.error:.2%}", flush=True)
     if made.error > TOLERANCE:
         print(
             f"warning: a step of which there is a snapshot (as {nearest_step(wanted, list(known))}), or a length "
@@ -60,6 +61,8 @@ def check_wanted(args: argparse.Namespace, known: list[Snapshot]) -> Snapshot:
     """What is asked for. Raises ValueError if there is nothing that it could be made of."""
     from ldm.ema import PowerProfile, Snapshot
 
+    if not args.run.is_dir():
+        raise FileNotFoundError(f"there is no run {args.run}: give the folder of one, as runs/NAME")
     if not known:
         raise ValueError(f"{args.run} holds no snapshots (ema/*.safetensors): train with optim.ema_lengths=[0.05,0.1]")
     last = max(snapshot.step for snapshot in known)

@@ -76,26 +76,30 @@ def training_losses(
         uniforms = spread_uniforms(
             objective.time_numbers, random.time_uniforms, positions, batch_size=batch_size, seed=seed
         )
-        t = draw_times(objective, model.path, uniforms, history)
+        numbers = uniforms if history is None else history.numbers(uniforms)
+        t = draw_times(objective, model.path, numbers)
         captions = drop_captions(batch.captions, random.drop_uniforms, config.model.caption_dropout)
         found = model.loss(engine, x0, eps.to(device), t, captions, added=added.to(device))
         weighted = found.weighted(objective, model.path, t)
         if history is not None:
-            weighted = by_importance(weighted, t, positions, history, engine)
+            weighted = by_importance(weighted, numbers, positions, history, engine)
         return {"loss": weighted.mean(), **by_quantile(found.error, uniforms)}
 
     return losses
 
 
-def by_importance(losses: Tensor, t: Tensor, positions: Sequence[int], history: LossHistory, engine: Engine) -> Tensor:
+def by_importance(
+    losses: Tensor, numbers: Tensor, positions: Sequence[int], history: LossHistory, engine: Engine
+) -> Tensor:
     """The losses, B, counted less where their times are drawn more often; then history learns those of all ranks."""
     import torch
 
-    counted = losses / history.density(t).to(losses)
-    rows = torch.stack([torch.tensor(positions), t, losses.detach().cpu()], dim=1).double()
+    counted = losses / history.density(numbers).to(losses)
+    columns = torch.tensor(positions), numbers, losses.detach().cpu()
+    rows = torch.stack([column.double() for column in columns], dim=1)  # float32 counts only to 2^24
     everywhere = engine.gather(rows.to(engine.world.device)).cpu()
-    _, times, seen = everywhere[everywhere[:, 0].argsort()].T
-    history.record(times, seen)
+    _, seen, found = everywhere[everywhere[:, 0].argsort()].T
+    history.record(seen, found)
     return counted
 
 

@@ -140,7 +140,18 @@ def throwaway(root: Path, tests: str) -> list[str]:
     for file, text in (("throwaway/__init__.py", ""), ("throwaway/formulas.py", SOURCE), ("checks/test_all.py", tests)):
         (root / file).parent.mkdir(exist_ok=True)
         (root / file).write_text(text)
-    return ["--root", str(root), "--target", "throwaway", "--tests", "checks", "--preload", "pytest", "hypothesis", "anyio"]
+    return [
+        "--root",
+        str(root),
+        "--target",
+        "throwaway",
+        "--tests",
+        "checks",
+        "--preload",
+        "pytest",
+        "hypothesis",
+        "anyio",
+    ]
 
 
 def test_what_tests_see_is_caught_and_what_they_do_not_survives(tmp_path: Path):

@@ -45,7 +45,7 @@ FLOORS = (
     ("ldm.reconstruct",),
     COMMANDS,
 )
-LONGEST_FUNCTION, LONGEST_FILE = 60, 350
+LONGEST_FUNCTION, LONGEST_FILE = 40, 350
 
 
 def product_files() -> list[Path]:

@@ -1,6 +1,7 @@
 """Training times by importance: more often where the loss is large, and counted less there.
 
-Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.3, with times in bins, so that continuous paths have it too.
+Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.3, with times in bins, so that continuous paths have it too. A time
+stands here as the number in [0, 1] that a path's training_times makes it of.
 """
 
 from collections.abc import Mapping
@@ -31,21 +32,20 @@ class LossHistory:
         size = self.losses.square().mean(1).sqrt()
         return (1 - UNIFORM_SHARE) * size / size.mean() + UNIFORM_SHARE
 
-    def times(self, uniforms: Tensor) -> Tensor:
-        """Times that have this density, rising with their uniform numbers: the inverse of its integral."""
+    def numbers(self, uniforms: Tensor) -> Tensor:
+        """Numbers that have this density, rising with the uniform ones: the inverse of its integral."""
         densities = self.densities
         mass = torch.cat([torch.zeros(1, dtype=torch.float64), densities.cumsum(0) / BINS])
         u = uniforms.double() * mass[-1]
         bins = (torch.searchsorted(mass, u, right=True) - 1).clamp(0, BINS - 1)
         return (bins / BINS + (u - mass[bins]) / densities[bins]).float()
 
-    def density(self, t: Tensor) -> Tensor:
-        """At times, also those that a path has raised to its next node: so a bin holds its upper end."""
-        return self.densities[bin_of(t)].to(t)
+    def density(self, numbers: Tensor) -> Tensor:
+        return self.densities[bin_of(numbers)].to(numbers)
 
-    def record(self, t: Tensor, losses: Tensor) -> None:
-        """Remember the losses of a global batch at its times, in its order."""
-        for place, loss in zip(bin_of(t).tolist(), losses.double().tolist(), strict=True):
+    def record(self, numbers: Tensor, losses: Tensor) -> None:
+        """Remember the losses of a global batch, in its order."""
+        for place, loss in zip(bin_of(numbers).tolist(), losses.double().tolist(), strict=True):
             self.losses[place, self.seen[place] % KEPT] = loss
             self.seen[place] += 1
 
@@ -58,6 +58,5 @@ class LossHistory:
         self.seen.copy_(torch.tensor(state["seen"]))
 
 
-def bin_of(t: Tensor) -> Tensor:
-    # A node on a bin's edge may be a little above it in float32.
-    return ((t.double() * BINS - 1e-4).ceil().long() - 1).clamp(0, BINS - 1)
+def bin_of(numbers: Tensor) -> Tensor:
+    return (numbers.double() * BINS).long().clamp(max=BINS - 1)

@@ -11,7 +11,6 @@ from typing import Literal, assert_never, get_args
 import torch
 from torch import Tensor
 
-from ldm.diffusion.importance import LossHistory
 from ldm.diffusion.paths import PathConfig
 from ldm.diffusion.predictions import Prediction, x0_sensitivity
 
@@ -51,22 +50,19 @@ class ObjectiveConfig:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
 
 
-def draw_times(
-    config: ObjectiveConfig, path: PathConfig, uniforms: Tensor, history: LossHistory | None = None
-) -> Tensor:
-    """Training times, float32, one for each supplied uniform number in [0, 1] and rising with it; nothing is random
-    here. history: of the run's losses, which importance needs."""
+def draw_times(config: ObjectiveConfig, path: PathConfig, uniforms: Tensor) -> Tensor:
+    """Training times, float32, one for each supplied number in [0, 1] and rising with it; nothing is random here.
+
+    For importance the numbers are a LossHistory's, for the others uniform ones.
+    """
     u = uniforms.float()
     match config.time_sampling:
-        case "uniform":
+        case "uniform" | "importance":
             t = u
         case "logit_normal":
             t = logit_normal_times(u, config.logit_mean, config.logit_std)
         case "log_normal":
             t = log_normal_times(u, path, config.log_mean, config.log_std)
-        case "importance":
-            assert history is not None, "importance looks back on losses"
-            t = history.times(u)
         case _:
             assert_never(config.time_sampling)
     return path.training_times(t)
@@ -130,8 +126,9 @@ def edm_weight(path: PathConfig, t: Tensor) -> Tensor:
 def logit_normal_density(t: Tensor, mean: float, std: float) -> Tensor:
     """The density of logit_normal_times: uniform times under this weight have the same loss in the mean.
 
-    Esser et al. 2024, eq. 19.
+    0 at both ends. Esser et al. 2024, eq. 19.
     """
+    t = t.clamp(torch.finfo(t.dtype).eps, 1 - torch.finfo(t.dtype).eps)
     return torch.exp(-((torch.logit(t) - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
 
 

@@ -6,12 +6,13 @@ from functools import cached_property
 
 import torch
 
+SHORTEST = 1e-4  # a step of ten thousand
 LONGEST = 12**-0.5  # relative length of the plain mean over all of training, gamma = 0
 
 
 @dataclass(frozen=True)
 class PowerProfile:
-    """length: deviation of the profile, over the training so far; between 0 and LONGEST. 0.05 and 0.1 are usual.
+    """length: deviation of the profile, over the training so far: SHORTEST to LONGEST. 0.05 and 0.1 are usual.
 
     It never looks back to the start, where the weights were random: its first update is a copy.
     """
@@ -19,8 +20,10 @@ class PowerProfile:
     length: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.length < LONGEST:
-            raise ValueError(f"the EMA's length is {self.length}, expected more than 0 and less than {LONGEST:.3f}")
+        if not SHORTEST <= self.length < LONGEST:
+            raise ValueError(
+                f"the EMA's length is {self.length}, expected {SHORTEST:g} or more and less than {LONGEST:.3f}"
+            )
 
     @cached_property
     def gamma(self) -> float:
@@ -44,7 +47,7 @@ def gamma_of_length(length: float) -> float:
 
 
 def overlap(gamma: float, end: float, other_gamma: float, other_end: float) -> float:
-    """Integral of p(t) p'(t) over t, p(t) = (gamma + 1) t^gamma / end^(gamma + 1) up to `end`. Their eq. 13."""
+    """Integral of p(t) p'(t) over t, p(t) = (gamma + 1) t^gamma / end^(gamma + 1) up to `end`. Their appendix C."""
     if end > other_end:
         return overlap(other_gamma, other_end, gamma, end)
     both = (gamma + 1) * (other_gamma + 1) / ((gamma + other_gamma + 1) * other_end)

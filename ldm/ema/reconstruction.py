@@ -25,8 +25,9 @@ class Mixture(NamedTuple):
 def mixture(snapshots: Sequence[Snapshot], wanted: Snapshot) -> Mixture:
     """The shares whose mixture comes nearest to the wanted profile: least squares over all of training.
 
-    With p_i a snapshot's profile and p the wanted one it solves A x = b, A_ij = <p_i, p_j>, b_i = <p_i, p>. Their
-    appendix C.3. Snapshots of after the wanted step may help too. Raises ValueError if there are none.
+    With p_i a snapshot's profile and p the wanted one it solves A x = b, A_ij = <p_i, p_j>, b_i = <p_i, p>, and makes
+    the shares add up to 1, so that what is left over shrinks no weight. Karras et al. 2023, appendix C. Snapshots of
+    after the wanted step may help too. Raises ValueError if there are none.
     """
     if not snapshots:
         raise ValueError("there are no snapshots to mix")
@@ -34,5 +35,6 @@ def mixture(snapshots: Sequence[Snapshot], wanted: Snapshot) -> Mixture:
     products = torch.tensor([[overlap(*one, *other) for other in ends] for one in ends], dtype=torch.float64)
     a, b, square = products[:-1, :-1], products[:-1, -1], products[-1, -1]
     shares = torch.linalg.lstsq(a, b[:, None], driver="gelsd").solution[:, 0]
+    shares = shares / shares.sum()
     left = square - 2 * shares @ b + shares @ a @ shares  # || sum of x_i p_i - p ||^2
     return Mixture(shares.tolist(), math.sqrt(max(0.0, (left / square).item())))

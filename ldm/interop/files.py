@@ -54,6 +54,8 @@ def described_by(source: Path) -> Iterator[None]:
         yield
     except KeyError as error:
         raise ValueError(f"{source} lacks the key {error.args[0]!r}: copy it again") from error
+    except ValueError as error:
+        raise error if str(source) in str(error) else ValueError(f"{source}: {error}") from error
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{source} holds a value of another kind than expected ({error}): copy it again") from error
 

@@ -16,7 +16,7 @@ FOLDER = "ema"
 
 def write_snapshot(weights: Mapping[str, Tensor], run: Path, snapshot: Snapshot) -> None:
     """One average's weights, in their own precision; the same snapshot of before is replaced."""
-    path = run / FOLDER / f"step_{snapshot.step:07d}_{snapshot.length:g}.safetensors"
+    path = run / FOLDER / f"step_{snapshot.step:07d}_{snapshot.length!r}.safetensors"
     path.parent.mkdir(exist_ok=True)
     write_weights(dict(weights), path, {"step": str(snapshot.step), "length": repr(snapshot.length)})
 

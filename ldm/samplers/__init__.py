@@ -71,6 +71,11 @@ class Sampler:
     eta: float | None = None  # of its own; None: it takes none
     learned_variance: bool = False  # whether it needs a LearnedDenoise
 
+    def check(self, *, learned: bool) -> None:
+        """Raise ValueError if it needs a variance, and the network has learned none."""
+        if self.learned_variance and not learned:
+            raise ValueError(f"sampler {self.label} needs a network that has learned its variance: use ddpm")
+
     def with_eta(self, eta: float | None) -> SamplerFunction:
         """The function with this share of noise, from 0 to 1; None: its own. Raises ValueError if it cannot have it."""
         if eta is None:

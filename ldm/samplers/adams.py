@@ -29,7 +29,7 @@ def lms(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generato
 
 
 def deis(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """DEIS (tAB, order 3): as lms, but the noise is a polynomial in log(kappa), along which it changes more evenly.
+    """DEIS (order 3): as lms, but the noise is a polynomial in log(kappa), along which it changes more evenly.
 
     Zhang & Chen 2022 (arXiv 2204.13902), eq. 15 with rho = kappa.
     """

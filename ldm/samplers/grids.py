@@ -31,13 +31,16 @@ def time_grid(path: "PathConfig", steps: int, grid: str | Sequence[float] | None
     grid = path.default_grid if grid is None else grid
     if not isinstance(grid, str):
         return explicit_times(steps, grid)
+    grid = grid.lower()
     if grid not in TIME_GRIDS:
         near = difflib.get_close_matches(grid, TIME_GRIDS, 1)
         hint = f", did you mean {near[0]}?" if near else ":"
         raise ValueError(f"no time grid {grid!r}{hint} There are {', '.join(TIME_GRIDS)}")
     times = TIME_GRIDS[grid](path, steps)
     if not (times[:-1] > times[1:]).all():
-        raise ValueError(f"steps {steps} is more than the path has noise levels; use fewer")
+        raise ValueError(
+            f"grid {grid} has no {steps} different times on path {path.kind}: use fewer steps, or trailing"
+        )
     return times
 
 

@@ -62,7 +62,8 @@ def dpmpp_3m_sde(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor,
     """SDE-DPM-Solver++(3M): x0 along a parabola through its last three values, integrated exactly.
 
     Over u = lambda - lambda_i the step needs the integral of 2 e^(-2 (h - u)) x0(u): its terms in 1, u and u^2 / 2
-    weigh phi_1, phi_2, phi_3 of 2 h. After k-diffusion's solver, in the notation of Lu et al. 2022.
+    weigh phi_1, phi_2, phi_3 of 2 h, in the notation of Lu et al. 2022. k-diffusion, where the name is from, has half
+    of the last term, so that its pictures are a little different.
     """
     history: list[tuple[float, Tensor]] = []  # (lambda, x0), the newest last
     for step in grid_steps(path, times):

@@ -53,6 +53,8 @@ def grid_steps(path: "PathConfig", times: Tensor) -> Iterator[Step]:
     if not (times[:-1] > times[1:]).all() or times[0] > 1 or times[-1] < 0:
         raise ValueError(f"times must fall strictly, from at most 1 to at least 0, not {times.tolist()}")
     nodes = [Node(*node) for node in zip(times, path.alpha(times).tolist(), path.sigma(times).tolist(), strict=True)]
+    if any(node.sigma == 0 for node in nodes[:-1]):
+        raise ValueError(f"times are {times.tolist()}, of which some leave no noise: leave out what is so near to 0")
     for start, end in zip(nodes[:-1], nodes[1:], strict=True):
         yield Step(start, end)
 

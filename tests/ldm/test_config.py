@@ -87,7 +87,11 @@ def test_overrides_reach_any_depth_and_keep_their_types():
         ("engine.zero_stage=4", r"engine\.zero_stage.*4"),
         ("preview.sampler=dpmp_2m", r"preview.sampler: no sampler 'dpmp_2m', did you mean dpmpp_2m\? There are ddpm, "),
         ("model.objective.learned_variance=true", r"path rectified_flow has none: use scaled_linear_beta"),
-        ("optim.ema_lengths=[0.3]", r"the EMA's length is 0.3, expected more than 0 and less than 0.289"),
+        (
+            "preview.sampler=ddpm_learned",
+            r"preview: sampler DDPM learned needs a network that has learned",
+        ),
+        ("optim.ema_lengths=[0.3]", r"the EMA's length is 0.3, expected 0.0001 or more and less than 0.289"),
         ("optim.ema_lengths=[0.1, 0.1]", r"optim.ema_lengths names a length twice"),
         ("optim.ema_decay=1", r"decay must be at least 0 and below 1, not 1.0"),
         ("run.snapshot_every=0", r"run\.snapshot_every must be at least 1"),
@@ -153,6 +157,14 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
 )  # fmt: skip
 def test_a_run_may_go_on_longer_and_show_more(word):
     check_continues(then=dump(load_config(TrainConfig, DIT)), now=dump(load_config(TrainConfig, DIT, [word])))
+
+
+def test_a_setting_that_is_new_had_its_default_when_the_run_began():
+    tree = yaml.safe_load(dump(load_config(TrainConfig, DIT)))
+    del tree["optim"]["ema_lengths"], tree["model"]["objective"]["learned_variance"], tree["run"]["snapshot_every"]
+    check_continues(then=yaml.safe_dump(tree), now=dump(load_config(TrainConfig, DIT)))
+    with pytest.raises(ValueError, match=r"optim.ema_lengths was \[\] when this run began and is \[0.1\] now"):
+        check_continues(yaml.safe_dump(tree), dump(load_config(TrainConfig, DIT, ["optim.ema_lengths=[0.1]"])))
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_other_sizes_than_the_native_one(dit_folder):
         ({"height": 18}, "height is 18"),
         ({"width": -4}, "width is -4"),
         ({"sampler": "eulr"}, "no sampler 'eulr', did you mean euler"),
-        ({"sampler": "ddpm_learned"}, "sampler ddpm_learned needs a network that has learned its variance"),
+        ({"sampler": "ddpm_learned"}, "sampler DDPM learned needs a network that has learned its variance"),
         ({"options": DrawOptions(eta=0.5)}, r"sampler DPM\+\+ 2M has no eta"),
         ({"options": DrawOptions(time_grid="leading")}, "path rectified_flow has none: use trailing"),
         ({"options": DrawOptions(time_grid="karas")}, "no time grid 'karas', did you mean karras"),
@@ -195,6 +195,7 @@ def test_diffusers_draws_the_same_picture(kind, scale, request, monkeypatch):
         # diffusers' grid for flows starts at 0.999, not 1, and the network is told whole thousandths, cut off.
         times = theirs.scheduler.sigmas.double()
         monkeypatch.setattr("ldm.pipeline.time_grid", lambda path, steps, grid: times)
+        monkeypatch.setattr("ldm.latent_diffusion.prior_std", lambda path, start: 1.0)
         monkeypatch.setattr(RectifiedFlowPath, "timesteps", lambda self, t: (1000 * t).floor())
     found = (draw(ours, steps=8, scale=scale)[0].clamp(-1, 1) + 1) / 2
     assert expected.std() > 0.01  # not a blank sheet

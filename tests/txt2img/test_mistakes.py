@@ -126,7 +126,7 @@ def test_mistakes_that_need_the_model_are_told_before_it_draws(command, model, w
         ("--time-grid leading", "grid 'leading' counts the entries of a table, and path rectified_flow has none"),
         ("--time-grid karas", "no time grid 'karas', did you mean karras? There are trailing, linear"),
         ("--time-grid 1,0.5,0 --steps 7", "the time grid has 3 times, expected one more than steps, 7"),
-        ("--sampler ddpm_learned", "sampler ddpm_learned needs a network that has learned its variance: use ddpm"),
+        ("--sampler ddpm_learned", "sampler DDPM learned needs a network that has learned its variance: use ddpm"),
         ("--time-grid 1,0.5,0 --from-file p.txt", "p.txt, line 2: the time grid has 3 times, expected one more"),
     ],
 )

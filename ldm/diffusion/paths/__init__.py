@@ -37,11 +37,11 @@ TablePath = LinearBetaPath | ScaledLinearBetaPath | CosinePath
 PathConfig = TablePath | RectifiedFlowPath | EDMPath
 
 
-def prior_std(path: PathConfig) -> float:
-    """Standard deviation of x_t at t = 1, where sampling starts: sqrt(alpha^2 s^2 + sigma^2), s = sigma_data.
+def prior_std(path: PathConfig, start: float = 1.0) -> float:
+    """Standard deviation of x_t at the time where sampling starts: sqrt(alpha^2 s^2 + sigma^2), s = sigma_data.
 
-    1, but on EDM's path. (On a table that does not end at alpha = 0, Stable Diffusion's too, x_1 still holds a little
-    of the data; everybody starts from plain noise all the same.)
+    1 on tables, and at t = 1 but on EDM's path. (Where alpha is not 0 there, as in Stable Diffusion, x_t still holds a
+    little of the data; everybody starts from plain noise all the same.)
     """
-    end = torch.ones((), dtype=torch.float64)
-    return (path.alpha(end) ** 2 * path.sigma_data**2 + path.sigma(end) ** 2).sqrt().item()
+    t = torch.tensor(start, dtype=torch.float64)
+    return (path.alpha(t) ** 2 * path.sigma_data**2 + path.sigma(t) ** 2).sqrt().item()

@@ -24,7 +24,7 @@ class EDMPath:
     default_grid: ClassVar[str] = "karras"  # of ldm.samplers.TIME_GRIDS: even steps of t go far below sigma_min
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max or self.sigma_data <= 0 or self.rho < 1:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf or self.sigma_data <= 0 or self.rho < 1:
             raise ValueError(
                 f"sigma_min {self.sigma_min}, sigma_max {self.sigma_max}, sigma_data {self.sigma_data} and rho "
                 f"{self.rho} must satisfy 0 < sigma_min < sigma_max, 0 < sigma_data, 1 <= rho; use 0.002, 80, 0.5, 7"

@@ -27,8 +27,8 @@ class BetaTablePath(ABC):
     default_grid: ClassVar[str] = "trailing"  # of ldm.samplers.TIME_GRIDS
 
     def __post_init__(self) -> None:
-        if self.num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; use 2 or more, as 1000")
+        if not isinstance(self.num_train_timesteps, int) or self.num_train_timesteps < 2:
+            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; use a whole number, 2 or more")
 
     @abstractmethod
     def betas(self) -> Tensor:

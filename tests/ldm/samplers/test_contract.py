@@ -5,7 +5,7 @@ import torch
 from analytic import MEAN, STD, double, generators, ideal_denoiser
 from torch import Tensor
 
-from ldm.diffusion.paths import RectifiedFlowPath, ScaledLinearBetaPath
+from ldm.diffusion.paths import EDMPath, RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.samplers import SAMPLERS, Denoise, LearnedDenoise, noise_like, time_grid
 
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
@@ -92,6 +92,12 @@ def test_noise_comes_from_each_images_generator():
 
 def test_labels_are_unique():
     assert len({sampler.label for sampler in SAMPLERS.values()}) == len(SAMPLERS)
+
+
+def test_times_that_leave_no_noise_are_refused():
+    path, x = EDMPath(), torch.ones(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="of which some leave no noise"):
+        SAMPLERS["heun"].function(ideal_denoiser(path), x, path, double(1.0, 1e-60, 0.0), generators(0))
 
 
 def test_times_that_are_no_grid_are_refused():

@@ -116,10 +116,11 @@ def test_ten_aligned_steps_are_those_published():
     ("steps", "grid", "message"),
     [
         (0, "linear", "steps must be 1 or more, not 0"),
-        (1001, "linear", "steps 1001 is more than the path has noise levels"),
+        (1001, "linear", "grid linear has no 1001 different times on path scaled_linear_beta: use fewer"),
         (1000, "leading", "steps 1000 is more than the path has noise levels"),
         (10, "karas", "no time grid 'karas', did you mean karras. There are trailing, .*karras"),
         (10, "zzz", "no time grid 'zzz': There are trailing, .*karras"),
+        (120, "quadratic", "grid quadratic has no 120 different times on path scaled_linear_beta: use fewer"),
         (3, (1.0, 0.5, 0.0), "the time grid has 3 times, expected one more than steps, 3"),
         (2, (1.0, 0.2, 0.5, 0.0), "the time grid is 1, 0.2, 0.5, 0, expected two or more times that fall"),
         (2, (1.2, 0.2, 0.0), "the time grid is 1.2, 0.2, 0, expected"),

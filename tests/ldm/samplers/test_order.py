@@ -12,8 +12,8 @@ import torch
 from analytic import MEAN, STD, double, generators, ideal_denoiser, ideal_scatter, marginal, uneven
 from torch import Tensor
 
-from ldm.diffusion.paths import EDMPath, PathConfig, RectifiedFlowPath, ScaledLinearBetaPath
-from ldm.samplers import SAMPLERS, noise_like, time_grid
+from ldm.diffusion.paths import EDMPath, PathConfig, RectifiedFlowPath, ScaledLinearBetaPath, prior_std
+from ldm.samplers import SAMPLERS, TIME_GRIDS, noise_like, time_grid
 
 DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if not sampler.stochastic]
 # lcm is for consistency models: it draws means from any other denoiser.
@@ -139,3 +139,34 @@ def test_stochastic_samplers_draw_the_data(name, path, seed):
     n = x.numel()
     assert abs(x.mean() - MEAN) < 4 * STD / n**0.5 + 0.005
     assert abs(x.var() / STD**2 - 1) < 4 * (2 / n) ** 0.5 + 0.02
+
+
+@pytest.mark.parametrize("grid", [*TIME_GRIDS, tuple(0.7 - 0.014 * i for i in range(50)) + (0.0,)], ids=str)
+def test_what_is_started_with_fits_the_grid(grid, path):
+    """The data's deviation comes out, also where the first time is below 1, as of align_your_steps and given times."""
+    if grid == "leading" and not hasattr(path, "num_train_timesteps"):
+        return
+    std = 0.9 * path.sigma_data
+    times = time_grid(path, 50, grid)
+    x = prior_std(path, times[0].item()) * double(-1.0, 1.0)
+    x = SAMPLERS["dpmpp_2m"].function(ideal_denoiser(path, 0.0, std), x, path, times, [])
+    assert (x[1] - x[0]).item() / 2 == pytest.approx(std, rel=0.12)
+
+
+def test_the_three_step_sampler_integrates_a_parabola(monkeypatch):
+    """With x0 a parabola in lambda, whatever x is, its mean after three uneven steps is the exact integral."""
+    path, nodes = RectifiedFlowPath(), double(-1.0, -0.8, -0.2, 0.5)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        half = path.log_snr(t).item() / 2
+        return torch.full_like(x, 0.3 + 0.7 * half + 0.9 * half**2)
+
+    times, x = path.time_of_log_snr(2 * nodes), torch.zeros(1, 1, 1, 4, dtype=torch.float64)
+    monkeypatch.setattr("ldm.samplers.steps.noise_like", lambda x, _: torch.zeros_like(x))
+    before, after = (SAMPLERS["dpmpp_3m_sde"].function(denoise, x, path, times[:n], []) for n in (3, 4))
+    h = (nodes[3] - nodes[2]).item()
+    u = torch.linspace(0, h, 200_001, dtype=torch.float64)
+    half = nodes[2] + u
+    integral = torch.trapezoid(2 * (-2 * (h - u)).exp() * (0.3 + 0.7 * half + 0.9 * half**2), u).item()
+    alpha, sigma, sigma_before = path.alpha(times[3]).item(), path.sigma(times[3]).item(), path.sigma(times[2]).item()
+    assert torch.allclose(after, sigma / sigma_before * math.exp(-h) * before + alpha * integral, rtol=1e-8)

@@ -1,0 +1,31 @@
+"""What ldm/train.py does beside calling others: losses by importance."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ldm.diffusion import LossHistory
+from ldm.diffusion.importance import BINS, KEPT
+from ldm.train import by_importance
+
+
+def test_losses_count_less_where_times_are_drawn_more_often_and_all_are_remembered_in_order():
+    """Positions beyond 2^24, which float32 cannot tell apart, and another rank's between ours."""
+    history = LossHistory()
+    centres = (torch.arange(BINS) + 0.5) / BINS
+    for _ in range(KEPT):
+        history.record(centres, 1 + 3 * centres)
+    numbers, losses = torch.tensor([0.105, 0.905]), torch.tensor([2.0, 4.0], requires_grad=True)
+    density, rows = history.density(numbers), []
+
+    def gather(mine: torch.Tensor) -> torch.Tensor:
+        rows.append(mine)
+        return torch.cat([mine, torch.tensor([[2.0**24 + 2, 0.105, 7.0]], dtype=torch.float64)])
+
+    engine: Any = SimpleNamespace(gather=gather, world=SimpleNamespace(device="cpu"))
+    counted = by_importance(losses, numbers, [2**24 + 1, 2**24 + 3], history, engine)
+    assert torch.allclose(counted, losses / density) and counted.requires_grad
+    assert density[0] < 0.6 and density[1] > 1.3
+    assert rows[0][:, 0].tolist() == [2**24 + 1, 2**24 + 3]
+    assert history.losses[10, :2].tolist() == [2.0, 7.0] and history.losses[90, 0] == 4.0
