@@ -56,7 +56,7 @@ def test_captions_that_are_swapped_raise_the_loss(pipe):
         x0 = model.vae.encode(batch.pixels).mean
         eps, t = sample_randomness(0, range(64), x0.shape[1:]).eps, torch.full((64,), 0.8)
         found = [
-            model.loss(pipe.denoiser, x0, eps, t, captions).mean().item()
+            model.loss(pipe.denoiser, x0, eps, t, captions).error.mean().item()
             for captions in (batch.captions, batch.captions[1:] + batch.captions[:1])
         ]
     assert found[1] > 1.1 * found[0]
