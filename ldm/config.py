@@ -248,9 +248,10 @@ def _first_error(error: ValidationError, kind: type) -> str:
 
 def _nearest(error: Any) -> str:
     """A hint, where one of some names was expected and what was given, or the kind that it names, resembles one."""
-    expected = error.get("ctx", {}).get("expected", "") or error.get("ctx", {}).get("expected_tags", "")
-    given = error["ctx"].get("tag", error["input"]) if "ctx" in error else error["input"]
-    near = difflib.get_close_matches(str(given), re.findall(r"'([^']*)'", expected), n=1)
+    context = error.get("ctx", {})
+    expected = context.get("expected") or context.get("expected_tags", "")
+    given = str(context.get("tag", error["input"]))
+    near = difflib.get_close_matches(given, re.findall(r"'([^']*)'", expected), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -220,11 +220,12 @@ class Engine:
         """The mean of each tensor's elements over all ranks, in one message. What is empty everywhere is left out."""
         if not values:
             return {}
-        pairs = [(value.detach().float().sum(), torch.tensor(float(value.numel()))) for value in values.values()]
-        together = torch.stack([torch.stack([number.to(self.world.device) for number in pair]) for pair in pairs])
+        totals = torch.stack([value.detach().float().sum() for value in values.values()])
+        counts = torch.tensor([float(value.numel()) for value in values.values()], device=totals.device)
+        together = torch.stack([totals, counts])
         if self.world.ranks > 1:
             dist.all_reduce(together)
-        return {name: total / n for name, (total, n) in zip(values, together.tolist(), strict=True) if n > 0}
+        return {name: total / n for name, total, n in zip(values, *together.tolist(), strict=True) if n > 0}
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, as many of each, one rank's after another's."""

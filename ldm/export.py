@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ldm.denoisers import DenoiserConfig
     from ldm.latent_diffusion import LatentDiffusion
+    from ldm.pipeline import TextToImage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,17 @@ class Trained:
     config: DenoiserConfig
     sample_size: int  # side of the native latents
     notes: str  # foundry.yaml: the resolved configuration of the run
+
+    @classmethod
+    def of(cls, pipe: TextToImage, *, notes: str) -> Trained:
+        """What was loaded, to be written again."""
+        return cls(
+            model=pipe.model,
+            denoiser=pipe.denoiser,
+            config=pipe.denoiser_config,
+            sample_size=pipe.sample_size,
+            notes=notes,
+        )
 
 
 def export(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
@@ -100,13 +112,7 @@ def main(args: argparse.Namespace) -> None:
 
     pipe = TextToImage.load(args.source, device="cpu", dtype="fp32")
     notes = model_folder(args.source) / "foundry.yaml"
-    trained = Trained(
-        model=pipe.model,
-        denoiser=pipe.denoiser,
-        config=pipe.denoiser_config,
-        sample_size=pipe.sample_size,
-        notes=notes.read_text() if notes.exists() else "",
-    )
+    trained = Trained.of(pipe, notes=notes.read_text() if notes.exists() else "")
     export(
         trained, args.target, dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     )

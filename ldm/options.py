@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 SCHEDULES = ("constant", "linear", "cosine")  # of guidance's scale over time
 
@@ -74,7 +75,7 @@ PLAIN = DrawOptions()
 
 def check_falling(times: tuple[float, ...]) -> None:
     """Raise ValueError unless the times fall strictly from at most 1 to 0."""
-    falling = all(later < earlier for earlier, later in zip(times, times[1:], strict=False))
+    falling = all(later < earlier for earlier, later in pairwise(times))
     if len(times) < 2 or not falling or not times[0] <= 1 or times[-1] != 0 or not all(map(math.isfinite, times)):
         shown = ", ".join(f"{t:g}" for t in times)
         raise ValueError(f"the time grid is {shown}, expected two or more times that fall from at most 1 to 0")

@@ -46,14 +46,8 @@ def main(args: argparse.Namespace) -> None:
     pipe = TextToImage.load(args.run / RUN_MODEL, device="cpu", dtype="fp32")
     weights = mixed(list(known.values()), made.shares)
     load_strictly(pipe.denoiser, weights, source=args.run / "ema")
-    trained = Trained(
-        model=pipe.model,
-        denoiser=pipe.denoiser,
-        config=pipe.denoiser_config,
-        sample_size=pipe.sample_size,
-        notes=(args.run / RUN_MODEL / "foundry.yaml").read_text(),
-    )
-    export(trained, args.target, dtype=torch.float32)
+    notes = (args.run / RUN_MODEL / "foundry.yaml").read_text()
+    export(Trained.of(pipe, notes=notes), args.target, dtype=torch.float32)
     print(f"wrote {args.target}")
 
 

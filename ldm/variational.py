@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ldm.diffusion import EDMPath, PathConfig, RectifiedFlowPath, expand_times
 from ldm.diffusion.paths import TablePath
-from ldm.samplers import Node, Step
+from ldm.samplers import Step
 from ldm.samplers.single_step import ddpm_mean, learned_log_variance, variance_range
+from ldm.samplers.steps import nodes_at
 
 
 def bound_terms(x0: Tensor, x_t: Tensor, x0_hat: Tensor, share: Tensor, path: PathConfig, t: Tensor) -> Tensor:
@@ -42,11 +43,7 @@ def node_steps(path: TablePath, t: Tensor) -> list[Step]:
     """From each of some nodes of a table to the one before it."""
     t = path.snap(t.double())
     before = path.snap(t - 1 / path.num_train_timesteps)
-    nodes = [
-        [Node(*node) for node in zip(times, path.alpha(times).tolist(), path.sigma(times).tolist(), strict=True)]
-        for times in (t, before)
-    ]
-    return [Step(start, end) for start, end in zip(*nodes, strict=True)]
+    return [Step(*ends) for ends in zip(nodes_at(path, t), nodes_at(path, before), strict=True)]
 
 
 def log_range(step: Step, path: TablePath) -> tuple[float, float]:

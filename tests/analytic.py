@@ -76,15 +76,17 @@ def mixture(n: int, seed: int) -> Tensor:
     return CENTRES[which] + SPREAD * torch.randn(n, 2, generator=generator)
 
 
-def mixture_denoiser(path: PathConfig) -> Denoise:
+def mixture_denoiser(
+    path: PathConfig, centres: Tensor = CENTRES, shares: Tensor = SHARES, spread: float = SPREAD
+) -> Denoise:
     """E[x0 | x_t], exactly: x_t is N x 2."""
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = path.alpha(t).to(x), path.sigma(t).to(x)
-        variance = alpha**2 * SPREAD**2 + sigma**2
-        centres = CENTRES.to(x)
-        logits = SHARES.to(x).log() - (x[:, None] - alpha * centres).square().sum(2) / (2 * variance)
-        each = centres + alpha * SPREAD**2 / variance * (x[:, None] - alpha * centres)  # N x 3 x 2
+        variance = alpha**2 * spread**2 + sigma**2
+        means = centres.to(x)
+        logits = shares.to(x).log() - (x[:, None] - alpha * means).square().sum(2) / (2 * variance)
+        each = means + alpha * spread**2 / variance * (x[:, None] - alpha * means)  # N x centres x 2
         return (logits.softmax(1)[..., None] * each).sum(1)
 
     return denoise

@@ -9,7 +9,6 @@ A sampler is a pure function `sampler(denoise, x, path, times, generator) -> x`:
                 stochastic samplers draw from it
 """
 
-import difflib
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -31,7 +30,7 @@ from ldm.samplers.single_step import (
     heun,
     lcm,
 )
-from ldm.samplers.steps import Denoise, Generators, LearnedDenoise, Node, Step, noise_like, with_share_of
+from ldm.samplers.steps import Denoise, Generators, LearnedDenoise, Node, Step, noise_like, unknown_name, with_share_of
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig
@@ -122,6 +121,4 @@ def sampler_named(name: str) -> str:
     names = {written.lower(): key for key, sampler in SAMPLERS.items() for written in (key, sampler.label)}
     if name.lower() in names:
         return names[name.lower()]
-    near = difflib.get_close_matches(name.lower(), names, 1)
-    hint = f", did you mean {names[near[0]]}?" if near else ":"
-    raise ValueError(f"no sampler {name!r}{hint} There are {', '.join(SAMPLERS)}")
+    raise unknown_name("sampler", name, names)

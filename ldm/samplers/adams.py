@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ldm.samplers.steps import Denoise, Generators, Node, Step, ddim_step, grid_steps
+from ldm.samplers.steps import Denoise, Generators, Node, Step, ddim_step, grid_steps, nodes_at
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig
@@ -153,8 +153,7 @@ def runge_kutta(
 ) -> Tensor:
     """(eps_1 + 2 eps_2 + 2 eps_3 + eps_4) / 6 of Runge and Kutta's classical method, its middle halfway in t."""
     start, end = step
-    t = (start.t + end.t) / 2
-    middle = Node(t, path.alpha(t).item(), path.sigma(t).item())
+    (middle,) = nodes_at(path, (start.t + end.t)[None] / 2)
     eps_2 = eps_at(transfer(x, eps, start, middle), middle)
     eps_3 = eps_at(transfer(x, eps_2, start, middle), middle)
     eps_4 = eps_at(transfer(x, eps_3, start, end), end)

@@ -5,7 +5,6 @@ t = 1. Those in log-SNR are laid between the path's finite ends (log_snr_range);
 all, t = 1 is one node more before them.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from ldm.samplers.steps import unknown_name
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig
@@ -33,9 +34,7 @@ def time_grid(path: "PathConfig", steps: int, grid: str | Sequence[float] | None
         return explicit_times(steps, grid)
     grid = grid.lower()
     if grid not in TIME_GRIDS:
-        near = difflib.get_close_matches(grid, TIME_GRIDS, 1)
-        hint = f", did you mean {near[0]}?" if near else ":"
-        raise ValueError(f"no time grid {grid!r}{hint} There are {', '.join(TIME_GRIDS)}")
+        raise unknown_name("time grid", grid, {name: name for name in TIME_GRIDS})
     times = TIME_GRIDS[grid](path, steps)
     if not (times[:-1] > times[1:]).all():
         raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from analytic import double
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
@@ -18,10 +19,6 @@ from ldm.diffusion.paths import (
     ScaledLinearBetaPath,
     prior_std,
 )
-
-
-def double(*numbers: float) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def nodes(path: BetaTablePath, dtype: torch.dtype = torch.float64) -> torch.Tensor:

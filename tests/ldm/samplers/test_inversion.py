@@ -1,5 +1,7 @@
 """A picture's noise, and the same picture from it again."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ def test_one_iteration_comes_back_nearly_and_more_come_closer():
         noise = invert(bent, picture, path, times, iterations=iterations)
         errors.append((SAMPLERS["ddim"].function(bent, noise, path, times, []) - picture).abs().max().item())
     assert errors[0] < 0.5
-    assert all(later < 0.5 * earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later < 0.5 * earlier for earlier, later in pairwise(errors))
 
 
 def test_what_cannot_be_inverted_is_refused():
