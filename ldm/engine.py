@@ -220,8 +220,9 @@ class Engine:
         """The mean of each tensor's elements over all ranks, in one message. What is empty everywhere is left out."""
         if not values:
             return {}
-        totals = torch.stack([value.detach().float().sum() for value in values.values()])
-        counts = torch.tensor([float(value.numel()) for value in values.values()], device=totals.device)
+        device = self.world.device  # the one that ranks talk over, wherever a measure was computed
+        totals = torch.stack([value.detach().float().sum().to(device) for value in values.values()])
+        counts = torch.tensor([float(value.numel()) for value in values.values()], device=device)
         together = torch.stack([totals, counts])
         if self.world.ranks > 1:
             dist.all_reduce(together)
