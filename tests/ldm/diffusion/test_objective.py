@@ -242,6 +242,7 @@ def test_the_logit_normal_density_by_torchs_distributions():
     normal = torch.distributions.Normal(torch.tensor(-0.7).double(), torch.tensor(0.6).double())
     logistic = torch.distributions.TransformedDistribution(normal, [torch.distributions.SigmoidTransform()])
     assert torch.allclose(logit_normal_density(t, -0.7, 0.6), logistic.log_prob(t).exp(), rtol=1e-6)
+    assert logit_normal_density(torch.tensor([0.0, 1.0]), -0.7, 0.6).tolist() == [0, 0]
 
 
 def test_offset_noise_by_its_definition():
