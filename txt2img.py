@@ -23,10 +23,11 @@ import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ldm.commands import OneLineParser, hyphenated, run_command
-from ldm.options import SCHEDULES, DrawOptions
+from ldm.commands import hyphenated, run_command
+from ldm.flags import PRECISIONS, txt2img_parser
+from ldm.options import DrawOptions, parse_lora_argument
 from ldm.prompts import MAX_SEED, RANDOM_SEED, Request, check_range, one_line, read_prompts
 
 if TYPE_CHECKING:
@@ -36,99 +37,72 @@ if TYPE_CHECKING:
     from ldm import TextToImage
     from ldm.png import NumberedFiles, Recipe
 
-# For --help, which must not wait for PyTorch.
-SAMPLER_NAMES = (
-    "ddpm, ddpm_large, ddpm_learned, ddim, euler, euler_ancestral, heun, dpm2, dpmpp_2s_ancestral, dpmpp_2m, "
-    "dpmpp_2m_sde, dpmpp_3m_sde, unipc_2, unipc_3, lms, plms, pndm, deis, lcm"
-)
-GRID_NAMES = "trailing, linear, leading, quadratic, karras, exponential, log_snr, beta, align_your_steps"
-PRECISIONS = {"auto": "auto", "fp32": "fp32", "bf16": "bf16", "full": "fp32", "autocast": "bf16"}
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "emoji64"
 MAX_SAMPLES, MAX_REPEATS, MAX_COLUMNS = 256, 10_000, 256
 MAX_SHEET_PIXELS = 2**25  # Pillow suspects a bomb in pictures of 2.7 times as many
 
 
 def build_parser() -> ArgumentParser:
-    parser = OneLineParser(__doc__ or "")
-    add = parser.add_argument
-    # fmt: off
-    add("--ckpt", "--model", type=Path, default=DEFAULT_WEIGHTS, metavar="PATH",
-        help="model (default: weights/emoji64 beside this file)")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be given several times")
-    add("--negative-prompt", "--neg", default=Request.negative_prompt, metavar="TEXT", help="what not to draw")
-    add("--from-file", "--prompts", type=Path, metavar="FILE", help="text file with one prompt on each line")
-    add("--steps", "--ddim-steps", "--num-inference-steps", type=int, metavar="N",
-        help=f"steps from noise to picture, 1 to 1000 (default: {Request.steps})")
-    add("--scale", "--cfg", "--cfg-scale", "--guidance-scale", type=float, default=Request.scale, metavar="X",
-        help="how closely to follow the prompt, from 0; 1 is no guidance (default: %(default)s)")
-    add("--sampler", "--scheduler", default=Request.sampler, metavar="NAME",
-        help=f"one of {SAMPLER_NAMES}, or A1111's name of it (default: %(default)s)")
-    add("--seed", type=int, default=RANDOM_SEED, metavar="N",
-        help="of each prompt's first picture (default: -1, random)")
-    add("--n-samples", "--batch-size", type=int, default=4, metavar="N",
-        help="pictures of a prompt (default: %(default)s)")
-    add("--n-iter", "--images-per-prompt", type=int, default=1, metavar="N",
-        help="draw that many times n-samples pictures of each prompt (default: %(default)s)")
-    add("--H", "--height", type=int, metavar="PIXELS", help="height (default: as the model was trained)")
-    add("--W", "--width", type=int, metavar="PIXELS", help="width (default: as the model was trained)")
-    add("--outdir", "--output", type=Path, default=Path("outputs"), metavar="DIR", help="(default: %(default)s)")
-    add("--precision", "--dtype", choices=PRECISIONS, default="auto", metavar="NAME",
-        help="fp32 or full, bf16 or autocast (default: auto, bf16 on a GPU and fp32 on a CPU)")
-    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto, a GPU if there is one)")
-    add("--skip-grid", action="store_true", help="write no sheets")
-    add("--skip-save", action="store_true", help="write no single pictures")
-    # CompVis hands this number to make_grid(nrow=...), which is a row's length: its columns.
-    add("--n-rows", type=int, default=0, metavar="N",
-        help="pictures in a row of a sheet, in spite of its name (default: 0, n-samples: each prompt has its row)")
-    add("--debug", action="store_true", help="show the traceback of an error")
-    # fmt: on
-    add_finer_options(parser)
-    return parser
-
-
-def add_finer_options(parser: ArgumentParser) -> None:
-    """Those of DrawOptions."""
-    add = parser.add_argument_group("finer options").add_argument
-    # fmt: off
-    add("--eta", "--ddim-eta", type=float, metavar="X",
-        help="share of fresh noise in ddim and the ancestral samplers, 0 to 1 (default: 0 in ddim, 1 in those)")
-    add("--time-grid", "--schedule-type", metavar="NAME",
-        help=f"which times to visit: one of {GRID_NAMES}, or the times themselves, falling from 1 (noise) to 0, "
-        "as 1,0.6,0.3,0 (default: trailing, or karras for models on EDM's path)")
-    add("--guidance-interval", type=float, nargs=2, default=DrawOptions.guidance_interval, metavar=("START", "STOP"),
-        help="times at which guidance is on, 0 is the picture and 1 the noise (default: 0 1)")
-    add("--guidance-schedule", default=DrawOptions.guidance_schedule, metavar="NAME",
-        help=f"how the scale changes from noise to picture: {', '.join(SCHEDULES)} (default: %(default)s)")
-    add("--guidance-rescale", type=float, default=DrawOptions.guidance_rescale, metavar="X",
-        help="against too bright pictures at large scales, 0 to 1; 0.7 is usual (default: 0)")
-    add("--guidance-parallel", type=float, default=DrawOptions.guidance_parallel, metavar="X",
-        help="share kept of what guidance changes along the answer itself; 0 against garish colours (default: 1)")
-    add("--guidance-norm-limit", type=float, metavar="X", help="longest change by guidance (default: none)")
-    add("--guidance-momentum", type=float, default=DrawOptions.guidance_momentum, metavar="X",
-        help="share of the last step's change, usually negative, as -0.5 (default: 0)")
-    # fmt: on
+    return txt2img_parser(__doc__ or "", weights=DEFAULT_WEIGHTS)
 
 
 def main(args: Namespace) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt must not fail on the terminal's encoding
     requests = check_arguments(args)
+    loras = [parse_lora_argument(text) for text in args.lora]
     requests = [replace(request, sampler=find_sampler(request)) for request in requests]
+    for request in requests:
+        check_words(request)
+    begun = read_begun(args)
     check_model_serves(args.ckpt, requests)
     from ldm import TextToImage
     from ldm.png import software
 
     print(f"loading {args.ckpt}", flush=True)
-    pipe = TextToImage.load(args.ckpt, device=args.device, dtype=PRECISIONS[args.precision])
-    print(f"{software()}, model {pipe.name} ({pipe.weights_hash}), {pipe.attention}", flush=True)
-    requests = [check_size(request, pipe) for request in requests]
-    for text in dict.fromkeys(text for request in requests for text in (request.prompt, request.negative_prompt)):
+    pipe = TextToImage.load(
+        args.ckpt, device=args.device, dtype=PRECISIONS[args.precision], vae=args.vae, lora=loras,
+        ema=not args.no_ema, prediction=args.prediction,
+    )  # fmt: skip
+    print(f"{software()}, model {pipe.name}: {pipe.description}", flush=True)
+    print(pipe.attention, flush=True)
+    requests = [check_size(request, pipe, begun) for request in requests]
+    warn_of_lost_words(pipe, requests)
+    draw_all(pipe, requests, begun, args)
+
+
+def warn_of_lost_words(pipe: TextToImage, requests: list[Request]) -> None:
+    """Prompts in chunks have no end that is not seen."""
+    whole = [request for request in requests if request.options.weighting == "none"]
+    for text in dict.fromkeys(text for request in whole for text in (request.prompt, request.negative_prompt)):
         if lost := pipe.cut_off(text):
             print(
                 f"warning: a prompt is too long for the model, which will not see its end: {one_line(lost)}",
                 file=sys.stderr,
             )
-    draw_all(pipe, requests, args)
+
+
+class Begun(NamedTuple):
+    """A picture to begin with, and a mask; None: there is none."""
+
+    image: Image | None = None
+    mask: Image | None = None
+    strength: float | None = None
+
+
+def read_begun(args: Namespace) -> Begun:
+    """Raises ValueError or OSError for what is no picture, or no number."""
+    if args.init_img is None:
+        for option, given in (("--mask", args.mask), ("--strength", args.strength)):
+            if given is not None:
+                raise ValueError(f"{option} is of a picture to begin with: give --init-img too")
+        return Begun()
+    from ldm.editing import read_picture
+
+    if args.strength is not None and not 0 < args.strength <= 1:
+        raise ValueError(f"--strength is {args.strength}, expected above 0 and at most 1")
+    mask = None if args.mask is None else read_picture(args.mask)
+    return Begun(read_picture(args.init_img), mask, args.strength)
 
 
 def check_arguments(args: Namespace) -> list[Request]:
@@ -140,7 +114,7 @@ def check_arguments(args: Namespace) -> list[Request]:
         eta=args.eta, time_grid=args.time_grid, guidance_schedule=args.guidance_schedule,
         guidance_interval=tuple(args.guidance_interval), guidance_rescale=args.guidance_rescale,
         guidance_parallel=args.guidance_parallel, guidance_norm_limit=args.guidance_norm_limit,
-        guidance_momentum=args.guidance_momentum,
+        guidance_momentum=args.guidance_momentum, weighting=args.weighting,
     )  # fmt: skip
     steps = args.steps if args.steps is not None else len(options.times) - 1 if options.times else Request.steps
     defaults = Request(
@@ -154,7 +128,7 @@ def check_arguments(args: Namespace) -> list[Request]:
     if not requests:
         raise ValueError('there is nothing to draw: give a prompt, as in --prompt "a red apple", or --from-file FILE')
     if not args.ckpt.exists():
-        raise FileNotFoundError(f"there is no model at {args.ckpt}: give the folder of one with --ckpt")
+        raise FileNotFoundError(f"there is no model at {args.ckpt}: give its folder or file with --ckpt")
     if not args.skip_grid:
         check_folder(args.outdir)
     if not args.skip_save:
@@ -190,6 +164,18 @@ def find_sampler(request: Request) -> str:
         raise ValueError(f"{request.place}{error}") from error
 
 
+def check_words(request: Request) -> None:
+    """Raise ValueError for weights in a prompt that are none."""
+    from text import check_weights
+
+    try:
+        for prompt in (request.prompt, request.negative_prompt):
+            if request.options.weighting == "a1111":
+                check_weights(prompt)
+    except ValueError as error:
+        raise ValueError(f"{request.place}{error}") from error
+
+
 def check_model_serves(ckpt: Path, requests: list[Request]) -> None:
     """Raise ValueError if the model's path has no such time grid, or its network has not what a sampler needs.
 
@@ -218,9 +204,12 @@ def check_model_serves(ckpt: Path, requests: list[Request]) -> None:
             raise ValueError(f"{request.place}{error}") from error
 
 
-def check_size(request: Request, pipe: TextToImage) -> Request:
+def check_size(request: Request, pipe: TextToImage, begun: Begun) -> Request:
     """The request with a definite size, or ValueError if the model cannot draw it."""
-    height, width = request.height or pipe.native_size, request.width or pipe.native_size
+    width, height = (pipe.native_size,) * 2
+    if begun.image is not None:
+        width, height = (max(side // pipe.factor, 1) * pipe.factor for side in begun.image.size)
+    height, width = request.height or height, request.width or width
     for name, side in (("height", height), ("width", width)):
         if side % pipe.factor:
             lower = side // pipe.factor * pipe.factor
@@ -229,7 +218,7 @@ def check_size(request: Request, pipe: TextToImage) -> Request:
     return replace(request, height=height, width=width)
 
 
-def draw_all(pipe: TextToImage, requests: list[Request], args: Namespace) -> None:
+def draw_all(pipe: TextToImage, requests: list[Request], begun: Begun, args: Namespace) -> None:
     from tqdm import tqdm
 
     from ldm.png import NumberedFiles, png_bytes
@@ -243,7 +232,7 @@ def draw_all(pipe: TextToImage, requests: list[Request], args: Namespace) -> Non
             bar.write(f'"{one_line(request.prompt)}"')
             for repeat in range(args.n_iter):
                 batch = replace(request, seed=request.seed + repeat * args.n_samples)
-                images, recipes = draw(pipe, batch, args, bar)
+                images, recipes = draw(pipe, batch, begun, args, bar)
                 for image, recipe in zip(images, recipes, strict=True):
                     path = f"  {samples.write(png_bytes(image, [recipe]))}" if samples else ""
                     bar.write(f"  seed {recipe.seed}{path}")
@@ -253,7 +242,9 @@ def draw_all(pipe: TextToImage, requests: list[Request], args: Namespace) -> Non
         sheet.write()
 
 
-def draw(pipe: TextToImage, request: Request, args: Namespace, bar: tqdm) -> tuple[list[Image], list[Recipe]]:
+def draw(
+    pipe: TextToImage, request: Request, begun: Begun, args: Namespace, bar: tqdm
+) -> tuple[list[Image], list[Recipe]]:
     """n_samples pictures from the request's seed on, each with its recipe."""
     from ldm.png import Recipe, software
 
@@ -265,18 +256,26 @@ def draw(pipe: TextToImage, request: Request, args: Namespace, bar: tqdm) -> tup
     images = pipe(
         request.prompt, negative_prompt=request.negative_prompt, steps=request.steps, scale=request.scale,
         sampler=request.sampler, seed=request.seed, n=args.n_samples, height=request.height, width=request.width,
-        options=request.options, progress=progress,
+        image=begun.image, mask=begun.mask, strength=begun.strength, options=request.options, progress=progress,
     )  # fmt: skip
     recipes = [
         Recipe(
             prompt=request.prompt, negative_prompt=request.negative_prompt, steps=request.steps, scale=request.scale,
             sampler=request.sampler, seed=request.seed + i, width=image.width, height=image.height, model=pipe.name,
             weights_hash=pipe.weights_hash, device=str(pipe.device), precision=pipe.precision,
-            software=software(), options=request.options,
+            software=software(), options=request.options, vae=args.vae.name if args.vae else "",
+            loras=", ".join(Path(lora).name for lora in args.lora), init_image=file_hash(args.init_img),
+            mask=file_hash(args.mask), strength=begun.strength or 0.0,
         )
         for i, image in enumerate(images)
     ]  # fmt: skip
     return images, recipes
+
+
+def file_hash(path: Path | None) -> str:
+    from ldm.interop.tensors import hash_of
+
+    return "" if path is None else hash_of([path])
 
 
 class Sheet:

@@ -164,6 +164,14 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
     return parse(kind, tree, source=str(path))
 
 
+def loads(kind: type[Config], text: str, *, source: str) -> Config:
+    """The same from the text of `dump`. Raises ValueError, naming the source, for anything else."""
+    try:
+        return parse(kind, yaml.safe_load(text), source=source)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+
+
 def parse(kind: type[Config], tree: Any, *, source: str) -> Config:
     """Check a tree of plain values against the dataclass `kind`; raises ValueError as load_config does."""
     # A wrapper with extra="forbid" is what makes pydantic refuse unknown keys in the plain dataclasses below it.

@@ -1,133 +1,85 @@
-"""A trained model as a folder that opens everywhere: diffusers' layout, safetensors only.
+"""A trained model in a layout that others open: diffusers' folder, or Stable Diffusion's single file.
 
-    python -m ldm.export RUN/model weights/NAME --dtype fp16
+    python -m ldm.export runs/NAME my-weights --fp16
+    python -m ldm.export sd-v1.safetensors my-folder --ema no
+    python -m ldm.export my-folder my-model.safetensors --format single-file
 
-copies an export in another precision; ldm/train.py writes the first one, RUN/model.
+Whatever txt2img.py --ckpt takes can be exported: a run (its newest model), a folder, a single file. A folder gets a
+model card, README.md, written from the run's own configuration, measures and drawings.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.commands import OneLineParser, run_command
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from ldm.interop.parts import Parts
 
-    from ldm.denoisers import DenoiserConfig
-    from ldm.latent_diffusion import LatentDiffusion
-    from ldm.pipeline import TextToImage
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """What an export holds."""
-
-    model: LatentDiffusion
-    denoiser: nn.Module
-    config: DenoiserConfig
-    sample_size: int  # side of the native latents
-    notes: str  # foundry.yaml: the resolved configuration of the run
-
-    @classmethod
-    def of(cls, pipe: TextToImage, *, notes: str) -> Trained:
-        """What was loaded, to be written again."""
-        return cls(
-            model=pipe.model,
-            denoiser=pipe.denoiser,
-            config=pipe.denoiser_config,
-            sample_size=pipe.sample_size,
-            notes=notes,
-        )
-
-
-def export(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
-    """Write the whole folder; an older export there is replaced when the new one is whole.
-
-    Raises ValueError if the folder exists and is no export: nothing else is ever deleted.
-    """
-    from ldm.interop.denoiser import denoiser_folder, save_denoiser
-    from ldm.interop.files import write_json
-    from ldm.interop.scheduler import scheduler_config_json
-    from ldm.interop.vae import folded, save_vae
-    from ldm.whole import whole_folder
-    from text import OpenClipTextEncoder, TransformersTextEncoder, save_text_encoder, save_tokenizer
-
-    check_target(folder)
-    model, encoder = trained.model, trained.model.text_encoder
-    assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
-    part = denoiser_folder(trained.config)
-    with whole_folder(folder) as whole:
-        save_denoiser(
-            trained.denoiser,
-            trained.config,
-            whole / part,
-            sample_size=trained.sample_size,
-            latent_channels=model.vae.config.latent_channels,
-            context_width=encoder.config.width,
-            learned_variance=model.learned_variance,
-            dtype=dtype,
-        )
-        save_vae(folded(model.vae), whole / "vae", dtype=dtype)
-        save_text_encoder(encoder, whole / "text_encoder", dtype=dtype)
-        save_tokenizer(model.tokenizer, whole / "tokenizer")
-        (whole / "scheduler").mkdir()
-        write_json(scheduler_config_json(model.path, model.prediction), whole / "scheduler" / "scheduler_config.json")
-        write_json(model_index(part), whole / "model_index.json")
-        (whole / "foundry.yaml").write_text(trained.notes)
-
-
-def check_target(folder: Path) -> None:
-    """Raise ValueError if the folder exists and is no export: nothing else is ever replaced."""
-    if folder.exists() and not (folder / "model_index.json").exists() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not a model: give a new folder, or one that holds an older export")
-
-
-def model_index(part: str) -> dict[str, object]:
-    """model_index.json: which of diffusers' pipelines opens the folder, and what each subfolder is."""
-    common: dict[str, object] = {
-        "_diffusers_version": "0.30.0",
-        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    if part == "transformer":
-        return {"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]} | common
-    nothing = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
-    unet = {"unet": ["diffusers", "UNet2DConditionModel"], "requires_safety_checker": False}
-    return {"_class_name": "StableDiffusionPipeline"} | unet | common | nothing
+FORMATS, STORED = ("diffusers", "single-file"), ("fp32", "fp16", "bf16")
 
 
 def main(args: argparse.Namespace) -> None:
+    from ldm.card import files_beside
+    from ldm.interop.folder import check_target, write_folder
+    from ldm.interop.single_file_export import check_target_file, write_single_file
+    from ldm.pipeline import STORED as DTYPES
+
+    (check_target if args.format == "diffusers" else check_target_file)(args.target)
+    ema = ema_wanted(args.ema)
+    parts = read_source(args.source, ema)
+    print(parts.describe(), flush=True)
+    dtype = DTYPES["fp16" if args.fp16 else args.dtype]
+    if args.format == "diffusers":
+        beside = files_beside(parts, args.source, name=args.target.resolve().name)
+        write_folder(parts, args.target, dtype=dtype, beside=beside)
+    else:
+        write_single_file(parts, args.target, dtype=dtype)
+    print(f"wrote {args.target}")
+
+
+def ema_wanted(text: str) -> bool | float:
+    """yes, no, or the relative length of an average. Raises ValueError for another word."""
+    try:
+        return {"yes": True, "no": False}[text] if text in ("yes", "no") else float(text)
+    except ValueError:
+        raise ValueError(f"--ema is {text!r}, expected yes, no, or an average's relative length, as 0.1") from None
+
+
+def read_source(source: Path, ema: bool | float) -> Parts:
+    """The model in float32. ema: which weights of a file that holds two kinds; or the length of an average that is made
+    of a run's snapshots. Raises ValueError or FileNotFoundError for what is not there."""
     import torch
 
-    from ldm.interop.files import model_folder
-    from ldm.pipeline import TextToImage
+    from ldm.ema import Snapshot
+    from ldm.interop.model import read_model
+    from ldm.interop.snapshots import averaged_parts, read_snapshots
 
-    pipe = TextToImage.load(args.source, device="cpu", dtype="fp32")
-    notes = model_folder(args.source) / "foundry.yaml"
-    trained = Trained.of(pipe, notes=notes.read_text() if notes.exists() else "")
-    export(
-        trained, args.target, dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
-    )
-    print(f"wrote {args.target}")
+    if isinstance(ema, bool):
+        return read_model(source, dtype=torch.float32, ema=ema)
+    known = read_snapshots(source)
+    if not known:
+        raise ValueError(f"{source} holds no snapshots, of which --ema {ema} could be made: give yes, or no")
+    return averaged_parts(source, Snapshot(max(snapshot.step for snapshot in known), ema))[0]
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = OneLineParser(__doc__ or "")
     parser.prog = "python -m ldm.export"
-    parser.add_argument("source", type=Path, help="an export, as RUN/model")
-    parser.add_argument("target", type=Path, help="the folder to write; an older one is replaced")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp16", help="of the weights (default fp16)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument
+    add("source", type=Path, help="a run, as runs/NAME; a model's folder; or a single file")
+    add("target", type=Path, help="what to write; an older export there is replaced")
+    add("--format", choices=FORMATS, default="diffusers", help="a folder (default), or one file and its .yaml")
+    add("--dtype", choices=STORED, default="fp32", help="of the weights (default: fp32)")
+    add("--fp16", action="store_true", help="half the size; the same as --dtype fp16")
+    add("--ema", default="yes", metavar="WHICH",
+        help="of a single file that holds both the averaged weights (yes, the default) or the others (no); of a run "
+        "with snapshots the average of this relative length, as 0.1")  # fmt: skip
+    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple, cast
 
 import torch
@@ -28,9 +29,9 @@ from ldm.diffusion import (
 )
 from ldm.guidance import Schedule, classifier_free, projected, rescaled, scheduled, within_interval
 from ldm.options import DrawOptions
-from ldm.samplers import Denoise, LearnedDenoise, SamplerFunction, noise_like, with_share_of
+from ldm.samplers import Denoise, LearnedDenoise, noise_like, with_share_of
 from ldm.variational import bound_terms
-from text import TextCondition, TextEncoder, Tokenizer
+from text import TextCondition, TextEncoder, Tokenizer, chunk_count, encode_weighted
 from vae import AutoencoderKL
 
 
@@ -65,9 +66,20 @@ class LatentDiffusion:
         return next(self.vae.parameters()).device
 
     @torch.no_grad()
-    def condition(self, captions: Sequence[str]) -> TextCondition:
-        """What the denoiser is told: context B x L x D, pooled B x D, mask B x L."""
+    def condition(self, captions: Sequence[str], weighting: str = "none") -> TextCondition:
+        """What the denoiser is told: context B x L x D, pooled B x D, mask B x L. weighting: see text.weighting."""
+        if weighting == "a1111":
+            return encode_weighted(self.text_encoder, self.tokenizer, captions, self.device)
         return self.text_encoder(self.tokenizer(captions).to(self.device))
+
+    def batches(self, captions: Sequence[str], weighting: str, *, largest: int) -> list[list[str]]:
+        """The captions in order, in batches of so many at most that have equally long a context."""
+        chunks = [1 if weighting == "none" else chunk_count(self.tokenizer, caption) for caption in captions]
+        alike = [
+            [caption for caption, _ in group]
+            for _, group in groupby(zip(captions, chunks, strict=True), lambda c: c[1])
+        ]
+        return [group[start : start + largest] for group in alike for start in range(0, len(group), largest)]
 
     def seen(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t as the network sees it, and its timesteps, B float32; t is () or B."""
@@ -105,10 +117,11 @@ class LatentDiffusion:
         prediction, share = output.chunk(2, dim=1)
         return prediction, share
 
-    def denoise_with(self, denoiser: nn.Module, condition: TextCondition) -> Denoise:
+    def denoise_with(self, denoiser: nn.Module, condition: TextCondition, beside: Tensor | None = None) -> Denoise:
         """The function denoise(x_t, t) -> x0_hat that samplers take; t is one time for the whole batch.
 
-        x_t stays float32 whatever the network computes in: a sampler adds many small steps.
+        x_t stays float32 whatever the network computes in: a sampler adds many small steps. beside: further channels
+        that the network sees, B x c x h x w.
         """
         dtype = next(denoiser.parameters()).dtype
         context, pooled = condition.context.to(dtype), condition.pooled.to(dtype)
@@ -117,6 +130,7 @@ class LatentDiffusion:
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             nonlocal last
             seen, timesteps = self.seen(x_t, t)
+            seen = seen if beside is None else torch.cat([seen, beside], dim=1)
             output = denoiser(seen.to(dtype), timesteps, context, condition.mask, pooled).to(x_t.dtype)
             prediction, share = self.halves(output)
             last = x_t, share
@@ -130,20 +144,14 @@ class LatentDiffusion:
 
         return LearnedDenoise(denoise, share) if self.learned_variance else denoise
 
-    @torch.no_grad()
-    def sample(
-        self,
-        denoise: Denoise,
-        generators: Sequence[torch.Generator],
-        *,
-        size: tuple[int, int],
-        sampler: SamplerFunction,
-        times: Tensor,
-    ) -> Tensor:
-        """Latents of h x w = `size` from noise, image i drawn with generators[i] alone: B x C x h x w, float32."""
+    def noise(self, generators: Sequence[torch.Generator], *, size: tuple[int, ...]) -> Tensor:
+        """Standard normal B x C x h x w, h x w = `size`, image i drawn with generators[i] alone."""
         shape = (len(generators), self.vae.config.latent_channels, *size)
-        start = prior_std(self.path, times[0].item()) * noise_like(torch.empty(shape, device=self.device), generators)
-        return sampler(denoise, start, self.path, times, generators)
+        return noise_like(torch.empty(shape, device=self.device), generators)
+
+    def prior(self, noise: Tensor, times: Tensor) -> Tensor:
+        """What a sampler begins with at times[0] where there is no picture to begin with."""
+        return prior_std(self.path, times[0].item()) * noise
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -6,8 +6,11 @@ import difflib
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
+WEIGHTINGS = ("none", "a1111")  # of words in a prompt
 SCHEDULES = ("constant", "linear", "cosine")  # of guidance's scale over time
+MAX_LORA_STRENGTH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,7 @@ class DrawOptions:
     guidance_parallel: float = 1.0  # share that is kept of guidance's change along the answer; 0: projected guidance
     guidance_norm_limit: float | None = None  # the longest such change of a picture; None: none
     guidance_momentum: float = 0.0  # share of the last step's change that is added, usually negative
+    weighting: str = "none"  # of WEIGHTINGS: whether brackets in a prompt weigh words, and long ones become chunks
 
     def __post_init__(self) -> None:
         for name in ("eta", "guidance_rescale", "guidance_parallel"):
@@ -35,6 +39,8 @@ class DrawOptions:
             near = difflib.get_close_matches(self.guidance_schedule, SCHEDULES, 1)
             hint = f", did you mean {near[0]}?" if near else ":"
             raise ValueError(f"no guidance schedule {self.guidance_schedule!r}{hint} There are {', '.join(SCHEDULES)}")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"no weighting {self.weighting!r}, expected {' or '.join(WEIGHTINGS)}")
         start, stop = self.guidance_interval
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"the guidance interval is {start:g} to {stop:g}, expected 0 <= start <= stop <= 1")
@@ -79,3 +85,24 @@ def check_falling(times: tuple[float, ...]) -> None:
     if len(times) < 2 or not falling or not times[0] <= 1 or times[-1] != 0 or not all(map(math.isfinite, times)):
         shown = ", ".join(f"{t:g}" for t in times)
         raise ValueError(f"the time grid is {shown}, expected two or more times that fall from at most 1 to 0")
+
+
+def parse_lora_argument(text: str) -> tuple[Path, float]:
+    """PATH or PATH:X -> a LoRA's file and its strength, 1 if none is given. A colon before no number is of the path.
+
+    Raises ValueError for no path, or a strength out of range.
+    """
+    path, _, number = text.rpartition(":")
+    try:
+        strength = float(number)
+    except ValueError:
+        path, strength = text, 1.0
+    if not path or path.isspace():
+        raise ValueError(
+            f"the LoRA is {text!r}, expected a file, or a file with its strength, as in style.safetensors:0.8"
+        )
+    if not abs(strength) <= MAX_LORA_STRENGTH:
+        raise ValueError(
+            f"the strength of LoRA {path} is {number}, expected -{MAX_LORA_STRENGTH} to {MAX_LORA_STRENGTH}"
+        )
+    return Path(path), strength

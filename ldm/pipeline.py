@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,22 +9,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ldm.denoisers import DenoiserConfig, attention_length, describe_attention
+from ldm.denoisers import attention_length, describe_attention
+from ldm.diffusion import Prediction
+from ldm.editing import Canvas, Start, begin, canvas, keeping, remaining
 from ldm.grids import to_images
-from ldm.interop.denoiser import WEIGHTS_NAME, LoadedDenoiser, denoiser_folder, load_denoiser
-from ldm.interop.files import RUN_MODEL, model_folder
-from ldm.interop.scheduler import read_scheduler
-from ldm.interop.vae import load_vae
-from ldm.latent_diffusion import LatentDiffusion, guided
+from ldm.interop.model import FORMATS, Lora, model_name, read_model
+from ldm.interop.parts import Parts
+from ldm.latent_diffusion import guided
 from ldm.options import PLAIN, DrawOptions
 from ldm.samplers import SAMPLERS, Denoise, sampler_named, time_grid, with_share_of
-from text import TextEncoder, Tokenizer, load_text_encoder, load_tokenizer
-from vae import AutoencoderKL
 
 if TYPE_CHECKING:
     from PIL import Image
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    from ldm.latent_diffusion import LatentDiffusion
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to draw in
+STORED = PRECISIONS | {"fp16": torch.float16}
 MAX_BATCH = 16  # pictures drawn at once; more are drawn in turns, which changes none of them
 
 
@@ -36,22 +36,33 @@ class TextToImage:
     images = pipe("a noto emoji of red apple", steps=30, scale=5.0, seed=7, n=4)
     """
 
-    def __init__(
-        self,
-        model: LatentDiffusion,
-        denoiser: nn.Module,
-        config: DenoiserConfig,
-        *,
-        sample_size: int,
-        name: str,
-        weights_hash: str,
-    ) -> None:
-        self.model, self.denoiser, self.denoiser_config = model, denoiser, config
-        self.name, self.weights_hash = name, weights_hash
-        self.sample_size = sample_size  # latents a side, as in training
-        self.native_size = sample_size * model.vae.config.factor  # the same in pixels
+    def __init__(self, parts: Parts, *, name: str, weights_hash: str | None = None) -> None:
+        self.parts, self.name = parts, name
+        self._weights_hash = weights_hash
+        self.native_size = parts.sample_size * self.model.vae.config.factor  # pixels a side, as in training
         # H and W must be multiples of this: whole latents, and whole patches of them.
-        self.factor = model.vae.config.factor * getattr(config, "patch_size", 1)
+        self.factor = self.model.vae.config.factor * getattr(parts.config, "patch_size", 1)
+
+    @property
+    def model(self) -> LatentDiffusion:
+        return self.parts.model
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.parts.denoiser
+
+    @property
+    def weights_hash(self) -> str:
+        """First 10 hex digits of the SHA-256 of the denoiser's file, which is read whole at the first time."""
+        if self._weights_hash is None:
+            assert self.parts.origin is not None
+            self._weights_hash = self.parts.origin.hash()
+        return self._weights_hash
+
+    @property
+    def description(self) -> str:
+        """One line: what the model is, what it predicts, its precision and number of tensors, its file's hash."""
+        return f"{self.parts.describe()}, sha256 {self.weights_hash}"
 
     @property
     def device(self) -> torch.device:
@@ -69,49 +80,55 @@ class TextToImage:
     @property
     def attention(self) -> str:
         """One line: which attention draws at the native size, and why."""
-        length = attention_length(self.denoiser_config, self.native_size // self.model.vae.config.factor)
+        length = attention_length(self.parts.config, self.native_size // self.model.vae.config.factor)
         return describe_attention(self.device, length, self.dtype, training=False)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "auto", dtype: str = "auto") -> TextToImage:
-        """Read a folder in diffusers' layout: an export of this project, Stable Diffusion's, or the newest of a run.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        vae: str | Path | None = None,
+        lora: Sequence[tuple[str | Path, float]] = (),
+        ema: bool = True,
+        prediction: Prediction | None = None,
+    ) -> TextToImage:
+        """Read a model: a folder in diffusers' layout (an export of this project, Stable Diffusion's, the newest of a
+        run), or Stable Diffusion 1 or 2 in a single file. What it is is seen from its content.
 
         device: "auto" (CUDA if there is one), or a torch device. dtype: "auto" (bf16 on CUDA, else fp32), "fp32" or
-        "bf16". Nothing in the folder is executed. Raises ValueError or FileNotFoundError, naming the file, for
-        anything that is missing, cut short or something else.
+        "bf16". vae: an autoencoder in place of the model's own. lora: files with their strengths, merged into the
+        weights in this order. ema: the averaged weights, where a single file holds both. prediction: what the denoiser
+        predicts, if the file says it wrongly or not at all. Nothing that is read is executed. Raises ValueError or
+        FileNotFoundError, naming the file, for anything that is missing, cut short or something else.
         """
-        folder = model_folder(Path(path))
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"no weights folder at {folder}: give one that holds vae/, text_encoder/ and a denoiser"
-            )
-        parts = [name for name in ("transformer", "unet") if (folder / name).is_dir()]
-        if len(parts) != 1:
-            found = sorted(entry.name for entry in folder.iterdir())[:8]
-            raise ValueError(
-                f"{folder} holds {found}, expected unet/ or transformer/: this is not a text-to-image model"
-            )
-        place, precision = choose_device(device), choose_dtype(dtype, choose_device(device))
-        loaded = load_denoiser(folder / parts[0])
-        noise_path, prediction = read_scheduler(folder / "scheduler" / "scheduler_config.json")
-        vae, text_encoder = load_vae(folder / "vae"), load_text_encoder(folder / "text_encoder")
-        tokenizer = load_tokenizer(folder / "tokenizer")
-        check_parts_fit(loaded, vae, text_encoder, tokenizer, folder=folder)
-        for network in (loaded.network, vae, text_encoder):
-            network.eval().requires_grad_(False).to(device=place, dtype=precision)
-        model = LatentDiffusion(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            path=noise_path,
+        place = choose_device(device)
+        parts = read_model(
+            Path(path),
+            dtype=choose_dtype(dtype, place),
+            vae=None if vae is None else Path(vae),
+            lora=[Lora(Path(file), strength) for file, strength in lora],
+            ema=ema,
             prediction=prediction,
-            learned_variance=loaded.learned_variance,
         )
-        with (folder / denoiser_folder(loaded.config) / WEIGHTS_NAME).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:10]
-        place_of = folder.resolve()
-        name = place_of.parent.name if place_of.name == RUN_MODEL else place_of.name
-        return cls(model, loaded.network, loaded.config, sample_size=loaded.sample_size, name=name, weights_hash=digest)
+        assert isinstance(parts.model.text_encoder, nn.Module)
+        for network in (parts.denoiser, parts.model.vae, parts.model.text_encoder):
+            network.eval().requires_grad_(False).to(device=place)
+        return cls(parts, name=model_name(Path(path)))
+
+    def save(self, path: str | Path, *, format: str = "diffusers", dtype: str = "fp32") -> None:
+        """Write the model, LoRAs merged, for other programs: "diffusers", a folder, or "single-file", CompVis's layout
+        with a .yaml beside it (U-Nets alone). dtype: "fp32", "fp16" or "bf16".
+
+        An older export there is replaced when the new one is whole. Raises ValueError for what cannot be written so.
+        """
+        if format not in FORMATS:
+            raise ValueError(f"format is {format!r}, expected {' or '.join(FORMATS)}")
+        if dtype not in STORED:
+            raise ValueError(f"dtype is {dtype!r}, expected {', '.join(STORED)}")
+        FORMATS[format](self.parts, Path(path), dtype=STORED[dtype])
 
     def __call__(
         self,
@@ -125,14 +142,20 @@ class TextToImage:
         n: int = 1,
         height: int | None = None,
         width: int | None = None,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        strength: float | None = None,
         options: DrawOptions = PLAIN,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image]:
         """Draw n pictures; picture i depends on seed + i, not on the others.
 
+        image: a picture to begin with; of `steps` the last int(steps x strength) are taken (default 0.75; with a mask
+        1). mask: what is white is drawn anew, what is black is kept; a model for inpainting needs one.
+
         scale: 1 is no guidance, more follows the prompt more closely. height, width: pixels, multiples of `factor`
-        (default: what the model was trained at). options: eta, time grid and guidance's variants. progress(done, all)
-        is called after each denoising step.
+        (default: the image's own, or what the model was trained at). options: eta, time grid and guidance's variants.
+        progress(done, all) is called after each denoising step.
         Raises ValueError, naming the value, for what cannot be drawn.
         """
         if n < 1:
@@ -140,8 +163,32 @@ class TextToImage:
         pixels = self.draw(
             [prompt] * n, negative_prompt=negative_prompt, steps=steps, scale=scale, sampler=sampler, seed=seed,
             height=height, width=width, options=options, progress=progress,
+            drawn_on=self.canvas(image, mask, strength, height=height, width=width),
         )  # fmt: skip
         return to_images(pixels)
+
+    def canvas(
+        self,
+        image: Image.Image | None,
+        mask: Image.Image | None = None,
+        strength: float | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Canvas | None:
+        """What `draw` begins with. Raises ValueError for a mask or strength of nothing, and where a mask is missing."""
+        if image is None:
+            if mask is not None or strength is not None:
+                raise ValueError(f"{'a mask' if mask else 'a strength'} needs a picture: give an image to begin with")
+            if self.parts.for_inpainting:
+                raise ValueError(f"{self.name} is made for inpainting: give it an image and a mask")
+            return None
+        if mask is None and self.parts.for_inpainting:
+            raise ValueError(f"{self.name} is made for inpainting: give a mask too, white where it is to paint")
+        size = [given or max(side // self.factor, 1) * self.factor
+                for given, side in ((height, image.height), (width, image.width))]  # fmt: skip
+        self._latent_size(*size)
+        return canvas(image, mask, strength, size=(size[0], size[1]))
 
     def draw(
         self,
@@ -154,6 +201,7 @@ class TextToImage:
         seed: int,
         height: int | None = None,
         width: int | None = None,
+        drawn_on: Canvas | None = None,
         options: DrawOptions = PLAIN,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
@@ -164,24 +212,49 @@ class TextToImage:
             raise ValueError(f"scale is {scale}, expected a number from 0 up (1 is no guidance)")
         model = self.model
         times = time_grid(model.path, steps, options.grid)
+        if drawn_on is not None:
+            times = remaining(times, drawn_on.strength)
         found = SAMPLERS[sampler_named(sampler)]
         found.check(learned=model.learned_variance)
         function = found.with_eta(options.eta)
-        rounds = range(0, len(prompts), MAX_BATCH)
+        rounds = model.batches(prompts, options.weighting, largest=MAX_BATCH)
         drawn: list[Tensor] = []
-        for number, start in enumerate(rounds):
-            own = prompts[start : start + MAX_BATCH]
-            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(own))]
-            with_prompt, without = (
-                model.denoise_with(self.denoiser, model.condition(texts))
-                for texts in (own, [negative_prompt] * len(own))
-            )
-            denoise = guided(with_prompt, without, scale, options)
+        for number, own in enumerate(rounds):
+            first = seed + sum(map(len, rounds[:number]))
+            generators = [torch.Generator().manual_seed(first + i) for i in range(len(own))]
+            begun = self._begin(drawn_on, generators, times, size)
+            denoise = self._denoise(own, negative_prompt, scale, options, begun, times)
             if progress is not None:
-                denoise = counted(denoise, progress, times, start=number * steps, total=len(rounds) * steps)
-            latents = model.sample(denoise, generators, size=size, sampler=function, times=times)
+                denoise = counted(denoise, progress, times, number=number, of=len(rounds))
+            with torch.no_grad():
+                latents = function(denoise, begun.x, model.path, times, generators)
             drawn.append(model.decode(latents))
         return torch.cat(drawn)
+
+    def _begin(
+        self, drawn_on: Canvas | None, generators: Sequence[torch.Generator], times: Tensor, size: tuple[int, int]
+    ) -> Start:
+        if drawn_on is None:
+            return Start(x=self.model.prior(self.model.noise(generators, size=size), times))
+        return begin(self.model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)
+
+    def _denoise(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str,
+        scale: float,
+        options: DrawOptions,
+        begun: Start,
+        times: Tensor,
+    ) -> Denoise:
+        """The function that a sampler takes: guided, and keeping what a mask covers."""
+        model = self.model
+        with_prompt, without = (
+            model.denoise_with(self.denoiser, model.condition(texts, options.weighting), begun.beside)
+            for texts in (prompts, [negative_prompt] * len(prompts))
+        )
+        denoise = guided(with_prompt, without, scale, options)
+        return denoise if begun.mask is None else keeping(denoise, begun, model.path, times)
 
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that is longer than the text encoder can read; "" if all of it is read."""
@@ -194,35 +267,20 @@ class TextToImage:
         return height // self.model.vae.config.factor, width // self.model.vae.config.factor
 
 
-def check_parts_fit(
-    denoiser: LoadedDenoiser, vae: AutoencoderKL, text_encoder: TextEncoder, tokenizer: Tokenizer, *, folder: Path
-) -> None:
-    """Raise ValueError, naming both parts, if they were not made for each other."""
-    for what, of_one, one, of_other, other in (
-        ("latent channels", denoiser.in_channels, "the denoiser", vae.config.latent_channels, "the autoencoder"),
-        ("wide a context", denoiser.context_width, "the denoiser", text_encoder.config.width, "the text encoder"),
-        ("tokens", tokenizer.vocab_size, "the tokenizer", text_encoder.config.vocab_size, "the text encoder"),
-    ):
-        if of_one != of_other:
-            raise ValueError(
-                f"{folder}: {one} is made for {of_one} {what}, {other} for {of_other}: give a folder whose parts "
-                "belong together (a denoiser with channels for inpainting is not supported)"
-            )
+def counted(denoise: Denoise, progress: Callable[[int, int], None], times: Tensor, *, number: int, of: int) -> Denoise:
+    """The same function, telling how many of the grid's steps have begun to end, in round `number` of so many.
 
-
-def counted(
-    denoise: Denoise, progress: Callable[[int, int], None], times: Tensor, *, start: int, total: int
-) -> Denoise:
-    """The same function, telling how many of the grid's steps have begun to end. Samplers know nothing of progress."""
-    done = 0
+    Samplers know nothing of progress.
+    """
+    done, steps = 0, len(times) - 1
 
     def counting(x_t: Tensor, t: Tensor) -> Tensor:
         nonlocal done
         x0 = denoise(x_t, t)
-        reached = min(int((times > t).sum()) + 1, len(times) - 1)  # some samplers ask twice, or in the middle of a step
+        reached = min(int((times > t).sum()) + 1, steps)  # some samplers ask twice, or in the middle of a step
         if reached > done:
             done = reached
-            progress(start + done, total)
+            progress(number * steps + done, of * steps)
         return x0
 
     return with_share_of(denoise, counting)

@@ -13,7 +13,8 @@ import os
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -43,7 +44,13 @@ class Recipe:
     device: str
     precision: str
     software: str
-    options: DrawOptions = PLAIN  # absent in pictures of before there were any
+    # Absent in pictures of before there were any.
+    options: DrawOptions = PLAIN
+    vae: str = ""  # names of files; "" is none
+    loras: str = ""  # "name:0.8, other"
+    init_image: str = ""  # first 10 hex digits of the SHA-256 of the file that it began with
+    mask: str = ""
+    strength: float = 0.0  # 0: as usual
 
 
 def software() -> str:
@@ -64,11 +71,22 @@ def parameters_text(recipe: Recipe) -> str:
         "Size": f"{recipe.width}x{recipe.height}",
         "Model hash": recipe.weights_hash,
         "Model": recipe.model,
+        **{key: value for key, value in _beside(recipe).items() if value},
         **_option_pairs(recipe.options),
         "Version": recipe.software,
     }
     negative = f"\nNegative prompt: {recipe.negative_prompt}" if recipe.negative_prompt else ""
     return f"{recipe.prompt}{negative}\n{', '.join(f'{key}: {_quote(str(value))}' for key, value in pairs.items())}"
+
+
+def _beside(recipe: Recipe) -> dict[str, object]:
+    return {
+        "VAE": recipe.vae,
+        "Lora": recipe.loras,
+        "Denoising strength": recipe.strength,
+        "Init image hash": recipe.init_image,
+        "Mask hash": recipe.mask,
+    }
 
 
 def _option_pairs(options: DrawOptions) -> dict[str, object]:
@@ -116,7 +134,8 @@ def read_recipes(path: Path) -> list[Recipe]:
 def _recipe(item: Any, path: Path) -> Recipe:
     kinds = {name: kind for name, kind in get_type_hints(Recipe).items() if name != "options"}
     fields = {key: value for key, value in item.items() if key != "options"} if isinstance(item, dict) else {}
-    if {key: type(value) for key, value in fields.items()} != kinds:
+    needed = {entry.name for entry in dataclass_fields(Recipe) if entry.default is MISSING}
+    if not needed <= fields.keys() or any(type(value) is not kinds.get(key) for key, value in fields.items()):
         raise ValueError(f"{path}: the text {FOUNDRY!r} is not a recipe with {', '.join(kinds)}")
     try:
         options: dict[str, Any] = dict(item.get("options", {}))

@@ -26,28 +26,21 @@ TOLERANCE = 0.1  # error of a profile that is told of
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from ldm.ema import mixture
-    from ldm.export import Trained, check_target, export
-    from ldm.interop.files import RUN_MODEL, load_strictly
-    from ldm.interop.snapshots import mixed, read_snapshots
-    from ldm.pipeline import TextToImage
+    from ldm.interop.folder import check_target, write_folder
+    from ldm.interop.snapshots import averaged_parts, read_snapshots
 
     check_target(args.target)
-    known = read_snapshots(args.run)
-    wanted = check_wanted(args, list(known))
-    made = mixture(list(known), wanted)
-    print(f"mixing {len(known)} snapshots: the profile is off by {made.error:.2%}", flush=True)
-    if made.error > TOLERANCE:
+    known = list(read_snapshots(args.run))
+    wanted = check_wanted(args, known)
+    parts, error = averaged_parts(args.run, wanted)
+    print(f"mixed {len(known)} snapshots: the profile is off by {error:.2%}", flush=True)
+    if error > TOLERANCE:
         print(
-            f"warning: a step of which there is a snapshot (as {nearest_step(wanted, list(known))}), or a length "
+            f"warning: a step of which there is a snapshot (as {nearest_step(wanted, known)}), or a length "
             "nearer to those of the snapshots, would be met better",
             file=sys.stderr,
         )
-    pipe = TextToImage.load(args.run / RUN_MODEL, device="cpu", dtype="fp32")
-    weights = mixed(list(known.values()), made.shares)
-    load_strictly(pipe.denoiser, weights, source=args.run / "ema")
-    notes = (args.run / RUN_MODEL / "foundry.yaml").read_text()
-    export(Trained.of(pipe, notes=notes), args.target, dtype=torch.float32)
+    write_folder(parts, args.target, dtype=torch.float32)
     print(f"wrote {args.target}")
 
 

@@ -163,8 +163,9 @@ def preview(session: Session[TrainConfig], engine: Engine, model: LatentDiffusio
     """What the averaged weights can do: the loss on held-out pictures, a sheet of drawings, and an export."""
     import torch
 
-    from ldm.export import Trained, export
     from ldm.interop.files import RUN_MODEL
+    from ldm.interop.folder import write_folder
+    from ldm.interop.parts import Parts
     from ldm.pipeline import TextToImage
     from ldm.validation import drawings, held_out_losses
 
@@ -176,11 +177,16 @@ def preview(session: Session[TrainConfig], engine: Engine, model: LatentDiffusio
     denoiser.load_state_dict(weights)
     losses = held_out_losses(config, model, denoiser, session.validation, bf16=engine.bf16)
     run.tell(f"step {step}: held-out loss {losses['held_out_loss']:.4f}")
-    kind, side = config.model.denoiser, latent_side(config, model)
-    pipe = TextToImage(model, denoiser, kind, sample_size=side, name=config.run.name, weights_hash=f"step {step}")
+    parts = Parts(
+        model=model,
+        denoiser=denoiser,
+        config=config.model.denoiser,
+        sample_size=latent_side(config, model),
+        notes=run.config_text,
+    )
+    pipe = TextToImage(parts, name=config.run.name, weights_hash=f"step {step}")
     drawings(config.preview, pipe, run.sample_path(step))
-    trained = Trained(model=model, denoiser=denoiser, config=kind, sample_size=side, notes=run.config_text)
-    export(trained, config.run.path / RUN_MODEL, dtype=torch.float32)
+    write_folder(parts, config.run.path / RUN_MODEL, dtype=torch.float32)
     run.record(step=step, **losses)  # last: a step that is recorded has been drawn and exported
 
 

@@ -19,14 +19,17 @@ class FakeTextToImage:
     """What ldm.pipeline.TextToImage offers; it keeps what it was called with."""
 
     name, weights_hash, native_size, factor, attention = "tiny", "0123456789", 16, 8, "attention: explicit"
+    description = "a tiny model, sha256 0123456789"
     device: str
     precision: str
     loads: list[tuple]
+    about: dict
     calls: list[dict]
 
     @classmethod
-    def load(cls, path, *, device="auto", dtype="auto"):
+    def load(cls, path, *, device="auto", dtype="auto", **about):
         cls.loads.append((str(path), device, dtype))
+        cls.about = about
         if "broken" in str(path):
             raise ValueError(f"{path} holds\nno model")
         fake = cls()
@@ -34,11 +37,13 @@ class FakeTextToImage:
         return fake
 
     def __call__(self, prompt, *, negative_prompt="", steps=30, scale=5.0, sampler="dpmpp_2m", seed=0, n=1,
-                 height=None, width=None, options=PLAIN, progress=None):  # fmt: skip
+                 height=None, width=None, image=None, mask=None, strength=None, options=PLAIN,
+                 progress=None):  # fmt: skip
         self.calls.append(
             {"prompt": prompt, "negative_prompt": negative_prompt, "steps": steps, "scale": scale, "sampler": sampler,
              "seed": seed, "n": n, "height": height, "width": width}
             | ({"options": options} if options != PLAIN else {})
+            | ({"image": image.size, "mask": mask and mask.size, "strength": strength} if image else {})
         )  # fmt: skip
         if prompt == "interrupt":
             raise KeyboardInterrupt

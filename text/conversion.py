@@ -46,6 +46,7 @@ _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 # Parts of an open_clip model that the text encoder has no use for.
 _NOT_TEXT = re.compile(r"visual\..*|logit_scale|logit_bias|attn_mask|text_projection(\.weight|\.bias)?")
+_LIMITS = {"num_hidden_layers": 256, "hidden_size": 8192, "intermediate_size": 2**15, "max_position_embeddings": 4096}
 _POSITION_IDS = "embeddings.position_ids"  # a constant buffer that old files hold
 
 
@@ -108,25 +109,31 @@ def flattened(state_dict: StateDict) -> dict[str, Tensor]:
     return {key: value for key, value in _without_prefix(state_dict, PREFIX).items() if key != _POSITION_IDS}
 
 
-def text_encoder_from_weights(config: TextEncoderConfig, state_dict: StateDict) -> TransformersTextEncoder:
-    """An encoder on the CPU in float32 with exactly these CLIPTextModel weights, prefixed or flattened.
+def text_encoder_from_weights(
+    config: TextEncoderConfig, state_dict: StateDict, *, dtype: torch.dtype = torch.float32
+) -> TransformersTextEncoder:
+    """An encoder on the CPU with exactly these CLIPTextModel weights, prefixed or flattened.
 
-    Raises ValueError that counts the keys missing, unexpected and mis-shaped and shows up to five of each.
+    Tensors that have this precision already become its own, those of a file without being read. Raises ValueError
+    that counts the keys missing, unexpected and mis-shaped and shows up to five of each.
     """
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         encoder = TransformersTextEncoder(config)
     given = flattened(state_dict)
     _check_fit(given, encoder.model.state_dict())
-    encoder.to_empty(device="cpu")
+    encoder.model.load_state_dict({key: value.to("cpu", dtype) for key, value in given.items()}, assign=True)
     # The only tensor that no file holds: transformers keeps it as a non-persistent buffer.
-    encoder.model.embeddings.position_ids.copy_(torch.arange(config.context_length))
-    encoder.model.load_state_dict(given)
+    positions = torch.arange(config.context_length).expand((1, -1))
+    encoder.model.embeddings.register_buffer("position_ids", positions, persistent=False)
     return encoder
 
 
-def text_encoder_config_json(config: TextEncoderConfig) -> dict[str, Any]:
-    """The content of text_encoder/config.json, as `save_text_encoder` ships the encoder: see there."""
-    shipped = _shipped(config)
+def text_encoder_config_json(config: TextEncoderConfig, *, whole: bool = False) -> dict[str, Any]:
+    """The content of text_encoder/config.json, as `save_text_encoder` ships the encoder: see there.
+
+    whole: with the last layer, whether it is asked or not.
+    """
+    shipped = config if whole else _shipped(config)
     return {
         "architectures": ["CLIPTextModel"],
         "attention_dropout": 0.0,
@@ -206,28 +213,36 @@ def save_text_encoder(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load_text_encoder(folder: str | Path, hidden: Hidden = "last") -> TransformersTextEncoder:
-    """Read a diffusers `text_encoder/` folder as data, on the CPU in float32.
+def load_text_encoder(
+    folder: str | Path,
+    hidden: Hidden = "last",
+    *,
+    weights: StateDict | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> TransformersTextEncoder:
+    """Read a diffusers `text_encoder/` folder as data, on the CPU.
 
     Leave `hidden` at "last" for Stable Diffusion 1 and for Stable Diffusion 2, whose folders lack the last
-    layer; "penultimate" is for a complete OpenCLIP tower. Raises FileNotFoundError for a missing file,
-    ValueError for a folder that holds no CLIP text encoder or whose weights and configuration disagree.
+    layer; "penultimate" is for a complete OpenCLIP tower. weights: those of model.safetensors, if they were read
+    already, or lie elsewhere. Raises FileNotFoundError for a missing file, ValueError for a folder that holds no CLIP
+    text encoder or whose weights and configuration disagree.
     """
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json",) if weights is not None else ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name} is missing; a text encoder's folder has config.json and model.safetensors"
             )
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'} is not JSON ({error}): copy it again") from error
     if type(content) is not dict:
         raise ValueError(f"{folder / 'config.json'} must hold a JSON object, not a {type(content).__name__}")
     try:
         config = read_text_encoder_config(content, hidden)
-        return text_encoder_from_weights(config, load_file(folder / "model.safetensors"))
+        given = load_file(folder / "model.safetensors") if weights is None else weights
+        return text_encoder_from_weights(config, given, dtype=dtype)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -269,6 +284,7 @@ def _some(fault: str, keys: Iterable[str]) -> str:
 
 def _whole(content: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = default if content.get(name) is None else content[name]
-    if type(value) is not int or not 0 <= value <= 2**20:
-        raise ValueError(f"{name} in a text encoder's config.json must be a whole number up to 2^20, not {value!r}")
+    limit = _LIMITS.get(name, 2**20)
+    if type(value) is not int or not 0 <= value <= limit:
+        raise ValueError(f"{name} in a text encoder's config.json must be a whole number up to {limit}, not {value!r}")
     return value

@@ -10,7 +10,6 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +43,8 @@ def clip_vocabulary() -> Vocabulary:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("CLIP's vocabulary is part of open_clip: pip install open_clip_torch")
     path = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        merges = [_merge(line) for line in islice(lines, 1, 1 + _MERGES)]
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n", 1 + _MERGES)
+    merges = [_merge(line) for line in lines[1 : 1 + _MERGES]]
     letters = _byte_letters()
     tokens = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges] + [BOS, EOS]
     return Vocabulary({token: i for i, token in enumerate(tokens)}, merges)
@@ -92,9 +91,13 @@ class Tokenizer:
             raise TypeError("expected a list of captions, got one string; write tokenizer([text])")
         result = torch.full((len(texts), self.config.context_length), self.config.pad_id)
         for row, text in zip(result, texts, strict=True):
-            ids = [self.bos_id, *self._encode(text).ids[: self.config.context_length - 2], self.eos_id]
+            ids = [self.bos_id, *self.token_ids(text)[: self.config.context_length - 2], self.eos_id]
             row[: len(ids)] = torch.tensor(ids)
         return result  # B, L
+
+    def token_ids(self, text: str) -> list[int]:
+        """The ids of the text alone, however many; ValueError for text that is no Unicode."""
+        return self._encode(text).ids
 
     def cut_off(self, text: str) -> str:
         """The end of the text that does not fit into the context; empty where all of it does."""

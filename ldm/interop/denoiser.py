@@ -11,17 +11,18 @@ from torch import nn
 
 from ldm.denoisers import DenoiserConfig, DiT, DiTConfig, UNet, UNetConfig
 from ldm.interop.files import (
+    check_known,
+    check_no_code,
+    check_whole_numbers,
     described_by,
-    load_strictly,
+    fill,
     read_json,
-    read_weights,
     refuse_other,
-    to_float32,
     write_json,
     write_weights,
 )
+from ldm.interop.weight_files import WEIGHTS_STEM, find_weights
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # What these networks always are; other values would load, and compute something else.
 UNET_ALWAYS = {
     "act_fn": "silu",
@@ -33,6 +34,38 @@ UNET_ALWAYS = {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "norm_eps": 1e-05,
 }
+UNET_OF_OTHERS: dict[str, Any] = {  # switches of diffusers' network that Stable Diffusion 1 and 2 leave alone
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "attention_type": "default",
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "dropout": 0.0,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_only_cross_attention": None,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "projection_class_embeddings_input_dim": None,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": 1,
+}
+# The last two say how it is computed, not what.
+UNET_REST = ("down_block_types", "up_block_types", "use_linear_projection", "addition_embed_type_num_heads",
+             "upcast_attention")  # fmt: skip
 DIT_ALWAYS = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -42,6 +75,35 @@ DIT_ALWAYS = {
     "num_embeds_ada_norm": 1000,
     "use_additional_conditions": False,
 }
+UNET_LIMITS = {
+    "attention_head_dim": 1024,
+    "block_out_channels": 8192,
+    "cross_attention_dim": 8192,
+    "in_channels": 64,
+    "layers_per_block": 32,
+    "norm_num_groups": 1024,
+    "out_channels": 64,
+    "sample_size": 4096,
+}
+DIT_LIMITS = {
+    "attention_head_dim": 512,
+    "caption_channels": 8192,
+    "in_channels": 64,
+    "num_attention_heads": 128,
+    "num_layers": 256,
+    "out_channels": 128,
+    "patch_size": 64,
+    "sample_size": 1024,
+}
+DIT_REST = (
+    "dropout",
+    "attention_type",
+    "cross_attention_dim",
+    "interpolation_scale",
+    "norm_num_groups",
+    "upcast_attention",
+)
+MAX_TOKENS = 2**16  # of native latents, for which a table of positions is made
 
 
 def denoiser_folder(config: DenoiserConfig) -> str:
@@ -57,10 +119,14 @@ def save_denoiser(
     sample_size: int,
     latent_channels: int,
     context_width: int,
+    in_channels: int | None = None,
     learned_variance: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write config.json and the weights. sample_size: side of the latents that it was trained on."""
+    """Write config.json and the weights. sample_size: side of the latents that it was trained on.
+
+    in_channels: where they are more than the latents', as for inpainting.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     match config:
         case UNetConfig():
@@ -69,9 +135,13 @@ def save_denoiser(
             content = dit_config_json(config, channels=latent_channels, context=context_width)
         case _:
             assert_never(config)
+    content["in_channels"] = in_channels or latent_channels
     content["out_channels"] = (1 + learned_variance) * latent_channels
     write_json(content, folder / "config.json")
-    write_weights({name: tensor.to(dtype) for name, tensor in denoiser.state_dict().items()}, folder / WEIGHTS_NAME)
+    write_weights(
+        {name: tensor.to(dtype) for name, tensor in denoiser.state_dict().items()},
+        folder / f"{WEIGHTS_STEM}.safetensors",
+    )
 
 
 class LoadedDenoiser(NamedTuple):
@@ -83,17 +153,18 @@ class LoadedDenoiser(NamedTuple):
     learned_variance: bool  # whether it has a second half of output channels
 
 
-def load_denoiser(folder: Path) -> LoadedDenoiser:
-    """The network, in float32, and what it takes. Raises ValueError for anything else."""
+def load_denoiser(folder: Path, *, dtype: torch.dtype = torch.float32) -> LoadedDenoiser:
+    """The network, and what it takes. Raises ValueError for anything else."""
     source = folder / "config.json"
     content = read_json(source)
+    check_no_code(content, source=source)
     with described_by(source), torch.device("meta"):
         denoiser, config = _from_config(content, source=source)
         width = content["cross_attention_dim" if isinstance(config, UNetConfig) else "caption_channels"]
         found = LoadedDenoiser(
             denoiser, config, int(content["sample_size"]), content["in_channels"], width, learns_variance(content)
         )
-    load_strictly(denoiser, to_float32(read_weights(folder / WEIGHTS_NAME)), source=folder / WEIGHTS_NAME)
+    fill(denoiser, find_weights(folder, WEIGHTS_STEM), dtype=dtype)
     return found
 
 
@@ -142,11 +213,16 @@ def unet_config_json(config: UNetConfig, *, sample_size: int, channels: int, con
 
 def unet_config(content: dict[str, Any], *, source: Path) -> UNetConfig:
     """Our config from diffusers' keys. Raises ValueError for blocks that Stable Diffusion 1 and 2 do not have."""
-    refuse_other(content, UNET_ALWAYS | {"resnet_time_scale_shift": "default"}, source=source)
+    check_whole_numbers(content, UNET_LIMITS, source=source)
+    refuse_other(content, UNET_ALWAYS | UNET_OF_OTHERS, source=source)
+    check_known(content, (*UNET_ALWAYS, *UNET_OF_OTHERS, *UNET_LIMITS, *UNET_REST), source=source)
     known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
     unknown = [name for name in content["down_block_types"] if name not in known]
     if unknown:
         raise ValueError(f"{source} has a {unknown[0]}, expected {' or '.join(known)}: this U-Net is not supported")
+    mirrored = [name.replace("Down", "Up") for name in reversed(content["down_block_types"])]
+    if content.get("up_block_types", mirrored) != mirrored:
+        raise ValueError(f"{source} has up_block_types {content['up_block_types']}, expected {mirrored}")
     heads = content["attention_head_dim"]
     return UNetConfig(
         block_out_channels=tuple(content["block_out_channels"]),
@@ -178,7 +254,14 @@ def dit_config_json(config: DiTConfig, *, channels: int, context: int) -> dict[s
 
 def dit_config(content: dict[str, Any], *, source: Path) -> DiTConfig:
     """Our config from diffusers' keys. Raises ValueError for what PixArt does not have."""
-    refuse_other(content, DIT_ALWAYS, source=source)
+    check_whole_numbers(content, DIT_LIMITS, source=source)
+    refuse_other(content, DIT_ALWAYS | {"dropout": 0.0, "attention_type": "default"}, source=source)
+    check_known(content, (*DIT_ALWAYS, *DIT_LIMITS, *DIT_REST), source=source)
+    if (content["sample_size"] // content["patch_size"]) ** 2 > MAX_TOKENS:
+        raise ValueError(
+            f"{source} has sample_size {content['sample_size']} and patch_size {content['patch_size']}, expected at "
+            f"most {MAX_TOKENS} patches"
+        )
     return DiTConfig(
         depth=content["num_layers"],
         width=content["num_attention_heads"] * content["attention_head_dim"],

@@ -1,9 +1,9 @@
-"""Weight folders, config.json and one safetensors file: read strictly, in place only when written whole."""
+"""config.json, and weights into networks: read strictly, in place only when written whole."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.interop.layouts import looks_like, shapes_of
+from ldm.interop.tensors import Weights
 from ldm.whole import whole_file
 
 SHOWN_KEYS = 5  # of a long list of wrong ones
+CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal")
+MAX_LEVELS = 16  # of a U-Net or an autoencoder
+MAX_JSON_BYTES = 2**24  # an index of a million tensors would be larger
 RUN_MODEL = "model"  # folder of a run of ldm/train.py that holds its newest export
 
 
@@ -25,12 +30,14 @@ def model_folder(path: Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError, naming the file, if it is missing or is no JSON object."""
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES} of JSON")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: give the folder of a whole model") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): give the folder of a whole model") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object: copy it again")
@@ -45,6 +52,37 @@ def refuse_other(content: dict[str, Any], known: dict[str, Any], *, source: Path
     for key, value in known.items():
         if content.get(key) not in (None, value):
             raise ValueError(f"{source} has {key} {content[key]!r}, expected {value!r}: this network is not supported")
+
+
+def check_known(content: Mapping[str, Any], known: Iterable[str], *, source: Path) -> None:
+    """Raise ValueError if a config sets a key that is not known here: it may stand for another computation.
+
+    One that is null, false or empty is taken for a newer program's way of saying no.
+    """
+    unknown = [key for key, value in content.items() if value and not key.startswith("_") and key not in set(known)]
+    if unknown:
+        raise ValueError(
+            f"{source} has {unknown[0]} {str(content[unknown[0]])[:60]}, which is not known here: this network is not "
+            "supported"
+        )
+
+
+def check_no_code(content: Mapping[str, Any], *, source: Path) -> None:
+    """Raise ValueError for a config that wants classes of its own. None would be run; without them it is not whole."""
+    if wanted := [key for key in CODE_KEYS if content.get(key)]:
+        raise ValueError(f"{source} asks for code of its own ({wanted[0]}): refused; give a model that needs none")
+
+
+def check_whole_numbers(content: Mapping[str, Any], limits: Mapping[str, int], *, source: Path) -> None:
+    """Raise ValueError unless these values, or lists of values, are whole numbers from 1 to their limits.
+
+    A key may be absent, or null. Networks are built from these numbers before their weights are seen.
+    """
+    for key, limit in limits.items():
+        given = content.get(key)
+        values = given if isinstance(given, list) else [] if given is None else [given]
+        if len(values) > MAX_LEVELS or any(type(value) is not int or not 1 <= value <= limit for value in values):
+            raise ValueError(f"{source} has {key} {str(given)[:60]}, expected whole numbers from 1 to {limit}")
 
 
 @contextmanager
@@ -65,19 +103,6 @@ def write_json(content: dict[str, Any], path: Path) -> None:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises ValueError if it is missing, cut short or something else."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.exists():
-        raise ValueError(f"{path} is missing: give the folder of a whole model")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
-
-
 def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Contiguous float tensors; the metadata names the format, without which other readers refuse the file."""
     from safetensors.torch import save_file
@@ -87,23 +112,37 @@ def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, st
         save_file(own, partial, {"format": "pt"} | (metadata or {}))
 
 
-def load_strictly(network: nn.Module, weights: dict[str, Tensor], *, source: Path) -> None:
-    """Fill every parameter of a network (of meta tensors or real ones) and leave no tensor of the file unused.
+def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], *, source: Path) -> None:
+    """Make these tensors the network's own parameters (it may be one of meta tensors), and leave none of them unused.
 
     Raises ValueError that counts what is missing, unexpected or of another shape, and shows the first few.
     """
-    wanted = network.state_dict()
-    misshapen = sorted(k for k in wanted.keys() & weights.keys() if wanted[k].shape != weights[k].shape)
+    check_fit(network.state_dict(), weights, source=source)
+    network.load_state_dict(dict(weights), strict=True, assign=True)
+
+
+def fill(network: nn.Module, weights: Weights, *, dtype: torch.dtype) -> None:
+    """load_strictly, of tensors in files; in this precision. What does not fit is found before anything is read."""
+    check_fit(network.state_dict(), weights.tensors, source=weights.source)
+    network.load_state_dict(weights.read(dtype), strict=True, assign=True)
+
+
+def check_fit(
+    wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, source: Path, to: str = "its config"
+) -> None:
+    """Raise ValueError unless there are the same names with the same shapes."""
+    misshapen = [
+        f"{name} {tuple(found[name].shape)} for {tuple(wanted[name].shape)}"
+        for name in wanted.keys() & found.keys()
+        if wanted[name].shape != found[name].shape
+    ]
     faults = {
-        "missing": sorted(wanted.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - wanted.keys()),
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
         "of another shape": misshapen,
     }
-    told = [f"{len(keys)} {fault} ({', '.join(keys[:SHOWN_KEYS])})" for fault, keys in faults.items() if keys]
+    told = [f"{len(keys)} {fault} ({', '.join(sorted(keys)[:SHOWN_KEYS])})" for fault, keys in faults.items() if keys]
     if told:
-        raise ValueError(f"{source} does not fit its config: {'; '.join(told)}: give the file that belongs to it")
-    network.load_state_dict(weights, strict=True, assign=True)
-
-
-def to_float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to(torch.float32) for name, tensor in weights.items()}
+        foreign = looks_like(shapes_of(found))
+        hint = f"this looks like {foreign.name}" if foreign else "give the file that belongs to it"
+        raise ValueError(f"{source} does not fit {to}: {'; '.join(told)}: {hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -15,7 +16,7 @@ from ldm.diffusion import (
     ScaledLinearBetaPath,
 )
 from ldm.diffusion.paths import BetaTablePath, TablePath
-from ldm.interop.files import described_by, read_json
+from ldm.interop.files import check_whole_numbers, described_by, read_json
 
 _NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _SCHEDULES: dict[str, type[BetaTablePath]] = {
@@ -79,29 +80,36 @@ def _table_json(path: TablePath, prediction: Prediction) -> dict[str, Any]:
 
 def read_scheduler(file: Path) -> tuple[PathConfig, Prediction]:
     """The path and prediction of any scheduler's config. Raises ValueError for one that we do not have."""
-    content = read_json(file)
     with described_by(file):
-        if str(content.get("_class_name", "")).startswith("EDM"):
-            return _read_edm(content), "edm"
-        kind = content.get("prediction_type", "epsilon")
-        if kind == "flow_prediction":
-            return RectifiedFlowPath(shift=float(content.get("flow_shift", 1.0))), "velocity"
-        schedule = content.get("beta_schedule", "linear")
-        if kind not in _NAMES or schedule not in _SCHEDULES:
-            raise ValueError(
-                f"{file} asks for prediction_type {kind!r} on beta_schedule {schedule!r}, expected one of "
-                f"{sorted(_NAMES)} on one of {sorted(_SCHEDULES)}: this noise path is not supported"
-            )
-        numbers: dict[str, Any] = {
-            "num_train_timesteps": content["num_train_timesteps"],
-            "zero_terminal_snr": bool(content.get("rescale_betas_zero_snr")),
-        }
-        if _SCHEDULES[schedule] is not CosinePath:
-            numbers |= {"beta_start": content["beta_start"], "beta_end": content["beta_end"]}
-        return _SCHEDULES[schedule](**numbers), _NAMES[kind]  # pyright: ignore[reportReturnType]
+        return scheduler_from(read_json(file), source=file)
 
 
-def _read_edm(content: dict[str, Any]) -> EDMPath:
+def scheduler_from(content: Mapping[str, Any], *, source: Path) -> tuple[PathConfig, Prediction]:
+    """The same from its content. Raises KeyError, naming a key that is missing, or ValueError."""
+    check_whole_numbers(content, {"num_train_timesteps": 10_000}, source=source)
+    if str(content.get("_class_name", "")).startswith("EDM"):
+        return _read_edm(content), "edm"
+    if content.get("trained_betas") is not None:
+        raise ValueError(f"{source} has trained_betas, a noise schedule of its own: this is not supported")
+    kind = content.get("prediction_type", "epsilon")
+    if kind == "flow_prediction":
+        return RectifiedFlowPath(shift=float(content.get("flow_shift", 1.0))), "velocity"
+    schedule = content.get("beta_schedule", "linear")
+    if kind not in _NAMES or schedule not in _SCHEDULES:
+        raise ValueError(
+            f"{source} asks for prediction_type {kind!r} on beta_schedule {schedule!r}, expected one of "
+            f"{sorted(_NAMES)} on one of {sorted(_SCHEDULES)}: this noise path is not supported"
+        )
+    numbers: dict[str, Any] = {
+        "num_train_timesteps": content["num_train_timesteps"],
+        "zero_terminal_snr": bool(content.get("rescale_betas_zero_snr")),
+    }
+    if _SCHEDULES[schedule] is not CosinePath:
+        numbers |= {"beta_start": content["beta_start"], "beta_end": content["beta_end"]}
+    return _SCHEDULES[schedule](**numbers), _NAMES[kind]  # pyright: ignore[reportReturnType]
+
+
+def _read_edm(content: Mapping[str, Any]) -> EDMPath:
     if content.get("prediction_type", "epsilon") != "epsilon":
         raise ValueError(f"an EDM scheduler for {content['prediction_type']!r} is not supported, only for 'epsilon'")
     defaults = EDMPath()

@@ -8,8 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.ema import Snapshot
-from ldm.interop.files import read_weights, write_weights
+from ldm.ema import Snapshot, mixture
+from ldm.interop.files import RUN_MODEL, load_strictly, write_weights
+from ldm.interop.folder import read_folder
+from ldm.interop.parts import Parts
+from ldm.interop.tensors import open_weights
 
 FOLDER = "ema"
 
@@ -42,6 +45,15 @@ def mixed(paths: Sequence[Path], shares: Sequence[float]) -> dict[str, Tensor]:
     """sum of share_i weights_i, summed in float64, as float32. One file at a time is in memory."""
     total: dict[str, Tensor] = {}
     for path, share in zip(paths, shares, strict=True):
-        for name, tensor in read_weights(path).items():
+        for name, tensor in open_weights(path).tensors.items():
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + share * tensor.double()
     return {name: tensor.float() for name, tensor in total.items()}
+
+
+def averaged_parts(run: Path, wanted: Snapshot) -> tuple[Parts, float]:
+    """The run's newest model with the weights of an average that was never kept, and by how much its profile is off."""
+    known = read_snapshots(run)
+    made = mixture(list(known), wanted)
+    parts = read_folder(run / RUN_MODEL, dtype=torch.float32)
+    load_strictly(parts.denoiser, mixed(list(known.values()), made.shares), source=run / FOLDER)
+    return parts, made.error

@@ -7,20 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm.interop.files import (
+    check_known,
+    check_no_code,
+    check_whole_numbers,
     described_by,
-    load_strictly,
+    fill,
     read_json,
-    read_weights,
-    to_float32,
+    refuse_other,
     write_json,
     write_weights,
 )
+from ldm.interop.weight_files import WEIGHTS_STEM, find_weights
 from vae import AutoencoderKL, AutoencoderKLConfig
 from vae.autoencoder import STABLE_DIFFUSION_SCALE
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+ALWAYS = {
+    "act_fn": "silu",
+    "in_channels": 3,
+    "mid_block_add_attention": True,
+    "out_channels": 3,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+REST = ("down_block_types", "force_upcast", "latents_mean", "latents_std", "sample_size", "scaling_factor",
+        "shift_factor", "up_block_types")  # fmt: skip
+LIMITS = {"block_out_channels": 8192, "layers_per_block": 32, "latent_channels": 256, "norm_num_groups": 1024}
 # Older files, Stable Diffusion 1.5's among them, call the attention's layers by these names.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -29,28 +43,37 @@ def save_vae(vae: AutoencoderKL, folder: Path, *, dtype: torch.dtype = torch.flo
     """Write the autoencoder; its latents' statistics go into config.json as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(vae_config_json(vae.config), folder / "config.json")
-    write_weights({name: tensor.to(dtype) for name, tensor in vae.state_dict().items()}, folder / WEIGHTS_NAME)
+    write_weights(
+        {name: tensor.to(dtype) for name, tensor in vae.state_dict().items()}, folder / f"{WEIGHTS_STEM}.safetensors"
+    )
 
 
-def load_vae(folder: Path) -> AutoencoderKL:
-    """Read an autoencoder, ours or diffusers', in float32. Raises ValueError for anything else."""
+def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """Read an autoencoder, ours or diffusers'. Raises ValueError for anything else."""
     source = folder / "config.json"
     content = read_json(source)
+    check_no_code(content, source=source)
     with described_by(source), torch.device("meta"):
         vae = AutoencoderKL(vae_config(content, source=source))
-    weights = to_float32(read_weights(folder / WEIGHTS_NAME))
+    fill(vae, find_weights(folder, WEIGHTS_STEM).changed(with_new_names), dtype=dtype)
+    return vae
+
+
+def with_new_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for old, new in OLD_NAMES.items():
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
-    load_strictly(vae, weights, source=folder / WEIGHTS_NAME)
-    return vae
+    return weights
 
 
 def folded(vae: AutoencoderKL) -> AutoencoderKL:
     """The same autoencoder with its latents' statistics inside its 1x1 convolutions, and the scale 0.18215 left.
 
     Stable Diffusion's pipelines multiply z by a scale and know nothing of a mean, so for them z' must be
-    z' = (z - mean) / (0.18215 std): the last encoder layer takes that in, the first decoder layer its inverse.
+    z' = (z - mean) / (0.18215 std): the last encoder layer takes that in, the first decoder layer its inverse. Where a
+    scale is all there is, nothing needs to be folded, and the weights stay as they are.
     """
+    if scale_of(vae.config) is not None:
+        return vae
     config = dataclasses.replace(vae.config, latent_mean=None, latent_std=None)
     copy = AutoencoderKL(config)
     copy.load_state_dict(vae.state_dict())
@@ -69,9 +92,18 @@ def folded(vae: AutoencoderKL) -> AutoencoderKL:
     return copy
 
 
+def scale_of(config: AutoencoderKLConfig) -> float | None:
+    """The scale by which z becomes latents, if that is all that happens to it."""
+    if config.latent_std is None:
+        return None if config.latent_mean and any(config.latent_mean) else STABLE_DIFFUSION_SCALE
+    if any(config.latent_mean or ()) or len(set(config.latent_std)) > 1:
+        return None
+    return float(f"{1 / config.latent_std[0]:.12g}")
+
+
 def vae_config_json(config: AutoencoderKLConfig) -> dict[str, Any]:
     """As diffusers' AutoencoderKL writes it: latents = (z - latents_mean) * scaling_factor / latents_std."""
-    levels = len(config.block_out_channels)
+    levels, scale = len(config.block_out_channels), scale_of(config)
     return {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": "0.30.0",
@@ -81,14 +113,14 @@ def vae_config_json(config: AutoencoderKLConfig) -> dict[str, Any]:
         "force_upcast": False,
         "in_channels": 3,
         "latent_channels": config.latent_channels,
-        "latents_mean": list(config.latent_mean) if config.latent_mean else None,
-        "latents_std": list(config.latent_std) if config.latent_std else None,
+        "latents_mean": list(config.latent_mean) if config.latent_mean and scale is None else None,
+        "latents_std": list(config.latent_std) if config.latent_std and scale is None else None,
         "layers_per_block": config.layers_per_block,
         "mid_block_add_attention": True,
         "norm_num_groups": config.norm_num_groups,
         "out_channels": 3,
         "sample_size": 64,
-        "scaling_factor": 1.0 if config.latent_std else STABLE_DIFFUSION_SCALE,
+        "scaling_factor": scale or (1.0 if config.latent_std else STABLE_DIFFUSION_SCALE),
         "shift_factor": None,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "use_post_quant_conv": True,
@@ -105,6 +137,15 @@ def vae_config(content: dict[str, Any], *, source: Path) -> AutoencoderKLConfig:
     lacking = {"block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups"} - content.keys()
     if lacking:
         raise ValueError(f"{source} lacks {', '.join(sorted(lacking))}: copy it again")
+    refuse_other(content, ALWAYS, source=source)
+    check_known(content, (*ALWAYS, *LIMITS, *REST), source=source)
+    check_whole_numbers(content, LIMITS, source=source)
+    blocks = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+    for key, block in blocks.items():
+        if other := set(content.get(key) or [block]) - {block}:
+            raise ValueError(
+                f"{source} has a {min(other)} in {key}, expected {block}: this autoencoder is not supported"
+            )
     channels = content["latent_channels"]
     mean = content.get("latents_mean") or [content.get("shift_factor") or 0.0] * channels
     scale = content.get("scaling_factor", STABLE_DIFFUSION_SCALE)

@@ -18,7 +18,8 @@ from ldm.diffusion import (
     ScaledLinearBetaPath,
 )
 from ldm.diffusion.paths import BetaTablePath
-from ldm.export import Trained, export
+from ldm.interop.folder import write_folder
+from ldm.interop.parts import Parts
 from ldm.latent_diffusion import LatentDiffusion
 from text import TextEncoderConfig, Tokenizer, TransformersTextEncoder
 from vae import AutoencoderKL, AutoencoderKLConfig
@@ -36,7 +37,7 @@ def tiny_trained(
     *,
     tokens: int = 32,
     learned_variance: bool = False,
-) -> Trained:
+) -> Parts:
     """A whole model of some thousand random parameters, with latents of 8 x 8 x 4 for pictures of 16 x 16."""
     torch.manual_seed(0)
     vae_config = AutoencoderKLConfig(
@@ -61,14 +62,14 @@ def tiny_trained(
         prediction=prediction,
         learned_variance=learned_variance,
     )
-    return Trained(model=model, denoiser=denoiser.eval(), config=config, sample_size=8, notes="run: {name: tiny}\n")
+    return Parts(model=model, denoiser=denoiser.eval(), config=config, sample_size=8, notes="run: {name: tiny}\n")
 
 
 @pytest.fixture(scope="session")
 def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of a tiny DiT on rectified flow."""
     folder = tmp_path_factory.mktemp("models") / "tiny-dit"
-    export(tiny_trained(DIT, RectifiedFlowPath(), "velocity"), folder, dtype=torch.float32)
+    write_folder(tiny_trained(DIT, RectifiedFlowPath(), "velocity"), folder, dtype=torch.float32)
     return folder
 
 
@@ -76,7 +77,7 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of a tiny U-Net with v-prediction on Stable Diffusion's path."""
     folder = tmp_path_factory.mktemp("models") / "tiny-unet"
-    export(tiny_trained(UNET, ScaledLinearBetaPath(), "v", tokens=77), folder, dtype=torch.float32)
+    write_folder(tiny_trained(UNET, ScaledLinearBetaPath(), "v", tokens=77), folder, dtype=torch.float32)
     return folder
 
 
@@ -84,7 +85,7 @@ def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def edm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of a tiny DiT on EDM's path."""
     folder = tmp_path_factory.mktemp("models") / "tiny-edm"
-    export(tiny_trained(DIT, EDMPath(sigma_data=1.0), "edm"), folder, dtype=torch.float32)
+    write_folder(tiny_trained(DIT, EDMPath(sigma_data=1.0), "edm"), folder, dtype=torch.float32)
     return folder
 
 
@@ -92,7 +93,7 @@ def edm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of a tiny DiT that has learned its variance, on Stable Diffusion's path."""
     folder = tmp_path_factory.mktemp("models") / "tiny-learned"
-    export(tiny_trained(DIT, ScaledLinearBetaPath(), "eps", learned_variance=True), folder, dtype=torch.float32)
+    write_folder(tiny_trained(DIT, ScaledLinearBetaPath(), "eps", learned_variance=True), folder, dtype=torch.float32)
     return folder
 
 

@@ -1,13 +1,25 @@
 """What an export may replace, and what it carries."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from stable_diffusion import stable_diffusion
 
 from ldm import TextToImage
 from ldm.commands import run_command
+from ldm.config import TrainConfig, dump, load_config
+from ldm.ema import Snapshot
 from ldm.export import arguments, main
+from ldm.interop.compvis import ema_name
+from ldm.interop.folder import write_folder
+from ldm.interop.layouts import DENOISER
+from ldm.interop.single_file_export import single_file_tensors
+from ldm.interop.snapshots import write_snapshot
 
 
 def export_command(*words: str) -> int:
@@ -15,7 +27,7 @@ def export_command(*words: str) -> int:
 
 
 def test_an_export_draws_the_same_in_half_the_size(dit_folder, tmp_path):
-    assert export_command(str(dit_folder), str(tmp_path / "half")) == 0
+    assert export_command(str(dit_folder), str(tmp_path / "half"), "--fp16") == 0
     files = [folder / "transformer/diffusion_pytorch_model.safetensors" for folder in (dit_folder, tmp_path / "half")]
     assert files[1].stat().st_size < 0.6 * files[0].stat().st_size
     settings = {"negative_prompt": "", "steps": 3, "scale": 3.0, "sampler": "euler", "seed": 1}
@@ -52,3 +64,151 @@ def test_a_mistake_is_one_line(words, tmp_path, capsys, monkeypatch):
         code = exit.code
     assert code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_single_file_and_a_folder_again(tmp_path, capsys):
+    write_folder(stable_diffusion(2, prediction="v"), tmp_path / "a", dtype=torch.float32)
+    assert export_command(str(tmp_path / "a"), str(tmp_path / "m.safetensors"), "--format", "single-file") == 0
+    assert export_command(str(tmp_path / "m.safetensors"), str(tmp_path / "b")) == 0
+    assert "predicts v on path scaled_linear_beta, fp32, " in capsys.readouterr().out
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+
+
+@pytest.mark.parametrize("word", ["yes", "no"])
+def test_which_of_two_kinds_of_weights_are_exported(word, tmp_path):
+    tensors = {name: t.contiguous() for name, t in single_file_tensors(stable_diffusion(1)).items()}
+    for name in [name for name in tensors if name.startswith(DENOISER)]:
+        tensors[ema_name(name.removeprefix(DENOISER))] = tensors[name] + 1
+    save_file(tensors, tmp_path / "m.safetensors")
+    assert export_command(str(tmp_path / "m.safetensors"), str(tmp_path / "out"), "--ema", word) == 0
+    weights = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    expected = tensors[f"{DENOISER}input_blocks.0.0.weight"] + (word == "yes")
+    assert torch.equal(weights["conv_in.weight"], expected)
+
+
+@pytest.mark.parametrize("dtype", [["--dtype", "bf16"], ["--fp16"], []])
+def test_precisions_on_disk(dit_folder, dtype, tmp_path):
+    assert export_command(str(dit_folder), str(tmp_path / "out"), *dtype) == 0
+    kinds = {tensor.dtype for path in tmp_path.rglob("*.safetensors") for tensor in load_file(path).values()}
+    assert kinds == {{"bf16": torch.bfloat16, "--fp16": torch.float16}.get("".join(dtype[-1:]), torch.float32)}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--ema", "maybe"], "--ema is 'maybe', expected yes, no, or an average's relative length"),
+        (["--ema", "0.1"], "holds no snapshots, of which --ema 0.1 could be made: give yes, or no"),
+        (["--format", "single-file"], "does not end in .safetensors"),
+        (["--format", "onnx"], "invalid choice: 'onnx'"),
+    ],
+)
+def test_what_cannot_be_exported_so(dit_folder, words, told, tmp_path, capsys):
+    try:
+        code = export_command(str(dit_folder), str(tmp_path / "out"), *words)
+    except SystemExit as exit:
+        code = exit.code
+    error = capsys.readouterr().err
+    assert code == 2 and told in error and len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_from_python_it_is_saved_in_either_format(dit_folder, tmp_path):
+    write_folder(stable_diffusion(1), tmp_path / "a", dtype=torch.float32)
+    pipe = TextToImage.load(tmp_path / "a")
+    pipe.save(tmp_path / "folder")
+    pipe.save(tmp_path / "file.safetensors", format="single-file", dtype="fp16")
+    settings = {"negative_prompt": "", "steps": 2, "scale": 3.0, "sampler": "ddim", "seed": 1}
+    first = pipe.draw(["x"], **settings)
+    assert torch.equal(TextToImage.load(tmp_path / "folder").draw(["x"], **settings), first)
+    assert (TextToImage.load(tmp_path / "file.safetensors").draw(["x"], **settings) - first).abs().max() < 0.05
+    with pytest.raises(ValueError, match="a DiT has no single-file layout"):
+        TextToImage.load(dit_folder).save(tmp_path / "dit.safetensors", format="single-file")
+    with pytest.raises(ValueError, match="format is 'onnx', expected diffusers or single-file"):
+        pipe.save(tmp_path / "x", format="onnx")
+    with pytest.raises(ValueError, match="dtype is 'int8', expected fp32, bf16, fp16"):
+        pipe.save(tmp_path / "x", dtype="int8")
+
+
+def test_saved_after_a_lora_it_draws_as_with_it(tmp_path):
+    """What was merged is in what is saved."""
+    write_folder(stable_diffusion(1), tmp_path / "a", dtype=torch.float32)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    factors = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(0))
+    down, up = factors[0].T.contiguous(), factors[1].clone()
+    save_file({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, tmp_path / "lora.safetensors")
+    pipe = TextToImage.load(tmp_path / "a", lora=[(tmp_path / "lora.safetensors", 0.5)])
+    assert "LoRA lora.safetensors by 0.5" in pipe.description
+    pipe.save(tmp_path / "b")
+    weights = [TextToImage.load(tmp_path / f).denoiser.get_parameter(f"{name}.weight") for f in "ab"]
+    assert torch.allclose(weights[1] - weights[0], 0.5 * factors[1] @ factors[0].T, atol=1e-6)
+
+
+RECORDS = [
+    {"step": 0, "held_out_loss": 1.9},
+    {"step": 50, "loss": 1.2, "lr": 0.001},
+    {"step": 100, "held_out_loss": 0.71234},
+]
+
+
+@pytest.fixture
+def run(dit_folder, tmp_path) -> Path:
+    """A run's folder: its model with the configuration of configs/demo.yaml, its measures and drawings."""
+    shutil.copytree(dit_folder, tmp_path / "run" / "model")
+    config = load_config(TrainConfig, Path(__file__).parents[2] / "configs" / "demo.yaml")
+    (tmp_path / "run" / "model" / "foundry.yaml").write_text(dump(config))
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS) + '{"half": ')
+    (tmp_path / "run" / "samples").mkdir()
+    for step in (0, 100):
+        (tmp_path / "run" / "samples" / f"step_{step:07d}.png").write_bytes(b"png of step %d" % step)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("given", ["run", "run/model"])
+def test_the_card_is_made_of_the_runs_own_configuration_measures_and_drawings(run, given, tmp_path):
+    assert export_command(str(tmp_path / given), str(tmp_path / "my-model")) == 0
+    card = (tmp_path / "my-model" / "README.md").read_text()
+    config = load_config(TrainConfig, Path(__file__).parents[2] / "configs" / "demo.yaml")
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["library_name"], front["pipeline_tag"]) == ("diffusers", "text-to-image")
+    assert "text-to-image" in front["tags"] and card.split("---\n")[2].startswith("\n# my-model\n")
+    assert "a DiT of 2 blocks" in card and "predicts velocity on path rectified_flow" in card
+    assert all(prompt in card for prompt in config.preview.prompts)
+    assert f"100 of {config.data.batch_size} pictures: {100 * config.data.batch_size:,} pictures seen" in card
+    assert "was 0.7123 at step 100, 1.9000 at step 0" in card
+    assert "TODO" not in card and "None" not in card and "$" not in card
+    assert (tmp_path / "my-model" / "assets" / "samples.png").read_bytes() == b"png of step 100"
+    assert "![Drawings of the model](assets/samples.png)" in card
+
+
+def test_what_the_card_says_of_diffusers_is_true(run, tmp_path):
+    """Its own code, run as it stands."""
+    assert export_command(str(run), str(tmp_path / "my-model")) == 0
+    code = (tmp_path / "my-model" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    scope: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        exec(code.replace("num_inference_steps=30", "num_inference_steps=2"), scope)
+    assert scope["image"].size == (16, 16)
+
+
+def test_the_card_of_an_export_is_carried_along_and_others_are_made_without_a_run(run, dit_folder, tmp_path):
+    assert export_command(str(run), str(tmp_path / "first")) == 0
+    assert export_command(str(tmp_path / "first"), str(tmp_path / "second"), "--fp16") == 0
+    for name in ("README.md", "assets/samples.png"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    assert export_command(str(dit_folder), str(tmp_path / "third")) == 0
+    card = (tmp_path / "third" / "README.md").read_text()
+    assert "## Training" not in card and "samples.png" not in card and "# third" in card
+
+
+def test_an_average_that_was_never_kept_is_exported_by_its_length(dit_folder, tmp_path):
+    """Of two snapshots of step 100, with lengths 0.05 and 0.1, the first itself comes back for its own length."""
+    shutil.copytree(dit_folder, tmp_path / "run" / "model")
+    weights = load_file(dit_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    for number, length in enumerate((0.05, 0.1)):
+        shifted = {name: tensor + number + 1 for name, tensor in weights.items()}
+        write_snapshot(shifted, tmp_path / "run", Snapshot(100, length))
+    assert export_command(str(tmp_path / "run"), str(tmp_path / "out"), "--ema", "0.05") == 0
+    found = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.allclose(found[name], weights[name] + 1, atol=1e-5) for name in weights)

@@ -1,11 +1,14 @@
 """How a picture is drawn: what is refused, and by which words."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from ldm.guidance import Schedule
-from ldm.options import SCHEDULES, DrawOptions
+from ldm.options import SCHEDULES, DrawOptions, parse_lora_argument
 
 
 @pytest.mark.parametrize(
@@ -51,3 +54,47 @@ def test_projection_is_asked_for_by_any_of_its_numbers():
     assert DrawOptions(guidance_parallel=0.5).is_projected
     assert DrawOptions(guidance_norm_limit=2.0).is_projected
     assert DrawOptions(guidance_momentum=0.1).is_projected
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "strength"),
+    [
+        ("style.safetensors", "style.safetensors", 1.0),
+        ("style.safetensors:0.8", "style.safetensors", 0.8),
+        ("style.safetensors:-1", "style.safetensors", -1.0),
+        ("style.safetensors:0", "style.safetensors", 0.0),
+        ("a/b:c/style.safetensors", "a/b:c/style.safetensors", 1.0),
+        ("a/b:c/style.safetensors:1e-1", "a/b:c/style.safetensors", 0.1),
+        (r"C:\loras\style.safetensors", r"C:\loras\style.safetensors", 1.0),
+        (r"C:\loras\style.safetensors:100", r"C:\loras\style.safetensors", 100.0),
+        ("style:high", "style:high", 1.0),
+        ("style:", "style:", 1.0),
+        ("style:2:0.5", "style:2", 0.5),
+    ],
+)
+def test_a_lora_is_a_file_and_perhaps_a_strength(text, path, strength):
+    assert parse_lora_argument(text) == (Path(path), strength)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x.pt:100.5", "the strength of LoRA x.pt is 100.5, expected -100 to 100"),
+        ("x.pt:-101", "the strength of LoRA x.pt is -101, expected"),
+        ("x.pt:nan", "the strength of LoRA x.pt is nan, expected"),
+        ("x.pt:inf", "the strength of LoRA x.pt is inf, expected"),
+        (":0.8", "the LoRA is ':0.8', expected a file, or a file with its strength"),
+        ("", "the LoRA is '', expected a file"),
+        (" ", "the LoRA is ' ', expected a file"),
+    ],
+)
+def test_a_lora_without_a_file_or_far_too_strong_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_lora_argument(text)
+
+
+def test_torch_is_not_needed_to_parse_arguments():
+    script = "import sys, ldm.options; print('torch' in sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

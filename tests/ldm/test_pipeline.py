@@ -246,17 +246,17 @@ def test_a_runs_folder_stands_for_its_newest_model(dit_folder, tmp_path):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("unet", "the denoiser is made for 9 latent channels, the autoencoder for 4"),
+        ("unet", "the denoiser is made for 7 latent channels, the autoencoder for 4"),
         ("text_encoder", "the denoiser is made for 16 wide a context, the text encoder for 24"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused(unet_folder, tmp_path, part, message):
     folder = shutil.copytree(unet_folder, tmp_path / "copy")
     if part == "unet":
-        config = TextToImage.load(folder).denoiser_config
+        config = TextToImage.load(folder).parts.config
         assert isinstance(config, UNetConfig)
-        unet = UNet(config, in_channels=9, out_channels=4, context_width=16)
-        save_denoiser(unet, config, folder / "unet", sample_size=8, latent_channels=9, context_width=16)
+        unet = UNet(config, in_channels=7, out_channels=4, context_width=16)
+        save_denoiser(unet, config, folder / "unet", sample_size=8, latent_channels=7, context_width=16)
         content = json.loads((folder / "unet" / "config.json").read_text())
         (folder / "unet" / "config.json").write_text(json.dumps(content | {"out_channels": 4}))
     else:

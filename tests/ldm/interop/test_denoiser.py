@@ -140,5 +140,5 @@ def test_a_config_with_a_value_of_another_kind_names_the_file(config, change, tm
     save_denoiser(random_denoiser(config), config, tmp_path, **SIZES)
     content = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"config\.json holds a value of another kind"):
+    with pytest.raises(ValueError, match=r"config\.json (holds a value of another|has \w+ .*, expected whole)"):
         load_denoiser(tmp_path)

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ldm.interop.files import load_strictly, read_json, read_weights, to_float32, write_json, write_weights
+from ldm.interop.files import load_strictly, read_json, write_json, write_weights
+from ldm.interop.tensors import open_weights
 
 
 def network() -> nn.Module:
@@ -25,7 +26,7 @@ def test_weights_pass_through_a_file(tmp_path: Path):
         "half": torch.ones(2).half(),
     }
     write_weights(weights, tmp_path / "w.safetensors")
-    read = read_weights(tmp_path / "w.safetensors")
+    read = open_weights(tmp_path / "w.safetensors").tensors
     assert read.keys() == weights.keys()
     assert all(torch.equal(read[name], weights[name]) and read[name].dtype == weights[name].dtype for name in read)
     with safe_open(tmp_path / "w.safetensors", framework="pt") as file:
@@ -36,8 +37,8 @@ def test_weights_pass_through_a_file(tmp_path: Path):
 def test_weights_may_go_back_to_the_file_that_they_were_read_from(tmp_path: Path):
     path = tmp_path / "w.safetensors"
     write_weights({"w": torch.arange(5000.0)}, path)
-    write_weights(read_weights(path), path)
-    assert torch.equal(read_weights(path)["w"], torch.arange(5000.0))
+    write_weights(open_weights(path).tensors, path)
+    assert torch.equal(open_weights(path).tensors["w"], torch.arange(5000.0))
 
 
 def test_a_full_disk_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -55,7 +56,7 @@ def test_a_full_disk_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.Mo
         write_weights({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
     with pytest.raises(OSError, match="No space"):
         write_json({"a": 2}, tmp_path / "c.json")
-    assert read_weights(tmp_path / "w.safetensors")["w"].tolist() == [1.0, 1.0]
+    assert open_weights(tmp_path / "w.safetensors").tensors["w"].tolist() == [1.0, 1.0]
     assert read_json(tmp_path / "c.json") == {"a": 1}
 
 
@@ -66,25 +67,33 @@ def named(path: Path, rest: str) -> str:
 def test_missing_files_are_named(tmp_path: Path):
     with pytest.raises(ValueError, match=named(tmp_path / "c.json", "is missing: give the folder")):
         read_json(tmp_path / "c.json")
-    with pytest.raises(ValueError, match=named(tmp_path / "w.safetensors", "is missing: give the folder")):
-        read_weights(tmp_path / "w.safetensors")
+    with pytest.raises(FileNotFoundError, match=named(tmp_path / "w.safetensors", "is missing: give the file")):
+        open_weights(tmp_path / "w.safetensors")
 
 
-@pytest.mark.parametrize("keep", [0, 4, 40, -1])
-def test_a_truncated_file_is_named(tmp_path: Path, keep: int):
+@pytest.mark.parametrize(
+    ("keep", "told"),
+    [
+        (0, "holds no weights: it is empty"),
+        (4, "holds no weights: it is neither"),
+        (40, "holds no weights: it is neither .* or was cut short"),
+        (-1, "is not a whole safetensors file"),
+    ],
+)
+def test_a_truncated_file_is_named(tmp_path: Path, keep: int, told: str):
     path = tmp_path / "w.safetensors"
     write_weights(network().state_dict(), path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=named(path, "is not a whole safetensors file")):
-        read_weights(path)
+    with pytest.raises(ValueError, match=named(path, told)):
+        open_weights(path)
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path):
     torch.save(network().state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=named(tmp_path / "w.safetensors", "is not a whole safetensors file")):
-        read_weights(tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=named(tmp_path, "is not a whole safetensors file")):
-        read_weights(tmp_path)
+    with pytest.raises(ValueError, match=named(tmp_path / "w.safetensors", "is a pickle under the name of a safet")):
+        open_weights(tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=named(tmp_path, "is not a plain file")):
+        open_weights(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +148,9 @@ def test_what_does_not_fit_is_counted(tmp_path: Path):
     with pytest.raises(ValueError, match=named(path, rf"does not fit its config: 7 unexpected \({shown}\): give")):
         load_strictly(network(), weights | extra, source=path)
     turned = weights | {"0.weight": weights["0.weight"].T.contiguous()}
-    with pytest.raises(ValueError, match=named(path, r".*1 of another shape \(0\.weight\): give")):
+    with pytest.raises(
+        ValueError, match=named(path, r".*1 of another shape \(0\.weight \(3, 4\) for \(4, 3\)\): give")
+    ):
         load_strictly(network(), turned, source=path)
     renamed = {name.replace("1.", "2."): value for name, value in weights.items()}
     with pytest.raises(ValueError, match=r"2 missing \(1\.bias, 1\.weight\); 2 unexpected \(2\.bias, 2\.weight\)"):
@@ -151,8 +162,3 @@ def test_a_network_that_is_refused_its_weights_keeps_its_own(tmp_path: Path):
     with pytest.raises(ValueError):
         load_strictly(own, {"0.weight": torch.zeros(4, 3)}, source=tmp_path)
     assert torch.equal(own[0].weight, network()[0].weight)  # pyright: ignore[reportIndexIssue]
-
-
-def test_to_float32():
-    weights = to_float32({"a": torch.ones(2).bfloat16(), "b": torch.ones(2)})
-    assert {value.dtype for value in weights.values()} == {torch.float32}

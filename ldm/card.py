@@ -1,0 +1,164 @@
+"""The model card, README.md of an export: what the model is, how it was trained and what it reached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from ldm.config import TrainConfig, loads
+from ldm.denoisers import UNetConfig
+from ldm.interop.files import RUN_MODEL
+from ldm.interop.folder import NOTES
+from ldm.interop.parts import Parts, kind_of
+
+CARD, SHEET = "README.md", "assets/samples.png"
+MAX_CARD_BYTES = 2**20
+
+CARD_TEXT = Template("""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags:
+- text-to-image
+- diffusers
+- latent-foundry
+---
+
+# $name
+
+$what
+
+$sheet## Use
+
+In diffusers:
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("$name", torch_dtype=torch.float32)
+image = pipe("$prompt", num_inference_steps=30, guidance_scale=5.0$extra).images[0]
+```
+
+In Latent Foundry: `python txt2img.py --ckpt $name --prompt "$prompt"`, or
+
+```python
+from ldm import TextToImage
+
+images = TextToImage.load("$name")("$prompt", steps=30, scale=5.0, seed=7, n=4)
+```
+
+$training## Limits
+
+It draws $size x $size pixels; other sizes were not trained. It knows what its training pictures show, in the words that
+their captions use, and has their faults.
+""")
+
+
+def files_beside(parts: Parts, source: Path, *, name: str) -> dict[str, bytes]:
+    """The card and its pictures, by their path in the export.
+
+    source: the run, its model, or another export, whose own card is carried along if it has one.
+    """
+    if (source / CARD).is_file() and not (source / RUN_MODEL).exists():
+        files = [source / CARD, *sorted((source / "assets").glob("*.png"))]
+        return {str(file.relative_to(source)): file.read_bytes() for file in files}
+    run = source.resolve().parent if source.name == RUN_MODEL else source
+    sheets = sorted((run / "samples").glob("step_*.png"))
+    card = model_card(parts, name=name, records=read_records(run), has_sheet=bool(sheets))
+    return {CARD: card.encode()} | ({SHEET: sheets[-1].read_bytes()} if sheets else {})
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl; none if there is none."""
+    metrics = run / "metrics.jsonl"
+    if not metrics.is_file():
+        return []
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def model_card(parts: Parts, *, name: str, records: Iterable[dict[str, Any]] = (), has_sheet: bool = False) -> str:
+    """The text. What is not known of the training is left out."""
+    config = _config(parts.notes)
+    prompts = config.preview.prompts if config else ("a red apple",)
+    size = parts.sample_size * parts.model.vae.config.factor
+    return CARD_TEXT.substitute(
+        name=name,
+        what=_what(parts, size),
+        sheet=_sheet(config) if has_sheet else "",
+        prompt=prompts[0].replace('"', "'"),
+        extra=_extra(parts, size),
+        training=_training(config, list(records)) if config else "",
+        size=size,
+    )
+
+
+def _config(notes: str) -> TrainConfig | None:
+    try:
+        return loads(TrainConfig, notes, source=NOTES)
+    except ValueError:  # of another program, or of an older version
+        return None
+
+
+def _what(parts: Parts, size: int) -> str:
+    count = sum(parameter.numel() for parameter in parts.denoiser.parameters())
+    model, text = parts.model, parts.model.text_encoder.config
+    kind = kind_of(parts.config, text.width)
+    return (
+        f"A text-to-image model: {kind} ({count / 1e6:.1f} M parameters), which predicts {model.prediction} on path "
+        f"{model.path.kind}, in the latents of a KL autoencoder (1/{model.vae.config.factor} of the picture's side, "
+        f"{model.vae.config.latent_channels} channels), told what to draw by a CLIP text encoder of {text.layers} "
+        f"layers, {text.width} wide. Its pictures have {size} x {size} pixels. Made with Latent Foundry."
+    )
+
+
+def _sheet(config: TrainConfig | None) -> str:
+    if config is None:
+        return f"![Drawings of the model]({SHEET})\n\n"
+    told = config.preview
+    rows = "".join(f"- {prompt}\n" for prompt in told.prompts)
+    return (
+        f"![Drawings of the model]({SHEET})\n\nDrawn at the end of training, a row a prompt, {told.pictures} seeds "
+        f"from {told.seed} on, none picked out ({told.sampler}, {told.steps} steps, scale {told.scale:g}):\n\n{rows}\n"
+    )
+
+
+def _extra(parts: Parts, size: int) -> str:
+    """What diffusers' pipelines must be told of a model that is smaller than theirs."""
+    sized = f", height={size}, width={size}"
+    if isinstance(parts.config, UNetConfig):
+        return sized
+    length = parts.model.text_encoder.config.context_length
+    return f"{sized}, max_sequence_length={length}, use_resolution_binning=False, clean_caption=False"
+
+
+def _training(config: TrainConfig, records: list[dict[str, Any]]) -> str:
+    steps, batch = max((record["step"] for record in records), default=config.run.steps), config.data.batch_size
+    rows = {
+        "pictures": ", ".join(f"`{shards}`" for shards in _listed(config.data.shards))
+        + f", {config.data.image_size} pixels a side",
+        "steps": f"{steps} of {batch} pictures: {steps * batch:,} pictures seen",
+        "learning rate": f"{config.optim.lr:g}, {config.optim.schedule}, AdamW {config.optim.betas}",
+        "averaged weights": f"EMA {config.optim.ema_decay:g}",
+        "captions left out": f"{config.model.caption_dropout:.0%}, for guidance",
+    }
+    if config.model.start:
+        rows["began with"] = f"`{config.model.start}`"
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    text = f"## Training\n\n| | |\n|---|---|\n{table}\n\nThe whole configuration is in `{NOTES}`.\n\n"
+    told = [record for record in records if "held_out_loss" in record]
+    if told:
+        last, shards = told[-1], ", ".join(_listed(config.validation.shards))
+        text += (
+            f"The error on held-out pictures ({shards}) was {last['held_out_loss']:.4f} at step "
+            f"{last['step']}, {told[0]['held_out_loss']:.4f} at step {told[0]['step']}: the mean of the objective over "
+            "times, unweighted, with the averaged weights.\n\n"
+        )
+    return text
+
+
+def _listed(shards: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (shards,) if isinstance(shards, str) else shards

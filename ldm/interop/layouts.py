@@ -1,0 +1,91 @@
+"""What a file of weights is, by the names and shapes in it, never by its own name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+Shapes = Mapping[str, tuple[int, ...]]
+DENOISER, FIRST_STAGE, CONDITIONER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+
+
+class Foreign(NamedTuple):
+    name: str
+    marks: tuple[str, ...]  # a name that contains one of them is enough
+    remedy: str = "which is not supported yet: give Stable Diffusion 1 or 2"
+
+
+# The first that fits counts, so what is part of something larger stands below it.
+FOREIGN = (
+    Foreign(
+        "a LoRA",
+        (
+            "lora_unet_",
+            "lora_te",
+            ".lora_A.",
+            ".lora_down.",
+            ".lora.down.",
+            "_lora.down.",
+            "lora_linear_layer",
+            ".hada_w1",
+            ".lokr_w",
+            ".dora_scale",
+        ),
+        "which goes onto a model: give it with --lora",
+    ),  # fmt: skip
+    Foreign("a ControlNet", ("control_model.", "controlnet_", "input_hint_block.")),
+    Foreign("a T2I-Adapter or IP-Adapter", ("ip_adapter.", "adapter.body.", "image_proj.")),
+    Foreign("a motion module (AnimateDiff)", ("motion_modules.", "temporal_transformer.")),
+    Foreign("Stable Video Diffusion", ("time_stack.", "time_mixer", "temporal_transformer_blocks.")),
+    Foreign("SDXL", ("conditioner.embedders.", "add_embedding.")),
+    Foreign("Stable Diffusion 3", ("joint_blocks.", "text_encoders.clip_g.", "context_embedder.")),
+    Foreign("Flux", ("double_blocks.", "single_transformer_blocks.", "guidance_in.")),
+    Foreign("a depth model of Stable Diffusion 2", ("depth_model.",)),
+    Foreign("unCLIP of Stable Diffusion 2 or SDXL", ("noise_augmentor.", "label_emb.")),
+    Foreign("Stable Cascade", ("clip_txt_mapper.", "channelwise.")),
+    Foreign("a transformer in its authors' own layout", ("y_embedder.", "x_embedder.", "adaLN_modulation.")),
+    Foreign("a CLIP with its image tower", ("visual.", "vision_model.")),
+    Foreign("words for a model (textual inversion)", ("emb_params", "clip_l", "string_to_param")),
+)
+WORD_WIDTHS = ((768,), (1024,), (1280,))  # of the CLIPs of Stable Diffusion 1, 2 and SDXL
+FOREIGN_CHANNELS = {  # of the first convolution of a U-Net
+    5: "a depth model of Stable Diffusion 2",
+    7: "an upscaler of Stable Diffusion 2",
+    8: "an InstructPix2Pix model",
+}
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def looks_like(shapes: Shapes) -> Foreign | None:
+    """What is known of these weights, if they are known, and are not what this program reads."""
+    for foreign in FOREIGN:
+        if any(mark in name for mark in foreign.marks for name in shapes):
+            return foreign
+    first = shapes.get(f"{DENOISER}input_blocks.0.0.weight", shapes.get("conv_in.weight", ()))
+    if len(first) == 4 and first[1] in FOREIGN_CHANNELS:
+        return Foreign(FOREIGN_CHANNELS[first[1]], ())
+    if 0 < len(shapes) < 4 and all(len(shape) <= 2 and shape[-1:] in WORD_WIDTHS for shape in shapes.values()):
+        return Foreign("words for a model (textual inversion)", ())
+    return None
+
+
+def refuse_foreign(shapes: Shapes, *, source: Path) -> None:
+    """Raise ValueError, naming it, for a kind of model that is known and not read here."""
+    if foreign := looks_like(shapes):
+        raise ValueError(f"{source} looks like {foreign.name}, {foreign.remedy}")
+
+
+def is_single_file(shapes: Shapes) -> bool:
+    """CompVis's layout of a whole model: all parts in one file, each under its prefix."""
+    return any(name.startswith(DENOISER) for name in shapes)
+
+
+def is_vae(shapes: Shapes) -> bool:
+    """An autoencoder alone, in either layout, with or without the prefix that it has in a whole model."""
+    return any(name.removeprefix(FIRST_STAGE).startswith("decoder.conv_in.") for name in shapes)

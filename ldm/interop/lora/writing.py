@@ -1,0 +1,68 @@
+"""LoRA files for other programs: kohya's form, which most of them read, and diffusers'. Both keep alpha."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldm.interop.files import write_weights
+from ldm.interop.lora.layers import OLD_TEXT_PREFIX, LoraLayer
+from ldm.interop.lora.names import TEXT_PREFIX, kohya_name
+from ldm.interop.lora.settings import METADATA_KEY, settings_of
+
+
+def write_lora_kohya(layers: Sequence[LoraLayer], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file as kohya's scripts write it, for Stable Diffusion 1 and 2.
+
+    metadata: more of it, or other words for it. Raises ValueError for no layers, or one that is there twice.
+    """
+    _check_distinct(layers)
+    tensors: dict[str, Tensor] = {}
+    for layer in layers:
+        name = kohya_name(layer.part, layer.name)
+        tensors[f"{name}.lora_down.weight"] = layer.down
+        tensors[f"{name}.lora_up.weight"] = layer.up
+        tensors[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
+    own = {"ss_network_module": "networks.lora"}
+    ranks, alphas = {layer.rank for layer in layers}, {layer.alpha for layer in layers}
+    if len(ranks) == len(alphas) == 1:
+        own |= {"ss_network_dim": str(ranks.pop()), "ss_network_alpha": str(alphas.pop())}
+    write_weights(tensors, path, own | dict(metadata or {}))
+
+
+def write_lora_diffusers(
+    layers: Sequence[LoraLayer], path: Path, *, denoiser_prefix: Literal["unet", "transformer"] = "unet"
+) -> None:
+    """A safetensors file for diffusers' load_lora_weights (0.34 and newer, where they read alpha), in peft's form.
+
+    denoiser_prefix: the folder of the denoiser in diffusers' layout. The text encoder's weights carry `text_model.`,
+    which new versions take off and old ones need; its settings do not, since they are compared with a path's end.
+    Raises ValueError for no layers, or one that is there twice.
+    """
+    _check_distinct(layers)
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, object] = {}
+    for part, prefix, inner in (("denoiser", denoiser_prefix, ""), ("text_encoder", TEXT_PREFIX, OLD_TEXT_PREFIX)):
+        own = [layer for layer in layers if layer.part == part]
+        for layer in own:
+            tensors[f"{prefix}.{inner}{layer.name}.lora_A.weight"] = layer.down
+            tensors[f"{prefix}.{inner}{layer.name}.lora_B.weight"] = layer.up
+        if own:
+            settings |= {f"{prefix}.{key}": value for key, value in settings_of(own).items()}
+    write_weights(tensors, path, {METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True)})
+
+
+def _check_distinct(layers: Sequence[LoraLayer]) -> None:
+    places = [(layer.part, layer.name) for layer in layers]
+    if not places:
+        raise ValueError("a LoRA of no layers cannot be written: give at least one")
+    if twice := {place for place in places if places.count(place) > 1}:
+        part, name = min(twice)
+        raise ValueError(
+            f"layer {name} of the {part} is there {places.count((part, name))} times: write each LoRA alone"
+        )

@@ -1,0 +1,110 @@
+"""What is said beside the weights of a single file: in its own header, and in a NAME.yaml next to NAME.safetensors.
+
+Such a YAML is CompVis's configuration of the whole model. It names Python classes to be built; here they are words that
+are not looked at, and a few numbers are read. (YAML of our own runs is ldm.config's business, not this file's.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm.denoisers import UNetConfig
+from ldm.diffusion import Prediction
+from vae.autoencoder import STABLE_DIFFUSION_SCALE
+
+OWN_KEY = "foundry"  # of our files' headers: JSON with the config.json of each part
+HIDDEN_KEY = "foundry_hidden"  # in the text encoder's: after which layer its states are taken
+MAX_BYTES = 2**20
+_NUMBERS = {"linear_start": float, "linear_end": float, "timesteps": int, "scale_factor": float}
+PREDICTIONS: dict[str, Prediction] = {
+    "eps": "eps", "epsilon": "eps", "v": "v", "v_prediction": "v", "velocity": "v", "x0": "x0", "sample": "x0",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """None: not said."""
+
+    own: dict[str, Any] | None = None  # part -> the content of its config.json
+    prediction: Prediction | None = None
+    linear_start: float = 0.00085
+    linear_end: float = 0.0120
+    timesteps: int = 1000
+    scale_factor: float = STABLE_DIFFUSION_SCALE
+    heads: int | None = None
+    head_width: int | None = None
+    resolution: int | None = None  # pixels a side
+
+    def __post_init__(self) -> None:
+        numbers = (self.linear_start, self.linear_end, self.scale_factor)
+        if not all(0 < number < 1000 for number in numbers) or not 2 <= self.timesteps <= 10_000:
+            raise ValueError(f"its schedule or scale is out of range ({numbers}, {self.timesteps} steps)")
+        if not all(1 <= number <= 1024 for number in (self.heads or 1, self.head_width or 1)):
+            raise ValueError(f"it has {self.heads or self.head_width} attention heads or channels of one")
+
+
+def read_told(file: Path, metadata: Mapping[str, str]) -> Told:
+    """From the header of a single file, and from the YAML beside it. Raises ValueError for one that is damaged."""
+    if OWN_KEY in metadata:
+        try:
+            own = json.loads(metadata[OWN_KEY])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: its header's {OWN_KEY} is not JSON: copy it again") from error
+        if not isinstance(own, dict) or not all(isinstance(part, dict) for part in own.values()):
+            raise ValueError(f"{file}: its header's {OWN_KEY} does not describe the parts of a model: copy it again")
+        return Told(own=own)
+    spec: dict[str, Any] = {
+        "prediction": PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower()),
+        "resolution": _resolution(metadata.get("modelspec.resolution", "")),
+    }
+    beside = file.with_suffix(".yaml")
+    if not beside.is_file():
+        return Told(**spec)
+    try:
+        return Told(**(spec | _read_yaml(beside)))
+    except ValueError as error:
+        raise ValueError(f"{beside}: {error}: repair or remove it") from error
+
+
+def _resolution(text: str) -> int | None:
+    side = text.partition("x")[0].strip()
+    return int(side) if side.isdecimal() and 1 <= int(side) <= 4096 else None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"it is not YAML ({' '.join(str(error).split())[:100]})") from error
+    try:
+        params = tree["model"]["params"]
+        unet = params["unet_config"]["params"]
+        numbers = {name: kind(params[name]) for name, kind in _NUMBERS.items() if name in params}
+        heads, head_width = int(unet.get("num_heads", -1)), int(unet.get("num_head_channels", -1))
+        parameterization = str(params.get("parameterization", "eps"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"it is no configuration of a Stable Diffusion ({error!r})") from error
+    if parameterization not in PREDICTIONS:
+        raise ValueError(f"it says parameterization {parameterization[:40]!r}, expected eps, v or x0")
+    found = {"prediction": PREDICTIONS[parameterization], "heads": heads, "head_width": head_width}
+    return numbers | {name: value for name, value in found.items() if value != -1}
+
+
+def with_heads(config: UNetConfig, told: Told) -> UNetConfig:
+    """The same U-Net with as many heads as was said. Raises ValueError if they do not divide its widths."""
+    if told.head_width:
+        heads = tuple(max(1, width // told.head_width) for width in config.block_out_channels)
+        return replace(config, heads=heads)
+    return replace(config, heads=told.heads) if told.heads else config
+
+
+def dump_yaml(tree: dict[str, Any]) -> str:
+    return yaml.safe_dump(tree, sort_keys=False)

@@ -1,0 +1,208 @@
+"""Files of named tensors, told apart by their first bytes, whatever they are called: safetensors and PyTorch's pickles.
+
+They are mapped into memory and not read until a number is asked for: 4 GB of weights are opened in a moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.interop.pickles import is_mapped, is_pickle, open_pickle
+
+FLOATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+GROUP_BYTES = 2**29  # of a file that lie in memory beside what they are turned into
+MAX_HEADER_BYTES = 100 * 10**6  # of a safetensors file, as in the library
+MAX_TENSORS = 100_000
+SUFFIXES_WITHOUT_CODE = (".safetensors", ".sft")
+
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors that lie in files. What is wrong with one is a ValueError that names the file and the tensor."""
+
+    files: tuple[Path, ...]
+    tensors: dict[
+        str, Tensor
+    ]  # mapped: names, shapes and precisions cost nothing, numbers are read when they are asked
+    # Maps the files anew: what has been read through a mapping stays in memory until the mapping is let go.
+    remap: Callable[[], dict[str, Tensor]]
+    metadata: Mapping[str, str]  # of a safetensors file alone
+
+    @property
+    def source(self) -> Path:
+        """What an error names."""
+        return self.files[0]
+
+    def changed(self, change: Change) -> Weights:
+        """The same weights under other names, or in other views: change must not compute."""
+        return replace(self, tensors=change(self.tensors), remap=lambda: change(self.remap()))
+
+    def only(self, names: Iterable[str]) -> Weights:
+        """Some of them. Raises KeyError for one that is not there."""
+        chosen = list(names)
+        return self.changed(lambda tensors: {name: tensors[name] for name in chosen})
+
+    def read(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All tensors in this precision, each of them finite.
+
+        Those that have it already stay where they are, in the file; of the others no more than GROUP_BYTES of the file
+        are in memory beside the result.
+        """
+        found = {name: tensor for name, tensor in self.tensors.items() if tensor.dtype == dtype}
+        for name, tensor in found.items():
+            _check_finite(name, tensor, self.source)
+        for names in _groups({name: tensor for name, tensor in self.tensors.items() if tensor.dtype != dtype}):
+            mapped = self.remap()
+            for name in names:
+                _check_finite(name, mapped[name], self.source)
+                found[name] = mapped[name].to(dtype)
+        return found
+
+
+def open_weights(*files: Path) -> Weights:
+    """The tensors of a file, or of all the files that one network was split into.
+
+    Raises ValueError, one line, for whatever is no whole file of plain tensors; FileNotFoundError if one is not there.
+    """
+    openers = [_opener(file) for file in files]
+
+    def mapped() -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for file, opener in zip(files, openers, strict=True):
+            tensors = opener()
+            if twice := found.keys() & tensors.keys():
+                raise ValueError(f"{file} holds {min(twice)} a second time: give the files of one model")
+            found |= tensors
+        _check_plain(found, files[0])
+        return found
+
+    metadata = _metadata(files[0]) if _is_safetensors(files[0]) else {}
+    tensors = mapped()
+    remap = mapped if all(_can_be_mapped(file) for file in files) else lambda: tensors
+    return Weights(files, tensors, remap, metadata)
+
+
+def describe(tensors: Mapping[str, Tensor]) -> str:
+    """The precision and the number of tensors: "fp16, 1131 tensors"."""
+    kinds = sorted({FLOATS.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")) for tensor in tensors.values()})
+    return f"{' and '.join(kinds)}, {len(tensors)} tensors"
+
+
+def hash_of(files: Iterable[Path]) -> str:
+    """The first 10 hex digits of the SHA-256 of these files, one after the other: A1111's short hash, for one file."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()[:10]
+
+
+def _opener(path: Path) -> Callable[[], dict[str, Tensor]]:
+    """How to open it, by its first bytes."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: give the file or the folder of a whole model")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a plain file, expected one that holds weights")
+    if _is_safetensors(path):
+        return lambda: _open_safetensors(path)
+    if is_pickle(path):
+        if path.suffix in SUFFIXES_WITHOUT_CODE:
+            raise ValueError(
+                f"{path} is a pickle under the name of a safetensors file: whoever made it may have meant to deceive; "
+                "name it .ckpt if you trust it"
+            )
+        return lambda: open_pickle(path)
+    raise ValueError(f"{path} holds no weights: {_what_it_is(path)}")
+
+
+def _can_be_mapped(path: Path) -> bool:
+    return _is_safetensors(path) or is_mapped(path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Eight bytes that say how long the header is, and a header in JSON."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    length = int.from_bytes(head[:8], "little")
+    return len(head) == 9 and head[8:] == b"{" and length <= min(path.stat().st_size, MAX_HEADER_BYTES)
+
+
+def _what_it_is(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        return "it is empty: copy it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is the pointer that git leaves where git-lfs is not installed: run git lfs pull"
+    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        return "it is a web page, probably of a download that needs a login: download it again"
+    if head.startswith(b"GGUF"):
+        return "it is a GGUF file, whose quantised weights are not supported: give safetensors"
+    return "it is neither a safetensors file nor a PyTorch checkpoint, or was cut short: copy it again"
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
+
+
+def _check_plain(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse what is not simply numbers in memory: a file of a kilobyte may claim a tensor of many gigabytes."""
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"{source} holds {len(tensors)} tensors, expected at most {MAX_TENSORS}: this is no model")
+    for name, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ValueError(
+                f"{source}: tensor {name} of shape {tuple(tensor.shape)} is sparse, quantised, or larger than what is "
+                "stored of it: give a file of plain tensors"
+            )
+
+
+def _check_finite(name: str, tensor: Tensor, source: Path) -> None:
+    if tensor.dtype not in FLOATS:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{source}: tensor {name} holds {kind}, expected {', '.join(FLOATS.values())}: convert it")
+    # A sum costs a quarter of isfinite, and is finite if all are, but for huge numbers.
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if not math.isfinite(tensor.sum(dtype=wide).item()) and not tensor.isfinite().all():
+        raise ValueError(f"{source}: tensor {name} holds NaN or infinity: this file is damaged, get it again")
+
+
+def _groups(tensors: Mapping[str, Tensor]) -> Iterator[Sequence[str]]:
+    """All names, in groups of so many bytes."""
+    group, size = [], 0
+    for name, tensor in tensors.items():
+        group.append(name)
+        size += tensor.numel() * tensor.element_size()
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

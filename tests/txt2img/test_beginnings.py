@@ -1,0 +1,115 @@
+"""The command `txt2img.py` with a picture to begin with, with LoRAs and the like; the model paints, not draws."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from painting import pngs
+from PIL import Image
+
+from ldm.options import DrawOptions
+from ldm.png import read_recipes
+
+
+@pytest.fixture
+def pictures(model) -> None:
+    """photo.png of 50 x 41 and mask.png, in the folder to work in."""
+    Image.new("RGB", (50, 41), (200, 30, 30)).save("photo.png")
+    Image.new("L", (50, 41), 255).save("mask.png")
+
+
+def short_hash(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:10]
+
+
+def test_a_picture_to_begin_with(command, model, pictures):
+    assert command("--prompt", "x", "--init-img", "photo.png", "--strength", "0.4", "--n-samples", "2")[0] == 0
+    (call,) = model.calls
+    assert call["image"] == (50, 41) and call["mask"] is None and call["strength"] == 0.4
+    assert (call["height"], call["width"]) == (40, 48)  # multiples of 8
+    recipe = read_recipes(Path("outputs/samples/00001.png"))[0]
+    assert (recipe.init_image, recipe.mask, recipe.strength) == (short_hash("photo.png"), "", 0.4)
+    with Image.open("outputs/samples/00000.png") as image:
+        assert (
+            f"Denoising strength: 0.4, Init image hash: {short_hash('photo.png')}, Version" in image.info["parameters"]
+        )
+
+
+@pytest.mark.parametrize("words", [("--init-img", "--mask"), ("--image_path", "--mask_path")])
+def test_a_mask(command, model, pictures, words):
+    assert command("--prompt", "x", words[0], "photo.png", words[1], "mask.png", "--H", "64", "--W", "32")[0] == 0
+    (call,) = model.calls
+    assert (call["mask"], call["strength"], call["height"], call["width"]) == ((50, 41), None, 64, 32)
+    assert read_recipes(Path("outputs/samples/00000.png"))[0].mask == short_hash("mask.png")
+
+
+def test_what_is_put_together_with_the_model(command, model):
+    words = (
+        "--lora",
+        "a.safetensors:0.8",
+        "--lora",
+        "b.safetensors",
+        "--vae",
+        "v.ckpt",
+        "--no-ema",
+        "--prediction",
+        "v",
+    )
+    assert command("--prompt", "x", *words)[0] == 0
+    assert model.about == {
+        "lora": [(Path("a.safetensors"), 0.8), (Path("b.safetensors"), 1.0)],
+        "vae": Path("v.ckpt"),
+        "ema": False,
+        "prediction": "v",
+    }
+    recipe = read_recipes(Path("outputs/samples/00000.png"))[0]
+    assert (recipe.loras, recipe.vae) == ("a.safetensors:0.8, b.safetensors", "v.ckpt")
+    with Image.open("outputs/samples/00000.png") as image:
+        assert 'VAE: v.ckpt, Lora: "a.safetensors:0.8, b.safetensors", Version' in image.info["parameters"]
+
+
+def test_nothing_of_it_by_default(command, model):
+    assert command("--prompt", "x")[0] == 0
+    assert model.about == {"lora": [], "vae": None, "ema": True, "prediction": None}
+
+
+def test_weighted_words(command, model):
+    code, _, err = command("--prompt", "a very (long:1.2) prompt that goes on", "--weighting", "a1111")
+    assert (code, err) == (0, "")  # chunks have no end that would be lost
+    assert model.calls[0]["options"] == DrawOptions(weighting="a1111")
+    assert "cut" not in err and command("--prompt", "a very (long:1.2) prompt that goes on")[2].startswith("warning: a")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--mask", "mask.png"], "--mask is of a picture to begin with: give --init-img too"),
+        (["--strength", "0.5"], "--strength is of a picture to begin with: give --init-img too"),
+        (["--init-img", "nowhere.png"], "there is no picture nowhere.png"),
+        (["--init-img", "model"], "there is no picture model"),
+        (["--init-img", "notes.txt"], "notes.txt is not a whole PNG, JPEG or WebP picture"),
+        (["--init-img", "half.png"], "half.png is not a whole PNG, JPEG or WebP picture"),
+        (["--init-img", "photo.png", "--mask", "notes.txt"], "notes.txt is not a whole PNG, JPEG or WebP picture"),
+        (["--init-img", "photo.png", "--strength", "0"], "--strength is 0.0, expected above 0 and at most 1"),
+        (["--init-img", "photo.png", "--strength", "1.5"], "--strength is 1.5, expected above 0 and at most 1"),
+        (["--init-img", "photo.png", "--strength", "nan"], "--strength is nan, expected above 0 and at most 1"),
+        (["--init-img", "photo.png", "--H", "30"], "height is 30, expected a multiple of 8, as 24 or 32"),
+        (["--lora", "a.safetensors:1000"], "1000"),
+        (["--prediction", "magic"], "invalid choice: 'magic'"),
+        (["--weighting", "compel"], "invalid choice: 'compel'"),
+        (["--weighting", "a1111", "--negative-prompt", "(x:1000)"], "'x' has weight 1000"),
+    ],
+)
+def test_mistakes_are_one_line(command, model, pictures, words, told):
+    Path("notes.txt").write_text("not a picture")
+    Path("half.png").write_bytes(Path("photo.png").read_bytes()[:60])
+    code, _, err = command("--prompt", "x", *words)
+    assert code == 2 and len(err.splitlines()) == 1 and told in err
+    assert not Path("outputs").exists() and model.calls == []
+
+
+def test_nothing_is_written_beside_the_pictures(command, pictures):
+    assert command("--prompt", "x", "--init-img", "photo.png", "--n-samples", "1", "--skip-grid")[0] == 0
+    assert pngs() == ["samples/00000.png"]
