@@ -22,6 +22,7 @@ import secrets
 import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,9 +53,10 @@ def main(args: Namespace) -> None:
     requests = check_arguments(args)
     loras = [parse_lora_argument(text) for text in args.lora]
     requests = [replace(request, sampler=find_sampler(request)) for request in requests]
+    begun = read_begun(args)
     for request in requests:
         check_words(request)
-    begun = read_begun(args)
+        check_begins(request, begun)
     check_model_serves(args.ckpt, requests)
     from ldm import TextToImage
     from ldm.png import software
@@ -87,7 +89,7 @@ class Begun(NamedTuple):
 
     image: Image | None = None
     mask: Image | None = None
-    strength: float | None = None
+    strength: float = 0.0
 
 
 def read_begun(args: Namespace) -> Begun:
@@ -97,12 +99,19 @@ def read_begun(args: Namespace) -> Begun:
             if given is not None:
                 raise ValueError(f"{option} is of a picture to begin with: give --init-img too")
         return Begun()
-    from ldm.editing import read_picture
+    from ldm.editing import IMAGE_STRENGTH, MASK_STRENGTH, read_picture
 
     if args.strength is not None and not 0 < args.strength <= 1:
         raise ValueError(f"--strength is {args.strength}, expected above 0 and at most 1")
     mask = None if args.mask is None else read_picture(args.mask)
-    return Begun(read_picture(args.init_img), mask, args.strength)
+    strength = args.strength if args.strength is not None else IMAGE_STRENGTH if mask is None else MASK_STRENGTH
+    return Begun(read_picture(args.init_img), mask, strength)
+
+
+def check_begins(request: Request, begun: Begun) -> None:
+    """Raise ValueError if so little strength leaves no step to take."""
+    if begun.image is not None and int(request.steps * begun.strength) < 1:
+        raise ValueError(f"{request.place}--strength {begun.strength} leaves none of {request.steps} steps")
 
 
 def check_arguments(args: Namespace) -> list[Request]:
@@ -129,6 +138,9 @@ def check_arguments(args: Namespace) -> list[Request]:
         raise ValueError('there is nothing to draw: give a prompt, as in --prompt "a red apple", or --from-file FILE')
     if not args.ckpt.exists():
         raise FileNotFoundError(f"there is no model at {args.ckpt}: give its folder or file with --ckpt")
+    for option, path in [("--vae", args.vae), *(("--lora", parse_lora_argument(text)[0]) for text in args.lora)]:
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"{option}: there is nothing at {path}: give a file that is there")
     if not args.skip_grid:
         check_folder(args.outdir)
     if not args.skip_save:
@@ -248,7 +260,7 @@ def draw(
     """n_samples pictures from the request's seed on, each with its recipe."""
     from ldm.png import Recipe, software
 
-    before = bar.n
+    before, hashes = bar.n, hashes_beside(args)
 
     def progress(done: int, of_all: int) -> None:
         bar.update(before + request.steps * done // of_all - bar.n)
@@ -256,26 +268,38 @@ def draw(
     images = pipe(
         request.prompt, negative_prompt=request.negative_prompt, steps=request.steps, scale=request.scale,
         sampler=request.sampler, seed=request.seed, n=args.n_samples, height=request.height, width=request.width,
-        image=begun.image, mask=begun.mask, strength=begun.strength, options=request.options, progress=progress,
+        image=begun.image, mask=begun.mask,
+        strength=begun.strength if begun.image else None, options=request.options, progress=progress,
     )  # fmt: skip
     recipes = [
         Recipe(
             prompt=request.prompt, negative_prompt=request.negative_prompt, steps=request.steps, scale=request.scale,
             sampler=request.sampler, seed=request.seed + i, width=image.width, height=image.height, model=pipe.name,
             weights_hash=pipe.weights_hash, device=str(pipe.device), precision=pipe.precision,
-            software=software(), options=request.options, vae=args.vae.name if args.vae else "",
-            loras=", ".join(Path(lora).name for lora in args.lora), init_image=file_hash(args.init_img),
-            mask=file_hash(args.mask), strength=begun.strength or 0.0,
+            software=software(), options=request.options, strength=begun.strength, ema=not args.no_ema,
+            prediction=args.prediction or "", **hashes,
         )
         for i, image in enumerate(images)
     ]  # fmt: skip
     return images, recipes
 
 
-def file_hash(path: Path | None) -> str:
+@cache
+def file_hash(path: Path) -> str:
     from ldm.interop.tensors import hash_of
 
-    return "" if path is None else hash_of([path])
+    return hash_of([path]) if path.is_file() else ""
+
+
+def hashes_beside(args: Namespace) -> dict[str, str]:
+    """Of Recipe: which files there were beside the model."""
+    loras = [(text, parse_lora_argument(text)[0]) for text in args.lora]
+    return {
+        "vae": f"{args.vae.name} {file_hash(args.vae)}".strip() if args.vae else "",
+        "loras": ", ".join(f"{Path(text).name} {file_hash(path)}" for text, path in loras),
+        "init_image": file_hash(args.init_img) if args.init_img else "",
+        "mask": file_hash(args.mask) if args.mask else "",
+    }
 
 
 class Sheet:

@@ -54,10 +54,13 @@ def over_white(image: Image.Image) -> Image.Image:
     """RGB; what is transparent shows white."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image.copy()
-    if image.mode == "I;16":  # Pillow would clip 16-bit grey to 255 instead of scaling it
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
-    layer = image.convert("RGBA")
+    layer = eight_bits(image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits, where Pillow would clip it to 255; any other as it is."""
+    return image.point(lambda value: value * (1 / 256)).convert("L") if image.mode == "I;16" else image
 
 
 def square(image: Image.Image, size: int) -> Image.Image:

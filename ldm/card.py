@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 from ldm.config import TrainConfig, loads
 from ldm.denoisers import UNetConfig
 from ldm.interop.files import RUN_MODEL
-from ldm.interop.folder import NOTES
+from ldm.interop.folder import NOTES, own_file
 from ldm.interop.parts import Parts, kind_of
 
 CARD, SHEET = "README.md", "assets/samples.png"
-MAX_CARD_BYTES = 2**20
+MAX_PICTURES, MAX_PICTURE_BYTES, MAX_METRICS_BYTES = 16, 2**26, 2**30
 
 CARD_TEXT = Template("""---
 library_name: diffusers
@@ -42,12 +43,12 @@ pipe = DiffusionPipeline.from_pretrained("$name", torch_dtype=torch.float32)
 image = pipe("$prompt", num_inference_steps=30, guidance_scale=5.0$extra).images[0]
 ```
 
-In Latent Foundry: `python txt2img.py --ckpt $name --prompt "$prompt"`, or
+In Latent Foundry: `python txt2img.py --ckpt $name --prompt "$prompt"$words`, or
 
 ```python
 from ldm import TextToImage
 
-images = TextToImage.load("$name")("$prompt", steps=30, scale=5.0, seed=7, n=4)
+images = TextToImage.load("$name")("$prompt", steps=30, scale=5.0, seed=7, n=4$beginning)
 ```
 
 $training## Limits
@@ -57,31 +58,43 @@ their captions use, and has their faults.
 """)
 
 
-def files_beside(parts: Parts, source: Path, *, name: str) -> dict[str, bytes]:
+def files_beside(parts: Parts, source: Path, *, name: str, length: float | None = None) -> dict[str, bytes]:
     """The card and its pictures, by their path in the export.
 
-    source: the run, its model, or another export, whose own card is carried along if it has one.
+    source: the run, its model, or another export, whose own card is carried along if it has one. length: of the average
+    that was made for this export, of which the run's drawings and measures tell nothing.
     """
     if (source / CARD).is_file() and not (source / RUN_MODEL).exists():
-        files = [source / CARD, *sorted((source / "assets").glob("*.png"))]
-        return {str(file.relative_to(source)): file.read_bytes() for file in files}
+        files = [source / CARD, *sorted((source / "assets").glob("*.png"))[:MAX_PICTURES]]
+        return {str(file.relative_to(source)): own_file(source, file, most=MAX_PICTURE_BYTES) for file in files}
     run = source.resolve().parent if source.name == RUN_MODEL else source
-    sheets = sorted((run / "samples").glob("step_*.png"))
-    card = model_card(parts, name=name, records=read_records(run), has_sheet=bool(sheets))
-    return {CARD: card.encode()} | ({SHEET: sheets[-1].read_bytes()} if sheets else {})
+    sheets = sorted((run / "samples").glob("step_*.png")) if length is None else []
+    records = read_records(run) if length is None else []
+    card = model_card(parts, name=name, records=records, has_sheet=bool(sheets), length=length)
+    pictures = {SHEET: own_file(run, sheets[-1], most=MAX_PICTURE_BYTES)} if sheets else {}
+    return {CARD: card.encode()} | pictures
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl; none if there is none."""
-    metrics = run / "metrics.jsonl"
-    if not metrics.is_file():
-        return []
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    """The whole lines of a run's metrics.jsonl that tell of a step; none if there is none."""
+    records = []
+    for line in own_file(run, run / "metrics.jsonl", most=MAX_METRICS_BYTES).decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):  # a run that was cut off may have left a part of one
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
 
 
-def model_card(parts: Parts, *, name: str, records: Iterable[dict[str, Any]] = (), has_sheet: bool = False) -> str:
-    """The text. What is not known of the training is left out."""
+def model_card(
+    parts: Parts,
+    *,
+    name: str,
+    records: Iterable[dict[str, Any]] = (),
+    has_sheet: bool = False,
+    length: float | None = None,
+) -> str:
+    """The text. What is not known of the training is left out. length: of the average, if it is not the run's own."""
     config = _config(parts.notes)
     prompts = config.preview.prompts if config else ("a red apple",)
     size = parts.sample_size * parts.model.vae.config.factor
@@ -91,7 +104,9 @@ def model_card(parts: Parts, *, name: str, records: Iterable[dict[str, Any]] = (
         sheet=_sheet(config) if has_sheet else "",
         prompt=prompts[0].replace('"', "'"),
         extra=_extra(parts, size),
-        training=_training(config, list(records)) if config else "",
+        beginning=", image=image, mask=mask" * parts.for_inpainting,
+        words=" --init-img photo.png --mask mask.png" * parts.for_inpainting,
+        training=_training(config, list(records), length) if config else "",
         size=size,
     )
 
@@ -130,19 +145,19 @@ def _extra(parts: Parts, size: int) -> str:
     """What diffusers' pipelines must be told of a model that is smaller than theirs."""
     sized = f", height={size}, width={size}"
     if isinstance(parts.config, UNetConfig):
-        return sized
+        return sized + ", image=image, mask_image=mask" * parts.for_inpainting
     length = parts.model.text_encoder.config.context_length
     return f"{sized}, max_sequence_length={length}, use_resolution_binning=False, clean_caption=False"
 
 
-def _training(config: TrainConfig, records: list[dict[str, Any]]) -> str:
+def _training(config: TrainConfig, records: list[dict[str, Any]], length: float | None) -> str:
     steps, batch = max((record["step"] for record in records), default=config.run.steps), config.data.batch_size
     rows = {
         "pictures": ", ".join(f"`{shards}`" for shards in _listed(config.data.shards))
         + f", {config.data.image_size} pixels a side",
         "steps": f"{steps} of {batch} pictures: {steps * batch:,} pictures seen",
         "learning rate": f"{config.optim.lr:g}, {config.optim.schedule}, AdamW {config.optim.betas}",
-        "averaged weights": f"EMA {config.optim.ema_decay:g}",
+        "averaged weights": f"EMA {config.optim.ema_decay:g}" if length is None else f"of relative length {length:g}",
         "captions left out": f"{config.model.caption_dropout:.0%}, for guidance",
     }
     if config.model.start:

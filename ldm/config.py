@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,8 +169,8 @@ def loads(kind: type[Config], text: str, *, source: str) -> Config:
     """The same from the text of `dump`. Raises ValueError, naming the source, for anything else."""
     try:
         return parse(kind, yaml.safe_load(text), source=source)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())[:200]}") from error
 
 
 def parse(kind: type[Config], tree: Any, *, source: str) -> Config:
@@ -250,7 +251,7 @@ def _first_error(error: ValidationError, kind: type) -> str:
             f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(sorted(known))}"
         )
     message = first["msg"].removeprefix("Value error, ")
-    given = "" if first["type"] in ("missing", "value_error") else f" (given {first['input']!r})"
+    given = "" if first["type"] in ("missing", "value_error") else f" (given {reprlib.repr(first['input'])})"
     return (f"{where}: {message}{given}" if where else message) + _nearest(first)
 
 
@@ -258,7 +259,7 @@ def _nearest(error: Any) -> str:
     """A hint, where one of some names was expected and what was given, or the kind that it names, resembles one."""
     context = error.get("ctx", {})
     expected = context.get("expected") or context.get("expected_tags", "")
-    given = str(context.get("tag", error["input"]))
+    given = reprlib.repr(context.get("tag", error["input"])).strip("'")  # short, whatever it is
     near = difflib.get_close_matches(given, re.findall(r"'([^']*)'", expected), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.samples import eight_bits, over_white
 from ldm.diffusion import PathConfig, noise_sample
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.samplers import Denoise, LearnedDenoise, noise_like
@@ -68,8 +69,8 @@ def canvas(image: Image.Image, mask: Image.Image | None, strength: float | None,
         strength = IMAGE_STRENGTH if mask is None else MASK_STRENGTH
     if not 0 < strength <= 1:
         raise ValueError(f"strength is {strength}, expected above 0 (the picture as it is) and at most 1 (all noise)")
-    pixels = pixels_of(image.convert("RGB"), size) / 127.5 - 1.0
-    chosen = None if mask is None else (pixels_of(mask.convert("L"), size) >= 127.5).float()
+    pixels = pixels_of(over_white(image), size) / 127.5 - 1.0
+    chosen = None if mask is None else (pixels_of(eight_bits(mask).convert("L"), size) >= 127.5).float()
     return Canvas(pixels=pixels, mask=chosen, strength=strength)
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.commands import OneLineParser, run_command
+from ldm.options import FORMATS
 
 if TYPE_CHECKING:
     from ldm.interop.parts import Parts
 
-FORMATS, STORED = ("diffusers", "single-file"), ("fp32", "fp16", "bf16")
+STORED = ("fp32", "fp16", "bf16")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -31,11 +32,14 @@ def main(args: argparse.Namespace) -> None:
 
     (check_target if args.format == "diffusers" else check_target_file)(args.target)
     ema = ema_wanted(args.ema)
+    if args.fp16 and args.dtype not in ("fp16", None):
+        raise ValueError(f"--fp16 and --dtype {args.dtype} ask for two precisions: give one of them")
     parts = read_source(args.source, ema)
     print(parts.describe(), flush=True)
-    dtype = DTYPES["fp16" if args.fp16 else args.dtype]
+    dtype = DTYPES["fp16" if args.fp16 else args.dtype or "fp32"]
     if args.format == "diffusers":
-        beside = files_beside(parts, args.source, name=args.target.resolve().name)
+        length = None if isinstance(ema, bool) else ema
+        beside = files_beside(parts, args.source, name=args.target.resolve().name, length=length)
         write_folder(parts, args.target, dtype=dtype, beside=beside)
     else:
         write_single_file(parts, args.target, dtype=dtype)
@@ -74,7 +78,7 @@ def arguments() -> argparse.ArgumentParser:
     add("source", type=Path, help="a run, as runs/NAME; a model's folder; or a single file")
     add("target", type=Path, help="what to write; an older export there is replaced")
     add("--format", choices=FORMATS, default="diffusers", help="a folder (default), or one file and its .yaml")
-    add("--dtype", choices=STORED, default="fp32", help="of the weights (default: fp32)")
+    add("--dtype", choices=STORED, help="of the weights (default: fp32)")
     add("--fp16", action="store_true", help="half the size; the same as --dtype fp16")
     add("--ema", default="yes", metavar="WHICH",
         help="of a single file that holds both the averaged weights (yes, the default) or the others (no); of a run "

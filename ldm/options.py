@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 WEIGHTINGS = ("none", "a1111")  # of words in a prompt
+FORMATS = ("diffusers", "single-file")  # of what is exported
 SCHEDULES = ("constant", "linear", "cosine")  # of guidance's scale over time
 MAX_LORA_STRENGTH = 100
 

@@ -13,10 +13,12 @@ from ldm.denoisers import attention_length, describe_attention
 from ldm.diffusion import Prediction
 from ldm.editing import Canvas, Start, begin, canvas, keeping, remaining
 from ldm.grids import to_images
-from ldm.interop.model import FORMATS, Lora, model_name, read_model
+from ldm.interop.folder import write_folder
+from ldm.interop.model import Lora, model_name, read_model
 from ldm.interop.parts import Parts
+from ldm.interop.single_file_export import write_single_file
 from ldm.latent_diffusion import guided
-from ldm.options import PLAIN, DrawOptions
+from ldm.options import FORMATS, PLAIN, DrawOptions
 from ldm.samplers import SAMPLERS, Denoise, sampler_named, time_grid, with_share_of
 
 if TYPE_CHECKING:
@@ -119,8 +121,8 @@ class TextToImage:
         return cls(parts, name=model_name(Path(path)))
 
     def save(self, path: str | Path, *, format: str = "diffusers", dtype: str = "fp32") -> None:
-        """Write the model, LoRAs merged, for other programs: "diffusers", a folder, or "single-file", CompVis's layout
-        with a .yaml beside it (U-Nets alone). dtype: "fp32", "fp16" or "bf16".
+        """Write the model, LoRAs merged, for other programs: "diffusers", a folder with a model card, or "single-file",
+        CompVis's layout with a .yaml beside it (U-Nets alone). dtype: "fp32", "fp16" or "bf16".
 
         An older export there is replaced when the new one is whole. Raises ValueError for what cannot be written so.
         """
@@ -128,7 +130,13 @@ class TextToImage:
             raise ValueError(f"format is {format!r}, expected {' or '.join(FORMATS)}")
         if dtype not in STORED:
             raise ValueError(f"dtype is {dtype!r}, expected {', '.join(STORED)}")
-        FORMATS[format](self.parts, Path(path), dtype=STORED[dtype])
+        if format == "diffusers":
+            from ldm.card import CARD, model_card  # which knows training's configuration, and drawing does not need it
+
+            card = model_card(self.parts, name=Path(path).resolve().name)
+            write_folder(self.parts, Path(path), dtype=STORED[dtype], beside={CARD: card.encode()})
+        else:
+            write_single_file(self.parts, Path(path), dtype=STORED[dtype])
 
     def __call__(
         self,

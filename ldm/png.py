@@ -46,11 +46,13 @@ class Recipe:
     software: str
     # Absent in pictures of before there were any.
     options: DrawOptions = PLAIN
-    vae: str = ""  # names of files; "" is none
-    loras: str = ""  # "name:0.8, other"
+    vae: str = ""  # a file's name, and the first 10 hex digits of its SHA-256; "" is none
+    loras: str = ""  # "name:0.8 0123456789, other 9876543210"
     init_image: str = ""  # first 10 hex digits of the SHA-256 of the file that it began with
     mask: str = ""
-    strength: float = 0.0  # 0: as usual
+    strength: float = 0.0  # 0: it began with noise
+    prediction: str = ""  # as asked for; "": as the model says
+    ema: bool = True  # whether averaged weights were taken, where there were both
 
 
 def software() -> str:

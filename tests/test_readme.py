@@ -9,8 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from stable_diffusion import stable_diffusion
 
 import txt2img
+from ldm.interop.folder import write_folder
+from ldm.interop.single_file_export import single_file_tensors
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,6 +31,8 @@ COMMANDS = [
 ]
 TRAINING = [command for command in COMMANDS if "/train.py" in command]
 DRAWING = [command for command in COMMANDS if "txt2img.py" in command and "--ckpt" not in command]
+THEIR_WEIGHTS = [command for command in COMMANDS if re.search("sd-v1|stable-diffusion-2|my-folder", command)]
+THEIR_FILE = re.compile(r"(sd-v1|stable-diffusion-2|my-|photo|mask|ft-mse|style|light)[\w.-]*[.\w](:0\.8)?$")
 # Small and short: the same pictures, two steps, one sheet.
 SHORT = [
     "run.steps=1",
@@ -70,10 +78,44 @@ def test_drawing_commands_draw(command, tmp_path):
 
 
 def test_the_export_command_exports(tmp_path):
-    (command,) = [command for command in COMMANDS if "ldm.export" in command]
-    words = command.replace("runs/emoji64_dit/model", "weights/emoji64").replace("my-weights", str(tmp_path / "w"))
+    (command,) = [command for command in COMMANDS if "ldm.export runs/" in command]
+    words = command.replace("runs/emoji64_dit", "weights/emoji64").replace("my-weights", str(tmp_path / "w"))
     assert run(words).returncode == 0
     assert (tmp_path / "w" / "model_index.json").exists()
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> Path:
+    """A folder of what the README calls by name: Stable Diffusion in miniature, LoRAs, pictures."""
+    folder = tmp_path_factory.mktemp("theirs")
+    for name, parts in {
+        "sd-v1-5": stable_diffusion(1),
+        "sd-v1-5-inpainting": stable_diffusion(1, inpainting=True),
+    }.items():
+        tensors = {key: tensor.contiguous() for key, tensor in single_file_tensors(parts).items()}
+        save_file(tensors, folder / f"{name}.safetensors")
+        torch.save({"state_dict": tensors}, folder / f"{name}.ckpt")
+    write_folder(stable_diffusion(2, prediction="v"), folder / "stable-diffusion-2-1", dtype=torch.float32)
+    save_file(dict(stable_diffusion(1).model.vae.state_dict()), folder / "ft-mse.safetensors")
+    for name in ("style", "light"):
+        layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+        factors = {f"{layer}.lora_down.weight": torch.ones(2, 128), f"{layer}.lora_up.weight": torch.ones(128, 2)}
+        save_file(factors, folder / f"{name}.safetensors")
+    Image.new("RGB", (32, 32), "red").save(folder / "photo.png")
+    Image.new("L", (32, 32), "white").save(folder / "mask.png")
+    return folder
+
+
+@pytest.mark.parametrize("command", THEIR_WEIGHTS, ids=lambda command: " ".join(command.split()[1:5]))
+def test_commands_for_stable_diffusions_weights(command, theirs):
+    """In the README's order: what one writes, the next may read."""
+    words = [str(theirs / word) if THEIR_FILE.match(word) else word for word in shlex.split(command)]
+    short = ["--outdir", str(theirs / "out"), "--steps", "3", "--n-samples", "1"] if "txt2img.py" in words else []
+    if short and "--init-img" not in words:
+        short += ["--H", "32", "--W", "32"]
+    finished = run(shlex.join(words), *short)
+    assert finished.returncode == 0, finished.stderr
+    assert "sheet" in finished.stdout if short else (theirs / words[4]).exists()
 
 
 def test_the_demo_draws_six_prompts():

@@ -40,8 +40,10 @@ FLOORS = (
     ),
     ("ldm.flags", "ldm.latent_diffusion"),
     ("ldm.editing", "ldm.interop"),
-    ("ldm.config", "ldm.pipeline"),
-    ("ldm", "ldm.card", "ldm.loop", "ldm.validation"),
+    ("ldm.config",),
+    ("ldm.card",),
+    ("ldm.pipeline",),
+    ("ldm", "ldm.loop", "ldm.validation"),
     ("ldm.export", "ldm.reconstruct"),
     COMMANDS,
 )

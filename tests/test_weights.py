@@ -10,7 +10,7 @@ import torch
 
 from data.loader import CaptionedImages, DataConfig
 from ldm import TextToImage
-from ldm.diffusion import sample_randomness
+from ldm.diffusion import RectifiedFlowPath, sample_randomness
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "weights" / "emoji64"
@@ -81,6 +81,26 @@ def test_the_autoencoder_reaches_28_decibels(pipe):
     with torch.no_grad():
         decibels = psnr(pipe.model.decode(pipe.model.vae.encode(batch.pixels).mean), batch.pixels)
     assert decibels.mean() >= 28
+
+
+def test_diffusers_draws_the_same_picture_offline(pipe, monkeypatch):
+    """On its own times: diffusers' grid for flows starts at 0.999, not 1, and tells the network whole thousandths."""
+    from diffusers import DiffusionPipeline
+
+    theirs: Any = DiffusionPipeline.from_pretrained(WEIGHTS, local_files_only=True, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(
+        PROMPT, num_inference_steps=8, guidance_scale=5.0, height=64, width=64, max_sequence_length=32,
+        use_resolution_binning=False, clean_caption=False, output_type="np",
+        generator=[torch.Generator().manual_seed(7)],
+    ).images[0]  # fmt: skip
+    times = theirs.scheduler.sigmas.double()
+    monkeypatch.setattr("ldm.pipeline.time_grid", lambda path, steps, grid: times)
+    monkeypatch.setattr("ldm.latent_diffusion.prior_std", lambda path, start: 1.0)
+    monkeypatch.setattr(RectifiedFlowPath, "timesteps", lambda self, t: (1000 * t).floor())
+    found = pipe.draw([PROMPT], negative_prompt="", steps=8, scale=5.0, sampler="dpmpp_2m", seed=7)[0]
+    found = (found.clamp(-1, 1) + 1).permute(1, 2, 0).numpy() / 2
+    assert expected.std() > 0.1 and np.abs(found - expected).max() <= 1e-4
 
 
 def test_diffusers_draws_with_it_offline_as_the_readme_says(monkeypatch):

@@ -235,7 +235,7 @@ def load_text_encoder(
             )
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'} is not JSON ({error}): copy it again") from error
     if type(content) is not dict:
         raise ValueError(f"{folder / 'config.json'} must hold a JSON object, not a {type(content).__name__}")

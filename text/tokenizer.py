@@ -264,7 +264,7 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
     if type(content) is not dict:
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")

@@ -46,6 +46,7 @@ VAE_MIDDLE = {
 HEADS_OF_CONVOLUTIONAL, HEAD_WIDTH_OF_LINEAR = 8, 64  # Stable Diffusion 1 and 2: no shape tells of the heads
 ENCODER_BLOCK = re.compile(r"encoder\.(?:down|down_blocks)\.(\d+)\.(?:block|resnets)\.(\d+)\.conv2\.weight")
 LONGEST = 200  # blocks on the way down
+MAX_LEVELS, MAX_LAYERS = 16, 32  # networks are made of these before their weights are compared
 
 
 def unet_names(ours: Iterable[str], config: UNetConfig) -> dict[str, str]:
@@ -122,6 +123,8 @@ def unet_from_shapes(shapes: Shapes) -> tuple[UNetConfig, int]:
             levels[-1].append((weight[0], f"input_blocks.{i}.1.norm.weight" in shapes))
         else:
             break
+    if len(levels) > MAX_LEVELS or len(levels[0]) > MAX_LAYERS:
+        raise ValueError(f"it has {len(levels)} levels of {len(levels[0])} layers, which no Stable Diffusion has")
     if len({len(level) for level in levels}) != 1 or any(len(set(level)) != 1 for level in levels):
         raise ValueError(f"its levels are {levels} (width, attention), which no Stable Diffusion has")
     widths = tuple(level[0][0] for level in levels)
@@ -145,11 +148,12 @@ def vae_from_shapes(shapes: Shapes) -> AutoencoderKLConfig:
     """
     blocks = [(match, name) for name in shapes if (match := ENCODER_BLOCK.fullmatch(name))]
     widths = {int(match[1]): shapes[name][0] for match, name in blocks}
-    if sorted(widths) != list(range(len(widths))):
-        raise ValueError(f"its encoder has the levels {sorted(widths)}, which no autoencoder has")
+    layers = 1 + max((int(match[2]) for match, _ in blocks), default=-1)
+    if sorted(widths) != list(range(len(widths))) or len(widths) > MAX_LEVELS or layers > MAX_LAYERS:
+        raise ValueError(f"its encoder has {len(widths)} levels of {layers} layers, which no autoencoder has")
     return AutoencoderKLConfig(
         block_out_channels=tuple(widths[level] for level in sorted(widths)),
-        layers_per_block=1 + max((int(match[2]) for match, _ in blocks), default=-1),
+        layers_per_block=layers,
         latent_channels=shapes["post_quant_conv.weight"][0],
     )
 

@@ -23,11 +23,6 @@ OPEN_CLIP, TRANSFORMERS = "model.", "transformer."
 HEAD_WIDTH = 64  # of every CLIP; no shape tells of it
 OPEN_CLIP_WIDTH = 1024  # of Stable Diffusion 2, in whichever layout
 OPEN_CLIP_LAYERS = 24  # if all are there, the last is not asked: Stable Diffusion 2 takes the states before it
-# Beside the text transformer in such files, and not needed.
-UNUSED = re.compile(
-    r"model\.(logit_scale|text_projection|attn_mask)|logit_scale|text_projection(\.weight)?|"
-    r"transformer\.(text_projection\.weight|(text_model\.)?embeddings\.position_ids)"
-)
 
 
 class Conditioner(NamedTuple):

@@ -95,6 +95,7 @@ DIT_LIMITS = {
     "patch_size": 64,
     "sample_size": 1024,
 }
+DIT_OF_OTHERS = {"dropout": 0.0, "attention_type": "default"}
 DIT_REST = (
     "dropout",
     "attention_type",
@@ -103,7 +104,7 @@ DIT_REST = (
     "norm_num_groups",
     "upcast_attention",
 )
-MAX_TOKENS = 2**16  # of native latents, for which a table of positions is made
+MAX_TABLE = 2**25  # numbers of the positions of native latents; PixArt for 2048 x 2048 pixels has half as many
 
 
 def denoiser_folder(config: DenoiserConfig) -> str:
@@ -155,17 +156,22 @@ class LoadedDenoiser(NamedTuple):
 
 def load_denoiser(folder: Path, *, dtype: torch.dtype = torch.float32) -> LoadedDenoiser:
     """The network, and what it takes. Raises ValueError for anything else."""
+    found = open_denoiser(folder)
+    fill(found.network, find_weights(folder, WEIGHTS_STEM), dtype=dtype)
+    return found
+
+
+def open_denoiser(folder: Path) -> LoadedDenoiser:
+    """The same of meta tensors, to be filled: only the config is read."""
     source = folder / "config.json"
     content = read_json(source)
     check_no_code(content, source=source)
     with described_by(source), torch.device("meta"):
         denoiser, config = _from_config(content, source=source)
         width = content["cross_attention_dim" if isinstance(config, UNetConfig) else "caption_channels"]
-        found = LoadedDenoiser(
+        return LoadedDenoiser(
             denoiser, config, int(content["sample_size"]), content["in_channels"], width, learns_variance(content)
         )
-    fill(denoiser, find_weights(folder, WEIGHTS_STEM), dtype=dtype)
-    return found
 
 
 def learns_variance(content: Mapping[str, Any]) -> bool:
@@ -179,7 +185,7 @@ def _from_config(content: dict[str, Any], *, source: Path) -> tuple[nn.Module, D
             unet = unet_config(content, source=source)
             channels = {"in_channels": content["in_channels"], "out_channels": content["out_channels"]}
             return UNet(unet, **channels, context_width=content["cross_attention_dim"]), unet
-        case "PixArtTransformer2DModel":
+        case "PixArtTransformer2DModel" | "Transformer2DModel":  # the second before diffusers 0.29
             dit = dit_config(content, source=source)
             channels = {"in_channels": content["in_channels"], "out_channels": content.get("out_channels")}
             channels["out_channels"] = channels["out_channels"] or channels["in_channels"]
@@ -223,14 +229,14 @@ def unet_config(content: dict[str, Any], *, source: Path) -> UNetConfig:
     mirrored = [name.replace("Down", "Up") for name in reversed(content["down_block_types"])]
     if content.get("up_block_types", mirrored) != mirrored:
         raise ValueError(f"{source} has up_block_types {content['up_block_types']}, expected {mirrored}")
-    heads = content["attention_head_dim"]
+    heads = content.get("attention_head_dim") or 8  # diffusers' defaults, of before it wrote them down
     return UNetConfig(
         block_out_channels=tuple(content["block_out_channels"]),
         layers_per_block=content["layers_per_block"],
         attention_levels=tuple(known[name] for name in content["down_block_types"]),
         heads=tuple(heads) if isinstance(heads, list) else heads,
         use_linear_projection=content.get("use_linear_projection", False),
-        norm_num_groups=content["norm_num_groups"],
+        norm_num_groups=content.get("norm_num_groups") or 32,
     )
 
 
@@ -255,12 +261,13 @@ def dit_config_json(config: DiTConfig, *, channels: int, context: int) -> dict[s
 def dit_config(content: dict[str, Any], *, source: Path) -> DiTConfig:
     """Our config from diffusers' keys. Raises ValueError for what PixArt does not have."""
     check_whole_numbers(content, DIT_LIMITS, source=source)
-    refuse_other(content, DIT_ALWAYS | {"dropout": 0.0, "attention_type": "default"}, source=source)
-    check_known(content, (*DIT_ALWAYS, *DIT_LIMITS, *DIT_REST), source=source)
-    if (content["sample_size"] // content["patch_size"]) ** 2 > MAX_TOKENS:
+    refuse_other(content, DIT_ALWAYS | DIT_OF_OTHERS, source=source)
+    check_known(content, (*DIT_ALWAYS, *DIT_OF_OTHERS, *DIT_LIMITS, *DIT_REST), source=source)
+    tokens = (content["sample_size"] // content["patch_size"]) ** 2
+    if tokens * content["num_attention_heads"] * content["attention_head_dim"] > MAX_TABLE:
         raise ValueError(
-            f"{source} has sample_size {content['sample_size']} and patch_size {content['patch_size']}, expected at "
-            f"most {MAX_TOKENS} patches"
+            f"{source} has sample_size {content['sample_size']} and patch_size {content['patch_size']}: the table of "
+            f"{tokens} positions would be too large"
         )
     return DiTConfig(
         depth=content["num_layers"],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.interop.layouts import looks_like, shapes_of
-from ldm.interop.tensors import Weights
+from ldm.interop.tensors import Weights, is_finite
 from ldm.whole import whole_file
 
 SHOWN_KEYS = 5  # of a long list of wrong ones
@@ -30,14 +30,20 @@ def model_folder(path: Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError, naming the file, if it is missing or is no JSON object."""
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device might never end
+            raise ValueError(f"{path} is not a plain file, expected JSON")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES} of JSON")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: give the folder of a whole model") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): give the folder of a whole model") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object: copy it again")
@@ -91,10 +97,10 @@ def described_by(source: Path) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise ValueError(f"{source} lacks the key {error.args[0]!r}: copy it again") from error
+        raise ValueError(f"{source} lacks the key {str(error.args[0])[:80]!r}: copy it again") from error
     except ValueError as error:
         raise error if str(source) in str(error) else ValueError(f"{source}: {error}") from error
-    except (TypeError, AttributeError, ArithmeticError) as error:
+    except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ValueError(f"{source} holds a value of another kind than expected ({error}): copy it again") from error
 
 
@@ -104,10 +110,17 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Contiguous float tensors; the metadata names the format, without which other readers refuse the file."""
+    """Contiguous float tensors; the metadata names the format, without which other readers refuse the file.
+
+    Raises FloatingPointError, naming it, for a tensor that is not finite: it would only be found when it is read.
+    """
     from safetensors.torch import save_file
 
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    for name, tensor in own.items():
+        if not is_finite(tensor):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise FloatingPointError(f"{name} holds NaN, or more than {kind} can: nothing is written to {path}")
     with whole_file(path) as partial:
         save_file(own, partial, {"format": "pt"} | (metadata or {}))
 
@@ -144,5 +157,5 @@ def check_fit(
     told = [f"{len(keys)} {fault} ({', '.join(sorted(keys)[:SHOWN_KEYS])})" for fault, keys in faults.items() if keys]
     if told:
         foreign = looks_like(shapes_of(found))
-        hint = f"this looks like {foreign.name}" if foreign else "give the file that belongs to it"
+        hint = f"this looks like {foreign.name}, {foreign.remedy}" if foreign else "give the file that belongs to it"
         raise ValueError(f"{source} does not fit {to}: {'; '.join(told)}: {hint}")

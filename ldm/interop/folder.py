@@ -9,33 +9,43 @@ from typing import Any
 import torch
 
 from ldm.diffusion import Prediction
-from ldm.interop.denoiser import denoiser_folder, load_denoiser, save_denoiser
-from ldm.interop.files import check_no_code, read_json, write_json
+from ldm.interop.denoiser import denoiser_folder, open_denoiser, save_denoiser
+from ldm.interop.files import check_no_code, described_by, fill, read_json, write_json
 from ldm.interop.parts import Origin, Parts, check_parts_fit, denoiser_channels
 from ldm.interop.scheduler import read_scheduler, scheduler_config_json
 from ldm.interop.tensors import Weights, describe
-from ldm.interop.vae import folded, load_vae, save_vae
+from ldm.interop.vae import folded, open_vae, save_vae, vae_weights
 from ldm.interop.weight_files import TEXT_STEM, WEIGHTS_STEM, find_weights
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.whole import whole_folder
 from text import (
     OpenClipTextEncoder,
+    TextEncoderConfig,
     TransformersTextEncoder,
     flattened,
     load_text_encoder,
     load_tokenizer,
+    read_text_encoder_config,
     save_text_encoder,
     save_tokenizer,
 )
 
 NOTES = "foundry.yaml"
 INDEX = "model_index.json"
-# What a model_index.json may name: diffusers' own classes, as far as they are read, or not needed, here.
+MAX_NOTES_BYTES = 2**20
+# What a model_index.json may name: diffusers' own pipelines, and of the parts that are read the classes that are known.
 PIPELINES = {
     "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
-    "LatentConsistencyModelPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline",
+    "PixArtAlphaPipeline", "PixArtSigmaPipeline",
 }  # fmt: skip
-LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}
+KNOWN_CLASSES = {
+    "unet": [["diffusers", "UNet2DConditionModel"]],
+    "transformer": [["diffusers", "PixArtTransformer2DModel"], ["diffusers", "Transformer2DModel"]],
+    "vae": [["diffusers", "AutoencoderKL"]],
+    "text_encoder": [["transformers", "CLIPTextModel"]],
+    "tokenizer": [["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"]],
+}
+PARTS_READ = KNOWN_CLASSES.keys()
 
 
 def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | None = None) -> Parts:
@@ -44,16 +54,20 @@ def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | No
     Raises ValueError or FileNotFoundError, naming the file, for anything missing, cut short or something else.
     """
     check_index(folder)
-    part = _denoiser_part(folder)
-    text_weights = find_weights(folder / "text_encoder", TEXT_STEM).changed(flattened)
-    # The text encoder first: what is mapped of its files is let go before the larger parts come.
-    text_encoder = load_text_encoder(folder / "text_encoder", weights=text_weights.read(dtype), dtype=dtype)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    vae = load_vae(folder / "vae", dtype=dtype)
-    loaded = load_denoiser(folder / part, dtype=dtype)
-    check_parts_fit(loaded, vae, text_encoder, tokenizer, source=folder)
+    # All configs before any weights: a folder of something else should not first be read for a minute.
+    part = folder / _denoiser_part(folder)
     path, told = read_scheduler(folder / "scheduler" / "scheduler_config.json")
-    weights = find_weights(folder / part, WEIGHTS_STEM)
+    scheduler_config_json(path, prediction or told)  # raises for a prediction that this path does not have
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    loaded, vae = open_denoiser(part), open_vae(folder / "vae")
+    text_folder = folder / "text_encoder"
+    check_parts_fit(loaded, vae, _text_config(text_folder / "config.json"), tokenizer, source=folder)
+    text_weights = _text_weights(text_folder)
+    weights, of_vae = find_weights(part, WEIGHTS_STEM), vae_weights(folder / "vae")
+    # The text encoder first: what is mapped of its files is let go before the larger parts come.
+    text_encoder = load_text_encoder(text_folder, weights=text_weights.read(dtype), dtype=dtype)
+    fill(vae, of_vae, dtype=dtype)
+    fill(loaded.network, weights, dtype=dtype)
     model = LatentDiffusion(
         vae=vae,
         text_encoder=text_encoder,
@@ -62,16 +76,41 @@ def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | No
         prediction=prediction or told,
         learned_variance=loaded.learned_variance,
     )
-    scheduler_config_json(path, model.prediction)  # raises for a prediction that this path does not have
-    notes = folder / NOTES
+    notes = own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES)
     return Parts(
         model=model,
         denoiser=loaded.network,
         config=loaded.config,
         sample_size=loaded.sample_size,
-        notes=notes.read_text(encoding="utf-8") if notes.is_file() else "",
-        origin=Origin(files=weights.files, precision=_precision(weights, text_weights, folder)),
+        notes=notes.decode(errors="replace"),
+        origin=Origin(files=weights.files, precision=_precision(weights, text_weights, of_vae)),
     )
+
+
+def _text_config(source: Path) -> TextEncoderConfig:
+    content = read_json(source)
+    check_no_code(content, source=source)
+    with described_by(source):
+        return read_text_encoder_config(content)
+
+
+def _text_weights(folder: Path) -> Weights:
+    found = find_weights(folder, TEXT_STEM)
+    with described_by(found.source):
+        return found.changed(flattened)
+
+
+def own_file(folder: Path, file: Path, *, most: int) -> bytes:
+    """What stands beside the weights, to be carried along: b"" if it is not there.
+
+    Raises ValueError for a link that leads out of the folder, whose aim would be published with the export, for what is
+    no plain file, and for one of more bytes than that.
+    """
+    if not file.exists():
+        return b""
+    if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()) or file.stat().st_size > most:
+        raise ValueError(f"{file} is no plain file in its folder of at most {most} bytes: remove it, or copy it there")
+    return file.read_bytes()
 
 
 def check_index(folder: Path) -> None:
@@ -81,12 +120,15 @@ def check_index(folder: Path) -> None:
         return
     content = read_json(index)
     check_no_code(content, source=index)
-    pipeline = content.get("_class_name", "StableDiffusionPipeline")
+    pipeline = str(content.get("_class_name", "StableDiffusionPipeline"))
     if pipeline not in PIPELINES:
-        raise ValueError(f"{index} asks for a {pipeline!r}, expected one of {', '.join(sorted(PIPELINES))}")
-    for name, value in content.items():
-        if isinstance(value, list) and (len(value) != 2 or value[0] not in LIBRARIES):
-            raise ValueError(f"{index} asks for {name} of {value!r}: refused; only diffusers' own classes are read")
+        raise ValueError(f"{index} asks for a {pipeline[:60]!r}, expected one of {', '.join(sorted(PIPELINES))}")
+    for name in PARTS_READ & content.keys():
+        if content[name] not in KNOWN_CLASSES[name]:
+            raise ValueError(
+                f"{index} asks for {name} of {str(content[name])[:60]}: refused; only "
+                f"{' or '.join('.'.join(pair) for pair in KNOWN_CLASSES[name])} is read"
+            )
 
 
 def _denoiser_part(folder: Path) -> str:
@@ -97,15 +139,9 @@ def _denoiser_part(folder: Path) -> str:
     return parts[0]
 
 
-def _precision(weights: Weights, text_weights: Weights, folder: Path) -> str:
-    all_tensors: dict[str, torch.Tensor] = {}
-    for name, part in (
-        ("denoiser", weights),
-        ("text", text_weights),
-        ("vae", find_weights(folder / "vae", WEIGHTS_STEM)),
-    ):
-        all_tensors |= {f"{name}.{key}": tensor for key, tensor in part.tensors.items()}
-    return describe(all_tensors)
+def _precision(denoiser: Weights, text: Weights, vae: Weights) -> str:
+    parts = {"denoiser": denoiser, "text": text, "vae": vae}
+    return describe({f"{part}.{name}": t for part, found in parts.items() for name, t in found.tensors.items()})
 
 
 def write_folder(parts: Parts, folder: Path, *, dtype: torch.dtype, beside: Mapping[str, bytes] | None = None) -> None:
@@ -148,9 +184,10 @@ def write_parts(parts: Parts, folder: Path, *, dtype: torch.dtype) -> None:
 
 
 def check_target(folder: Path) -> None:
-    """Raise ValueError if the folder exists and is no export: nothing else is ever replaced."""
-    if folder.exists() and not (folder / INDEX).exists() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not a model: give a new folder, or one that holds an older export")
+    """Raise ValueError if the folder exists and is no export of ours: nothing else is ever replaced."""
+    exported = (folder / INDEX).exists() and (folder / NOTES).exists()
+    if folder.exists() and not exported and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is no export of this program: give a new folder, or an older export")
 
 
 def model_index(part: str, *, for_inpainting: bool = False) -> dict[str, Any]:

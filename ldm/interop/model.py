@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,15 +14,12 @@ from ldm.denoisers import UNetConfig
 from ldm.diffusion import Prediction
 from ldm.interop.compvis import unet_modules
 from ldm.interop.files import RUN_MODEL, model_folder
-from ldm.interop.folder import read_folder, write_folder
+from ldm.interop.folder import read_folder
 from ldm.interop.lora import merge_lora, read_lora
 from ldm.interop.parts import Parts
 from ldm.interop.single_file import read_single_file
-from ldm.interop.single_file_export import write_single_file
 from ldm.interop.tensors import open_weights
 from ldm.interop.vae_alone import read_vae
-
-FORMATS: dict[str, Callable[..., None]] = {"diffusers": write_folder, "single-file": write_single_file}
 
 
 class Lora(NamedTuple):
@@ -39,8 +36,12 @@ def read_model(
     ema: bool = True,
     prediction: Prediction | None = None,
 ) -> Parts:
-    """A model in this precision, on the CPU: see ldm.TextToImage.load."""
-    folder = model_folder(path)
+    """A model in this precision, on the CPU: see ldm.TextToImage.load.
+
+    LoRAs are merged in float32, and what comes of it is rounded once; so that is read first, in twice the memory.
+    """
+    folder, wanted = model_folder(path), dtype
+    dtype = torch.float32 if lora else wanted
     if folder.is_dir():
         parts = read_folder(folder, dtype=dtype, prediction=prediction)
     elif folder.exists():
@@ -53,6 +54,10 @@ def read_model(
     for file, strength in lora:
         add_lora(parts, file, strength)
         parts = with_remark(parts, f"LoRA {file.name} by {strength:g}")
+    if lora:
+        assert isinstance(parts.model.text_encoder, nn.Module)
+        for network in (parts.denoiser, parts.model.vae, parts.model.text_encoder):
+            network.to(wanted)
     return parts
 
 

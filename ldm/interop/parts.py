@@ -11,7 +11,7 @@ from ldm.denoisers import DenoiserConfig, UNet, UNetConfig
 from ldm.interop.denoiser import LoadedDenoiser
 from ldm.interop.tensors import hash_of
 from ldm.latent_diffusion import LatentDiffusion
-from text import TextEncoder, Tokenizer
+from text import TextEncoderConfig, Tokenizer
 from vae import AutoencoderKL
 
 
@@ -75,7 +75,7 @@ def inpainting_channels(vae: AutoencoderKL) -> int:
 
 
 def check_parts_fit(
-    denoiser: LoadedDenoiser, vae: AutoencoderKL, text_encoder: TextEncoder, tokenizer: Tokenizer, *, source: Path
+    denoiser: LoadedDenoiser, vae: AutoencoderKL, text: TextEncoderConfig, tokenizer: Tokenizer, *, source: Path
 ) -> None:
     """Raise ValueError, naming both parts, if they were not made for each other."""
     latents = denoiser.in_channels
@@ -83,8 +83,8 @@ def check_parts_fit(
         latents = vae.config.latent_channels
     for what, of_one, one, of_other, other in (
         ("latent channels", latents, "the denoiser", vae.config.latent_channels, "the autoencoder"),
-        ("wide a context", denoiser.context_width, "the denoiser", text_encoder.config.width, "the text encoder"),
-        ("tokens", tokenizer.vocab_size, "the tokenizer", text_encoder.config.vocab_size, "the text encoder"),
+        ("wide a context", denoiser.context_width, "the denoiser", text.width, "the text encoder"),
+        ("tokens", tokenizer.vocab_size, "the tokenizer", text.vocab_size, "the text encoder"),
     ):
         if of_one != of_other:
             raise ValueError(

@@ -8,6 +8,7 @@ names another is refused. There is no other way of reading, and no option that a
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the second: torch's magic number, pickled
+
+
+MAX_PICKLE_BYTES = 2**26  # without the numbers, which lie beside it; Stable Diffusion's has 1 or 2 MB
 
 
 class Inert:
@@ -73,7 +77,23 @@ def is_mapped(path: Path) -> bool:
         return file.read(len(ZIP)) == ZIP
 
 
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive that would grow when it is read: torch compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole PyTorch checkpoint ({error}): copy it again") from error
+    pickled = sum(member.file_size for member in members if member.filename.endswith(".pkl"))
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or pickled > MAX_PICKLE_BYTES:
+        raise ValueError(
+            f"{path} is a compressed archive, or has a pickle of {pickled} bytes: no checkpoint of torch's"
+        )
+
+
 def _load(path: Path) -> Any:
+    if is_mapped(path):
+        _check_archive(path)
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in HARMLESS]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped(path))
@@ -82,5 +102,6 @@ def _load(path: Path) -> Any:
             raise ValueError(
                 f"{path} asks to run {named[1]} while it is read: refused; give the same weights as safetensors"
             ) from error
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        told = str(error).partition("WeightsUnpickler error:")[2] or str(error)  # torch's advice before it is not ours
+        reason = " ".join(told.split())[:120] or type(error).__name__
         raise ValueError(f"{path} is not a whole PyTorch checkpoint ({reason}): copy it again") from error

@@ -16,7 +16,6 @@ import yaml
 
 from ldm.denoisers import UNetConfig
 from ldm.diffusion import Prediction
-from vae.autoencoder import STABLE_DIFFUSION_SCALE
 
 OWN_KEY = "foundry"  # of our files' headers: JSON with the config.json of each part
 HIDDEN_KEY = "foundry_hidden"  # in the text encoder's: after which layer its states are taken
@@ -36,13 +35,13 @@ class Told:
     linear_start: float = 0.00085
     linear_end: float = 0.0120
     timesteps: int = 1000
-    scale_factor: float = STABLE_DIFFUSION_SCALE
+    scale_factor: float | None = None
     heads: int | None = None
     head_width: int | None = None
     resolution: int | None = None  # pixels a side
 
     def __post_init__(self) -> None:
-        numbers = (self.linear_start, self.linear_end, self.scale_factor)
+        numbers = (self.linear_start, self.linear_end, 1 if self.scale_factor is None else self.scale_factor)
         if not all(0 < number < 1000 for number in numbers) or not 2 <= self.timesteps <= 10_000:
             raise ValueError(f"its schedule or scale is out of range ({numbers}, {self.timesteps} steps)")
         if not all(1 <= number <= 1024 for number in (self.heads or 1, self.head_width or 1)):
@@ -67,31 +66,34 @@ def read_told(file: Path, metadata: Mapping[str, str]) -> Told:
     if not beside.is_file():
         return Told(**spec)
     try:
-        return Told(**(spec | _read_yaml(beside)))
+        return Told(**(spec | _read_yaml(beside, spec["prediction"])))
     except ValueError as error:
         raise ValueError(f"{beside}: {error}: repair or remove it") from error
 
 
 def _resolution(text: str) -> int | None:
     side = text.partition("x")[0].strip()
-    return int(side) if side.isdecimal() and 1 <= int(side) <= 4096 else None
+    return int(side) if len(side) < 6 and side.isdecimal() and 1 <= int(side) <= 4096 else None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, said: Prediction | None) -> dict[str, Any]:
+    """What it tells; said: the prediction, where it does not tell that."""
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"it is not YAML ({' '.join(str(error).split())[:100]})") from error
     try:
         params = tree["model"]["params"]
         unet = params["unet_config"]["params"]
         numbers = {name: kind(params[name]) for name, kind in _NUMBERS.items() if name in params}
         heads, head_width = int(unet.get("num_heads", -1)), int(unet.get("num_head_channels", -1))
-        parameterization = str(params.get("parameterization", "eps"))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"it is no configuration of a Stable Diffusion ({error!r})") from error
+        parameterization = str(params["parameterization"]) if "parameterization" in params else None
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"it is no configuration of a Stable Diffusion ({str(error)[:80]!r})") from error
+    if parameterization is None:  # as in CompVis's code
+        parameterization = said or "eps"
     if parameterization not in PREDICTIONS:
         raise ValueError(f"it says parameterization {parameterization[:40]!r}, expected eps, v or x0")
     found = {"prediction": PREDICTIONS[parameterization], "heads": heads, "head_width": head_width}

@@ -37,23 +37,23 @@ from ldm.interop.layouts import (
 )
 from ldm.interop.parts import Origin, Parts, check_parts_fit, inpainting_channels
 from ldm.interop.prediction import find_prediction
-from ldm.interop.scheduler import scheduler_from
+from ldm.interop.scheduler import scheduler_config_json, scheduler_from
 from ldm.interop.sidecar import HIDDEN_KEY, Told, read_told, with_heads
 from ldm.interop.tensors import Weights, describe, open_weights
 from ldm.interop.vae import vae_config
 from ldm.latent_diffusion import LatentDiffusion
 from text import Tokenizer, TransformersTextEncoder, read_text_encoder_config, text_encoder_from_weights
 from vae import AutoencoderKL
+from vae.autoencoder import STABLE_DIFFUSION_SCALE
 
 EMA = "model_ema."
 # What training left in such files: its tables, the averages' bookkeeping, and the networks that judged the autoencoder.
 LEFT_OVER = re.compile(
     r"(model_ema\.(decay|num_updates)|(first_stage_)?model_ema\..*|first_stage_model\.loss\..*|logvar|lvlb_weights|betas|"
-    r"v_pred|ztsnr|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|scale_factor|"
+    r"embedding_manager\..*|v_pred|ztsnr|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|scale_factor|"
     r"cond_stage_model\.(model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)|"
     r"cond_stage_model\.transformer\.(text_model\.)?(embeddings\.position_ids|text_projection\.weight))"
 )
-TABLE_TOLERANCE = 1e-3  # of the file's table of noise levels, which may be in half precision
 DEFAULT_SIDE, SIDE_OF_SECOND_V = 64, 96  # latents: of 512 x 512 pixels, and of Stable Diffusion 2's 768 x 768
 
 
@@ -85,21 +85,23 @@ def read_single_file(
     """
     weights = open_weights(path).changed(attention_as_matrices)
     shapes = shapes_of(weights.tensors)
-    refuse_foreign(shapes, source=path)
+    refuse_foreign({name: shape for name, shape in shapes.items() if not LEFT_OVER.fullmatch(name)}, source=path)
     if not is_single_file(shapes):
         raise ValueError(f"{path} is not a whole model: {_what_it_is(shapes)}")
     told = read_told(path, weights.metadata)
     with described_by(path):
+        told = with_buffers(told, weights)
         plan = make_plan(shapes, told, source=path)
-    averaged = ema_names(plan, shapes)
+        averaged = ema_names(plan, shapes)
     if averaged and ema:
         plan = replace(plan, unet_names=averaged, averaged=True)
     loaded, vae, text = fill_networks(plan, weights, dtype=dtype)
     tokenizer = Tokenizer(plan.conditioner.config.tokenizer)
-    check_parts_fit(loaded, vae, text, tokenizer, source=path)
+    check_parts_fit(loaded, vae, text.config, tokenizer, source=path)
     with described_by(path):
         noise_path, said = path_and_prediction(told, weights, source=path)
     found = find_prediction(prediction, said, unet=plan.unet, config=plan.config, text=text, tokenizer=tokenizer)
+    scheduler_config_json(noise_path, found.prediction)  # raises for a prediction that this path does not have
     with described_by(path):
         side = native_side(told, plan, found.prediction)
     remarks = (*_ema_remark(bool(averaged), ema=ema), *found.remarks)
@@ -138,8 +140,20 @@ def attention_as_matrices(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def with_buffers(told: Told, weights: Weights) -> Told:
+    """With what training registered among the tensors, where nothing else was said: a scale that was measured, and the
+    mark of v-prediction."""
+    if told.own is None and told.scale_factor is None and "scale_factor" in weights.tensors:
+        told = replace(told, scale_factor=float(weights.tensors["scale_factor"]))
+    if told.own is None and told.prediction is None and "v_pred" in weights.tensors:
+        told = replace(told, prediction="v")
+    return told
+
+
 def make_plan(shapes: Shapes, told: Told, *, source: Path) -> Plan:
     """Raises KeyError, naming a tensor that is missing, or ValueError for other networks than Stable Diffusion's."""
+    if not any(name.startswith(FIRST_STAGE) for name in shapes):
+        raise ValueError(f"it holds no autoencoder ({FIRST_STAGE}*): give a file that has one")
     below = {prefix: _below(shapes, prefix) for prefix in (DENOISER, FIRST_STAGE, CONDITIONER)}
     if told.own is not None:
         config, context_width = unet_config(told.own["unet"], source=source), told.own["unet"]["cross_attention_dim"]
@@ -149,7 +163,8 @@ def make_plan(shapes: Shapes, told: Told, *, source: Path) -> Plan:
         config, context_width = unet_from_shapes(below[DENOISER])
         config, text = with_heads(config, told), None
         vae = vae_from_shapes(below[FIRST_STAGE])
-        vae = replace(vae, latent_std=(1 / told.scale_factor,) * vae.latent_channels)
+        scale = STABLE_DIFFUSION_SCALE if told.scale_factor is None else told.scale_factor
+        vae = replace(vae, latent_std=(1 / scale,) * vae.latent_channels)
     channels = {"in_channels": below[DENOISER]["input_blocks.0.0.weight"][1], "out_channels": vae.latent_channels}
     with torch.device("meta"):
         unet = UNet(config, **channels, context_width=context_width)
@@ -171,9 +186,12 @@ def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
 
 
 def ema_names(plan: Plan, shapes: Shapes) -> dict[str, str]:
-    """The U-Net's names for the averaged weights; none if the file does not hold all of them."""
+    """The U-Net's names for the averaged weights; none if the file has none. Raises ValueError if it has some."""
     names = {ours: ema_name(theirs.removeprefix(DENOISER)) for ours, theirs in plan.unet_names.items()}
-    return names if all(name in shapes for name in names.values()) else {}
+    lost = [name for name in names.values() if name not in shapes]
+    if lost and len(lost) < len(names):
+        raise ValueError(f"it lacks {len(lost)} of {len(names)} averaged weights ({lost[0]}, ...): give a whole file")
+    return {} if lost else names
 
 
 def check_all(plan: Plan, tensors: Mapping[str, Tensor], *, source: Path) -> None:
@@ -211,11 +229,12 @@ def path_and_prediction(told: Told, weights: Weights, *, source: Path) -> tuple[
     if table is not None:
         times = torch.arange(1, told.timesteps + 1, dtype=torch.float64) / told.timesteps
         ours = path.alpha(times) ** 2
-        if table.shape != ours.shape or (table.double() - ours).abs().max() > TABLE_TOLERANCE:
+        off = 2 * torch.finfo(table.dtype).eps + 1e-5  # float32 sums of the betas, and the rounding to what is stored
+        if table.shape != ours.shape or not (table.double() - ours).abs().max() <= off:
             raise ValueError(
                 f"{source} was trained on another schedule than Stable Diffusion's: put its .yaml beside it"
             )
-    return path, told.prediction or ("v" if "v_pred" in tensors else None)
+    return path, told.prediction
 
 
 def native_side(told: Told, plan: Plan, prediction: Prediction) -> int:
@@ -229,7 +248,7 @@ def native_side(told: Told, plan: Plan, prediction: Prediction) -> int:
 
 def _ema_remark(both: bool, *, ema: bool) -> tuple[str, ...]:
     if not both:
-        return ()
+        return () if ema else ("averaged weights (EMA) are not in it",)
     return ("averaged weights (EMA)",) if ema else ("not the averaged weights (EMA), which it also holds",)
 
 

@@ -79,6 +79,12 @@ def check_writable(parts: Parts) -> None:
             f"{model.prediction} on path {model.path.kind} has no words in a single file, which knows eps and v on "
             "scaled_linear_beta: export a diffusers folder"
         )
+    for part, widths in (("U-Net", parts.config.block_out_channels), ("VAE", model.vae.config.block_out_channels)):
+        if any(width % widths[0] for width in widths):
+            raise ValueError(
+                f"the {part}'s widths {widths} are no multiples of the first, which the layout tells them by: export a "
+                "diffusers folder"
+            )
     if model.tokenizer.to_json()["model"]["vocab"] != clip_vocabulary().ids:
         raise ValueError("a single file has no place for a tokenizer that is not CLIP's: export a diffusers folder")
 
@@ -92,6 +98,9 @@ def single_file_tensors(parts: Parts) -> dict[str, Tensor]:
     for ours, theirs in vae_names(autoencoder, vae.config).items():
         tensor = autoencoder[ours]
         found[FIRST_STAGE + theirs] = as_convolution(tensor) if is_attention_of_vae(theirs) else tensor
+    # Marks that other programs look for, of what no shape tells.
+    marks = {"v_pred": parts.model.prediction == "v", "ztsnr": getattr(parts.model.path, "zero_terminal_snr", False)}
+    found |= {name: torch.zeros(0) for name, is_so in marks.items() if is_so}
     return found | {CONDITIONER + name: tensor for name, tensor in conditioner_tensors(parts).items()}
 
 
@@ -112,9 +121,10 @@ def header(parts: Parts, tensors: Mapping[str, Tensor], *, title: str) -> dict[s
     assert isinstance(parts.config, UNetConfig)
     model, width = parts.model, parts.model.text_encoder.config.width
     side = parts.sample_size * model.vae.config.factor
+    unet = unet_config_json(parts.config, sample_size=parts.sample_size, context=width,
+                            channels=model.vae.config.latent_channels)  # fmt: skip
     own = {
-        "unet": unet_config_json(parts.config, sample_size=parts.sample_size, context=width,
-                                 channels=model.vae.config.latent_channels),
+        "unet": unet | {"in_channels": denoiser_channels(parts.denoiser)},
         "vae": vae_config_json(folded(model.vae).config),
         "text_encoder": text_encoder_config_json(model.text_encoder.config, whole=True)
         | {HIDDEN_KEY: model.text_encoder.config.hidden},

@@ -21,6 +21,7 @@ FLOATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 GROUP_BYTES = 2**29  # of a file that lie in memory beside what they are turned into
 MAX_HEADER_BYTES = 100 * 10**6  # of a safetensors file, as in the library
 MAX_TENSORS = 100_000
+MAX_NAME = 300  # characters
 SUFFIXES_WITHOUT_CODE = (".safetensors", ".sft")
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -40,8 +41,8 @@ class Weights:
 
     @property
     def source(self) -> Path:
-        """What an error names."""
-        return self.files[0]
+        """What an error names: the file, or the folder of several."""
+        return self.files[0] if len(self.files) == 1 else self.files[0].parent
 
     def changed(self, change: Change) -> Weights:
         """The same weights under other names, or in other views: change must not compute."""
@@ -58,14 +59,14 @@ class Weights:
         Those that have it already stay where they are, in the file; of the others no more than GROUP_BYTES of the file
         are in memory beside the result.
         """
-        found = {name: tensor for name, tensor in self.tensors.items() if tensor.dtype == dtype}
-        for name, tensor in found.items():
-            _check_finite(name, tensor, self.source)
+        found = {
+            name: _converted(name, tensor, dtype, self.source)
+            for name, tensor in self.tensors.items()
+            if tensor.dtype == dtype
+        }
         for names in _groups({name: tensor for name, tensor in self.tensors.items() if tensor.dtype != dtype}):
             mapped = self.remap()
-            for name in names:
-                _check_finite(name, mapped[name], self.source)
-                found[name] = mapped[name].to(dtype)
+            found |= {name: _converted(name, mapped[name], dtype, self.source) for name in names}
         return found
 
 
@@ -82,8 +83,8 @@ def open_weights(*files: Path) -> Weights:
             tensors = opener()
             if twice := found.keys() & tensors.keys():
                 raise ValueError(f"{file} holds {min(twice)} a second time: give the files of one model")
+            _check_plain(tensors, file)
             found |= tensors
-        _check_plain(found, files[0])
         return found
 
     metadata = _metadata(files[0]) if _is_safetensors(files[0]) else {}
@@ -177,6 +178,10 @@ def _check_plain(tensors: Mapping[str, Tensor], source: Path) -> None:
     if len(tensors) > MAX_TENSORS:
         raise ValueError(f"{source} holds {len(tensors)} tensors, expected at most {MAX_TENSORS}: this is no model")
     for name, tensor in tensors.items():
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise ValueError(f"{source} has a tensor called {name[:40]!r}, which is no name: this is no model")
+        if tensor.ndim > 1 and tensor.numel() == 0:  # its other sides would be free, and cost no byte
+            raise ValueError(f"{source}: tensor {name} has shape {tuple(tensor.shape)}, expected numbers in it")
         plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
         if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise ValueError(
@@ -185,14 +190,22 @@ def _check_plain(tensors: Mapping[str, Tensor], source: Path) -> None:
             )
 
 
-def _check_finite(name: str, tensor: Tensor, source: Path) -> None:
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype, source: Path) -> Tensor:
+    """The tensor in this precision; ValueError if a number of it is not finite."""
     if tensor.dtype not in FLOATS:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{source}: tensor {name} holds {kind}, expected {', '.join(FLOATS.values())}: convert it")
-    # A sum costs a quarter of isfinite, and is finite if all are, but for huge numbers.
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    if not math.isfinite(tensor.sum(dtype=wide).item()) and not tensor.isfinite().all():
+    found = tensor.to(dtype)
+    # The wider of the two: sums are quick there, and what overflows in the narrower is not the file's fault.
+    if not is_finite(found if found.element_size() > tensor.element_size() else tensor):
         raise ValueError(f"{source}: tensor {name} holds NaN or infinity: this file is damaged, get it again")
+    return found
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a float tensor are."""
+    # A sum takes a quarter of the time that the least and the largest take; but that of finite numbers may overflow.
+    return math.isfinite(tensor.sum().item()) or tensor.numel() == 0 or all(end.isfinite() for end in tensor.aminmax())
 
 
 def _groups(tensors: Mapping[str, Tensor]) -> Iterator[Sequence[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ldm.interop.files import (
     write_json,
     write_weights,
 )
+from ldm.interop.tensors import Weights
 from ldm.interop.weight_files import WEIGHTS_STEM, find_weights
 from vae import AutoencoderKL, AutoencoderKLConfig
 from vae.autoencoder import STABLE_DIFFUSION_SCALE
@@ -50,13 +52,22 @@ def save_vae(vae: AutoencoderKL, folder: Path, *, dtype: torch.dtype = torch.flo
 
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """Read an autoencoder, ours or diffusers'. Raises ValueError for anything else."""
+    vae = open_vae(folder)
+    fill(vae, vae_weights(folder), dtype=dtype)
+    return vae
+
+
+def open_vae(folder: Path) -> AutoencoderKL:
+    """The same of meta tensors, to be filled: only the config is read."""
     source = folder / "config.json"
     content = read_json(source)
     check_no_code(content, source=source)
     with described_by(source), torch.device("meta"):
-        vae = AutoencoderKL(vae_config(content, source=source))
-    fill(vae, find_weights(folder, WEIGHTS_STEM).changed(with_new_names), dtype=dtype)
-    return vae
+        return AutoencoderKL(vae_config(content, source=source))
+
+
+def vae_weights(folder: Path) -> Weights:
+    return find_weights(folder, WEIGHTS_STEM).changed(with_new_names)
 
 
 def with_new_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,7 +145,7 @@ def vae_config(content: dict[str, Any], *, source: Path) -> AutoencoderKLConfig:
         raise ValueError(
             f"{source} describes {content.get('_class_name')!r}, expected 'AutoencoderKL': give a VAE's folder"
         )
-    lacking = {"block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups"} - content.keys()
+    lacking = {"block_out_channels", "layers_per_block", "latent_channels"} - content.keys()
     if lacking:
         raise ValueError(f"{source} lacks {', '.join(sorted(lacking))}: copy it again")
     refuse_other(content, ALWAYS, source=source)
@@ -149,12 +160,14 @@ def vae_config(content: dict[str, Any], *, source: Path) -> AutoencoderKLConfig:
     channels = content["latent_channels"]
     mean = content.get("latents_mean") or [content.get("shift_factor") or 0.0] * channels
     scale = content.get("scaling_factor", STABLE_DIFFUSION_SCALE)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{source} has scaling_factor {scale}, expected a number above 0")
     std = [value / scale for value in content.get("latents_std") or [1.0] * channels]
     return AutoencoderKLConfig(
         block_out_channels=tuple(content["block_out_channels"]),
         layers_per_block=content["layers_per_block"],
         latent_channels=channels,
-        norm_num_groups=content["norm_num_groups"],
+        norm_num_groups=content.get("norm_num_groups") or 32,  # diffusers' default, of before it wrote it down
         latent_mean=tuple(mean),
         latent_std=tuple(std),
     )

@@ -58,6 +58,15 @@ def test_pictures_of_all_kinds_of_colour_are_taken(mode):
     assert canvas(image, image, 0.5, size=(8, 8)).pixels.shape == (1, 3, 8, 8)
 
 
+def test_sixteen_bits_are_scaled_and_what_is_transparent_is_white():
+    grey = Image.fromarray(np.array([[300, 30_000, 65_000]], dtype=np.uint16))
+    found = canvas(grey, grey, None, size=(1, 3))
+    assert found.mask is not None and found.mask.flatten().tolist() == [0, 0, 1]
+    assert found.pixels[0, 0, 0].tolist() == pytest.approx([1 / 127.5 - 1, 117 / 127.5 - 1, 253 / 127.5 - 1], abs=1e-5)
+    clear = canvas(Image.new("RGBA", (1, 1), (0, 0, 0, 0)), None, None, size=(1, 1))
+    assert clear.pixels.flatten().tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize(("strength", "left"), [(1.0, 10), (0.75, 7), (0.35, 3), (0.1, 1)])
 def test_the_last_steps_remain(strength, left):
     times = time_grid(ScaledLinearBetaPath(), 10)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from stable_diffusion import stable_diffusion
 
 from ldm import TextToImage
+from ldm.card import model_card
 from ldm.commands import run_command
 from ldm.config import TrainConfig, dump, load_config
 from ldm.ema import Snapshot
@@ -46,7 +47,7 @@ def test_an_older_export_is_replaced_and_nothing_else_ever(dit_folder, unet_fold
     (diary / "monday.txt").write_text("rain")
     assert export_command(str(dit_folder), str(diary)) == 2
     assert (diary / "monday.txt").read_text() == "rain"
-    assert "diary exists and is not a model" in capsys.readouterr().err
+    assert "diary exists and is no export of this program" in capsys.readouterr().err
 
 
 def test_the_notes_of_a_runs_model_are_carried_along(dit_folder, tmp_path):
@@ -100,6 +101,7 @@ def test_precisions_on_disk(dit_folder, dtype, tmp_path):
         (["--ema", "maybe"], "--ema is 'maybe', expected yes, no, or an average's relative length"),
         (["--ema", "0.1"], "holds no snapshots, of which --ema 0.1 could be made: give yes, or no"),
         (["--format", "single-file"], "does not end in .safetensors"),
+        (["--fp16", "--dtype", "bf16"], "--fp16 and --dtype bf16 ask for two precisions"),
         (["--format", "onnx"], "invalid choice: 'onnx'"),
     ],
 )
@@ -117,6 +119,9 @@ def test_from_python_it_is_saved_in_either_format(dit_folder, tmp_path):
     write_folder(stable_diffusion(1), tmp_path / "a", dtype=torch.float32)
     pipe = TextToImage.load(tmp_path / "a")
     pipe.save(tmp_path / "folder")
+    assert (
+        "# folder\n\nA text-to-image model: a U-Net of widths 32-64" in (tmp_path / "folder" / "README.md").read_text()
+    )
     pipe.save(tmp_path / "file.safetensors", format="single-file", dtype="fp16")
     settings = {"negative_prompt": "", "steps": 2, "scale": 3.0, "sampler": "ddim", "seed": 1}
     first = pipe.draw(["x"], **settings)
@@ -128,6 +133,22 @@ def test_from_python_it_is_saved_in_either_format(dit_folder, tmp_path):
         pipe.save(tmp_path / "x", format="onnx")
     with pytest.raises(ValueError, match="dtype is 'int8', expected fp32, bf16, fp16"):
         pipe.save(tmp_path / "x", dtype="int8")
+
+
+def test_a_lora_is_rounded_once(tmp_path):
+    """In bfloat16 too, the weight is that of float32, rounded: many small changes are not lost one by one."""
+    write_folder(stable_diffusion(1), tmp_path / "a", dtype=torch.float32)
+    name, generator = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", torch.Generator().manual_seed(0)
+    for i in range(8):
+        down, up = 0.02 * torch.randn(2, 64, 1, generator=generator)
+        factors = {f"unet.{name}.lora_A.weight": down.T.contiguous(), f"unet.{name}.lora_B.weight": up.clone()}
+        save_file(factors, tmp_path / f"{i}.safetensors")
+    loras = [(tmp_path / f"{i}.safetensors", 0.7) for i in range(8)]
+    exact, rounded = (
+        TextToImage.load(tmp_path / "a", lora=loras, dtype=dtype).denoiser.get_parameter(f"{name}.weight")
+        for dtype in ("fp32", "bf16")
+    )
+    assert rounded.dtype == torch.bfloat16 and torch.equal(exact.bfloat16(), rounded)
 
 
 def test_saved_after_a_lora_it_draws_as_with_it(tmp_path):
@@ -144,7 +165,8 @@ def test_saved_after_a_lora_it_draws_as_with_it(tmp_path):
     assert torch.allclose(weights[1] - weights[0], 0.5 * factors[1] @ factors[0].T, atol=1e-6)
 
 
-RECORDS = [
+RECORDS: list[dict] = [
+    {"note": "no step"},
     {"step": 0, "held_out_loss": 1.9},
     {"step": 50, "loss": 1.2, "lr": 0.001},
     {"step": 100, "held_out_loss": 0.71234},
@@ -157,7 +179,7 @@ def run(dit_folder, tmp_path) -> Path:
     shutil.copytree(dit_folder, tmp_path / "run" / "model")
     config = load_config(TrainConfig, Path(__file__).parents[2] / "configs" / "demo.yaml")
     (tmp_path / "run" / "model" / "foundry.yaml").write_text(dump(config))
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS) + '{"half": ')
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS) + '{"half": }')
     (tmp_path / "run" / "samples").mkdir()
     for step in (0, 100):
         (tmp_path / "run" / "samples" / f"step_{step:07d}.png").write_bytes(b"png of step %d" % step)
@@ -202,6 +224,16 @@ def test_the_card_of_an_export_is_carried_along_and_others_are_made_without_a_ru
     assert "## Training" not in card and "samples.png" not in card and "# third" in card
 
 
+def test_the_card_of_a_model_for_inpainting_asks_for_a_mask():
+    card = model_card(stable_diffusion(1, inpainting=True), name="x")
+    assert (
+        "image=image, mask_image=mask)" in card
+        and "n=4, image=image, mask=mask)" in card
+        and "--mask mask.png`" in card
+    )
+    assert "mask" not in model_card(stable_diffusion(1), name="x")
+
+
 def test_an_average_that_was_never_kept_is_exported_by_its_length(dit_folder, tmp_path):
     """Of two snapshots of step 100, with lengths 0.05 and 0.1, the first itself comes back for its own length."""
     shutil.copytree(dit_folder, tmp_path / "run" / "model")
@@ -212,3 +244,13 @@ def test_an_average_that_was_never_kept_is_exported_by_its_length(dit_folder, tm
     assert export_command(str(tmp_path / "run"), str(tmp_path / "out"), "--ema", "0.05") == 0
     found = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.allclose(found[name], weights[name] + 1, atol=1e-5) for name in weights)
+
+
+def test_the_card_of_such_an_average_does_not_tell_of_the_runs_own(run, tmp_path):
+    weights = load_file(run / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    for length in (0.05, 0.1):
+        write_snapshot(weights, run, Snapshot(100, length))
+    assert export_command(str(run), str(tmp_path / "out"), "--ema", "0.07") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| averaged weights | of relative length 0.07 |" in card
+    assert "held-out" not in card and "samples.png" not in card and not (tmp_path / "out" / "assets").exists()

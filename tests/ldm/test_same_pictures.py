@@ -142,6 +142,18 @@ def test_inpainting(folders, kind, sampler, strength):
     assert_same(found, expected)
 
 
+def test_what_stock_eulers_start_and_ddims_grid_make_is_small(folders):
+    """diffusers' own Euler from sigma n, and DDIM at 30 steps, which leaves its own grid: near, and not the same."""
+    settings = {"height": 32, "width": 32, "guidance_scale": 1.0}
+    for sampler, scheduler, steps in (("euler", EulerDiscreteScheduler, 8), ("ddim", DDIMScheduler, 30)):
+        pipe = their_pipeline(folders["sd1"], DiffusionPipeline)
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **({"clip_sample": False} if steps == 30 else {}))
+        generator = [torch.Generator().manual_seed(SEED)]
+        expected = pipe(PROMPT, num_inference_steps=steps, generator=generator, output_type="np", **settings).images[0]
+        found = ours(folders["sd1"], sampler, scale=1.0, steps=steps)
+        assert 1e-4 < (found - torch.from_numpy(expected).permute(2, 0, 1)).abs().max() < 0.02
+
+
 def test_a_picture_of_another_size_is_fitted_as_there(folders):
     image, mask = picture(size=(50, 41)), picture(mode="L", size=(50, 41))
     size = {"height": 40, "width": 48}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from painting import pngs
 from PIL import Image
 
+from ldm.diffusion import Prediction
+from ldm.flags import PREDICTIONS
 from ldm.options import DrawOptions
 from ldm.png import read_recipes
 
@@ -41,11 +44,19 @@ def test_a_picture_to_begin_with(command, model, pictures):
 def test_a_mask(command, model, pictures, words):
     assert command("--prompt", "x", words[0], "photo.png", words[1], "mask.png", "--H", "64", "--W", "32")[0] == 0
     (call,) = model.calls
-    assert (call["mask"], call["strength"], call["height"], call["width"]) == ((50, 41), None, 64, 32)
-    assert read_recipes(Path("outputs/samples/00000.png"))[0].mask == short_hash("mask.png")
+    assert (call["mask"], call["strength"], call["height"], call["width"]) == ((50, 41), 1.0, 64, 32)
+    recipe = read_recipes(Path("outputs/samples/00000.png"))[0]
+    assert (recipe.mask, recipe.strength) == (short_hash("mask.png"), 1.0)
+
+
+def test_the_usual_strength_is_recorded_too(command, model, pictures):
+    assert command("--prompt", "x", "--init-img", "photo.png")[0] == 0
+    assert read_recipes(Path("outputs/samples/00000.png"))[0].strength == model.calls[0]["strength"] == 0.75
 
 
 def test_what_is_put_together_with_the_model(command, model):
+    for name in ("a.safetensors", "b.safetensors", "v.ckpt"):
+        Path(name).write_text(name)
     words = (
         "--lora",
         "a.safetensors:0.8",
@@ -65,9 +76,15 @@ def test_what_is_put_together_with_the_model(command, model):
         "prediction": "v",
     }
     recipe = read_recipes(Path("outputs/samples/00000.png"))[0]
-    assert (recipe.loras, recipe.vae) == ("a.safetensors:0.8, b.safetensors", "v.ckpt")
+    loras = f"a.safetensors:0.8 {short_hash('a.safetensors')}, b.safetensors {short_hash('b.safetensors')}"
+    assert (recipe.loras, recipe.vae) == (loras, f"v.ckpt {short_hash('v.ckpt')}")
+    assert (recipe.prediction, recipe.ema) == ("v", False)
     with Image.open("outputs/samples/00000.png") as image:
-        assert 'VAE: v.ckpt, Lora: "a.safetensors:0.8, b.safetensors", Version' in image.info["parameters"]
+        assert f'VAE: {recipe.vae}, Lora: "{loras}", Version' in image.info["parameters"]
+
+
+def test_predictions_are_those_that_there_are():
+    assert get_args(Prediction) == PREDICTIONS
 
 
 def test_nothing_of_it_by_default(command, model):
@@ -97,6 +114,9 @@ def test_weighted_words(command, model):
         (["--init-img", "photo.png", "--strength", "nan"], "--strength is nan, expected above 0 and at most 1"),
         (["--init-img", "photo.png", "--H", "30"], "height is 30, expected a multiple of 8, as 24 or 32"),
         (["--lora", "a.safetensors:1000"], "1000"),
+        (["--lora", "nowhere:0.5"], "--lora: there is nothing at nowhere"),
+        (["--vae", "nowhere"], "--vae: there is nothing at nowhere"),
+        (["--init-img", "photo.png", "--strength", "0.01"], "--strength 0.01 leaves none of 30 steps"),
         (["--prediction", "magic"], "invalid choice: 'magic'"),
         (["--weighting", "compel"], "invalid choice: 'compel'"),
         (["--weighting", "a1111", "--negative-prompt", "(x:1000)"], "'x' has weight 1000"),

@@ -142,7 +142,10 @@ def test_an_index_without_one_of_its_files(tmp_path):
     [
         ({"_class_name": "StableDiffusionXLPipeline"}, "asks for a 'StableDiffusionXLPipeline', expected one of"),
         ({"_class_name": "MyPipeline"}, "asks for a 'MyPipeline'"),
-        ({"unet": ["my_module", "MyUNet"]}, r"asks for unet of \['my_module', 'MyUNet'\]: refused"),
+        (
+            {"unet": ["my_module", "MyUNet"]},
+            r"asks for unet of \['my_module', 'MyUNet'\]: refused; only diffusers.UNet2D",
+        ),
         ({"custom_pipeline": "evil"}, r"asks for code of its own \(custom_pipeline\): refused"),
         ({"auto_map": {"AutoModel": "x.Y"}}, r"asks for code of its own \(auto_map\): refused"),
     ],
@@ -151,6 +154,43 @@ def test_a_folder_that_asks_for_other_classes(change, message, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(model_index("unet") | change))
     with pytest.raises(ValueError, match=f"model_index.json {message}"):
         check_index(tmp_path)
+
+
+def test_parts_that_are_not_read_may_be_anybodys(tmp_path):
+    """A safety checker, say: it stays where it is."""
+    change = {"feature_extractor": ["transformers.models.clip", "X"], "safety_checker": ["stable_diffusion", "Y"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(model_index("unet") | change))
+    check_index(tmp_path)
+
+
+def test_configs_of_before_diffusers_wrote_its_defaults_down(tmp_path):
+    """Stable Diffusion 1's first folders have no norm_num_groups, which is 32; PixArt's name a Transformer2DModel."""
+    write_folder(stable_diffusion(1), tmp_path / "a", **FP32)
+    write_folder(stable_diffusion(transformer=True), tmp_path / "b", **FP32)
+    for part, keys in (("vae", ["norm_num_groups"]), ("unet", ["norm_num_groups", "attention_head_dim"])):
+        path = tmp_path / "a" / part / "config.json"
+        content = {key: value for key, value in json.loads(path.read_text()).items() if key not in keys}
+        path.write_text(json.dumps(content))
+    path = tmp_path / "b" / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "Transformer2DModel"}))
+    assert read_folder(tmp_path / "a", **FP32).config == UNETS[1]
+    assert read_folder(tmp_path / "b", **FP32).describe().startswith("a DiT of 2 blocks")
+
+
+def test_a_folder_that_was_downloaded_is_no_older_export(tmp_path):
+    write_folder(stable_diffusion(1), tmp_path / "a", **FP32)
+    (tmp_path / "a" / "foundry.yaml").unlink()  # which nobody else writes
+    with pytest.raises(ValueError, match="a exists and is no export of this program"):
+        write_folder(stable_diffusion(1), tmp_path / "a", **FP32)
+
+
+def test_nothing_is_written_that_overflows(tmp_path):
+    parts = stable_diffusion(1)
+    with torch.no_grad():
+        parts.denoiser.get_parameter("conv_in.weight")[0, 0, 0, 0] = 1e5
+    with pytest.raises(FloatingPointError, match=r"conv_in\.weight holds NaN, or more than float16 can"):
+        write_folder(parts, tmp_path / "a", dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_version_is_called_by_its_name():
@@ -175,6 +215,15 @@ def test_opening_reads_nothing(tmp_path):
     with path.open("r+b") as file:  # the same file, not another of its name
         file.write(content)
     assert mapped["b"][0] == 3.0
+
+
+def test_large_numbers_whose_sum_overflows_are_no_damage(tmp_path):
+    tensors = {"half": torch.full((100,), 60_000.0).half(), "full": torch.full((100,), 3e38)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    found = open_weights(tmp_path / "w.safetensors").read(torch.float32)
+    assert all(torch.equal(found[name], tensors[name].float()) for name in tensors)
+    narrow = open_weights(tmp_path / "w.safetensors").read(torch.float16)  # the file is sound, if too wide
+    assert narrow["full"].isinf().all()
 
 
 def test_conversion_goes_in_groups_and_gives_the_same(tmp_path, monkeypatch):

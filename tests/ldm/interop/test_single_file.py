@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,65 @@ def test_a_table_of_noise_levels_must_be_the_paths(tmp_path):
     assert read_single_file(path, **FP32).model.path == zero
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_table_in_another_precision_is_the_paths_still(stored, tmp_path):
+    tensors = {name: t.to(stored) for name, t in with_what_training_leaves(foreign(stable_diffusion(1))).items()}
+    assert read_single_file(as_safetensors(tensors, tmp_path / "m"), **FP32).model.path == ScaledLinearBetaPath()
+    near = ScaledLinearBetaPath(beta_end=0.02).alpha(torch.arange(1, 1001) / 1000) ** 2
+    path = as_safetensors(tensors | {"alphas_cumprod": near.to(stored)}, tmp_path / "m")
+    with pytest.raises(ValueError, match="was trained on another schedule"):
+        read_single_file(path, **FP32)
+
+
+def test_a_scale_that_was_measured_is_in_the_file(tmp_path):
+    """CompVis's training keeps it as a buffer where it was measured; a YAML beside the file says it louder."""
+    tensors = foreign(stable_diffusion(1)) | {"scale_factor": torch.tensor(0.5)}
+    path = as_safetensors(tensors, tmp_path / "m")
+    assert read_single_file(path, **FP32).model.vae.config.latent_std == (2.0,) * 4
+    path.with_suffix(".yaml").write_text(yaml_saying(scale_factor=0.25))
+    assert read_single_file(path, **FP32).model.vae.config.latent_std == (4.0,) * 4
+
+
+def test_what_an_old_fine_tuning_left_is_no_hindrance(tmp_path):
+    tensors = foreign(stable_diffusion(1)) | {"embedding_manager.string_to_param_dict.x": torch.ones(1, 768)}
+    assert read_single_file(as_safetensors(tensors, tmp_path / "m"), **FP32).model.prediction == "eps"
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "edm"])
+def test_a_prediction_that_the_path_does_not_have(prediction, tmp_path):
+    path = as_safetensors(foreign(stable_diffusion(1)), tmp_path / "m")
+    with pytest.raises(ValueError, match=f"prediction '{prediction}' on path 'scaled_linear_beta'"):
+        read_single_file(path, **FP32, prediction=prediction)
+
+
+def test_asking_for_other_weights_than_the_averages_is_answered_where_there_are_none(tmp_path):
+    path = as_safetensors(foreign(stable_diffusion(1)), tmp_path / "m")
+    assert "averaged weights (EMA) are not in it" in read_single_file(path, **FP32, ema=False).describe()
+    assert "EMA" not in read_single_file(path, **FP32).describe()
+
+
+def test_a_network_that_answers_with_a_picture_predicts_v(tmp_path):
+    """alpha eps - sigma x0 at the last timestep, alpha = 0.068: a little noise, and a picture."""
+    parts = stable_diffusion(2)
+    answering_with_the_noise(parts.denoiser)
+    with torch.no_grad():
+        parts.denoiser.get_parameter("conv_out.weight").mul_(0.068)
+        parts.denoiser.get_parameter("conv_out.bias").copy_(torch.tensor([1.0, -1.0, 0.5, -0.5]))
+    found = read_single_file(as_safetensors(foreign(parts), tmp_path / "m"), **FP32)
+    assert found.model.prediction == "v" and "noise in its answer: 0.0" in found.describe()
+
+
+def test_zero_terminal_snr_is_told_to_others_by_its_mark(tmp_path):
+    path = ScaledLinearBetaPath(zero_terminal_snr=True)
+    write_single_file(stable_diffusion(2, prediction="v", path=path), tmp_path / "m.safetensors", **FP32)
+    tensors = {name: tensor.clone() for name, tensor in open_weights(tmp_path / "m.safetensors").tensors.items()}
+    assert tensors["v_pred"].numel() == tensors["ztsnr"].numel() == 0
+    (tmp_path / "m.yaml").unlink()
+    save_file(tensors, tmp_path / "m.safetensors")
+    found = read_single_file(tmp_path / "m.safetensors", **FP32)
+    assert (found.model.path, found.model.prediction) == (path, "v")
+
+
 def test_the_native_size_is_in_the_header(tmp_path):
     save_file(foreign(stable_diffusion(1)), tmp_path / "m.safetensors", metadata={"modelspec.resolution": "768x768"})
     assert read_single_file(tmp_path / "m.safetensors", **FP32).sample_size == 192  # this autoencoder is f4
@@ -333,6 +393,7 @@ def test_the_yaml_beside_it_describes_the_network(tmp_path):
         ({"transformer": True}, "m.safetensors", "a DiT has no single-file layout"),
         ({"path": CosinePath()}, "m.safetensors", "eps on path cosine has no words in a single file"),
         ({"prediction": "x0"}, "m.safetensors", "x0 on path scaled_linear_beta has no words"),
+        ({"wide": True}, "m.safetensors", r"the U-Net's widths \(64, 96\) are no multiples of the first"),
         ({}, "m.ckpt", "m.ckpt does not end in .safetensors"),
         ({}, "taken.safetensors", "taken.safetensors exists and is no export of this program"),
         ({}, "letter.safetensors", "letter.yaml exists and is no export of this program"),
@@ -342,8 +403,11 @@ def test_what_a_single_file_cannot_hold_or_replace(parts, name, message, tmp_pat
     save_file({"a": torch.ones(1)}, tmp_path / "taken.safetensors")
     (tmp_path / "letter.yaml").write_text("dear: reader")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    model = stable_diffusion(1, **{key: value for key, value in parts.items() if key != "wide"})
+    if "wide" in parts:
+        model = replace(model, config=replace(UNETS[1], block_out_channels=(64, 96)))
     with pytest.raises(ValueError, match=message):
-        write_single_file(stable_diffusion(1, **parts), tmp_path / name, **FP32)
+        write_single_file(model, tmp_path / name, **FP32)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
