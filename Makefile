@@ -30,9 +30,10 @@ test: $(VENV)/installed-dev
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
 
-# Those of docs/mathematics.md: seconds.
+# Those of docs/mathematics.md and docs/interchange.md: seconds.
 pictures: $(VENV)/installed-dev
 	$(BIN)/python docs/mathematics_pictures.py
+	$(BIN)/python docs/editing_picture.py
 
 # Breaks each coefficient of the mathematics, one at a time, and tells which of these mistakes no test finds: half an hour.
 MUTATE := $(BIN)/python benchmarks/mutation.py

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data.loader import CaptionedImages, DataConfig
 from ldm import TextToImage
@@ -81,6 +82,18 @@ def test_the_autoencoder_reaches_28_decibels(pipe):
     with torch.no_grad():
         decibels = psnr(pipe.model.decode(pipe.model.vae.encode(batch.pixels).mean), batch.pixels)
     assert decibels.mean() >= 28
+
+
+def test_inpainting_keeps_what_is_black_and_paints_what_is_white(pipe):
+    (begun,) = pipe("a noto emoji of Santa Claus, medium skin tone", seed=7, steps=10)
+    mask = Image.new("L", begun.size, "black")
+    mask.paste("white", (0, 0, 64, 32))
+    drawn_on = pipe.canvas(begun, mask)
+    settings: dict[str, Any] = {"negative_prompt": "", "steps": 10, "scale": 5.0, "sampler": "dpmpp_2m", "seed": 1}
+    prompt = "a noto emoji of woman, medium skin tone, red hair"
+    change = (pipe.draw([prompt], drawn_on=drawn_on, **settings) - drawn_on.pixels).abs().mean(dim=(0, 1, 3))  # a row
+    assert change[40:].mean() < 0.06  # what the autoencoder loses
+    assert change[:28].mean() > 4 * change[40:].mean()
 
 
 def test_diffusers_draws_the_same_picture_offline(pipe, monkeypatch):
