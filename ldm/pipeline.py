@@ -162,8 +162,8 @@ class TextToImage:
         1). mask: what is white is drawn anew, what is black is kept; a model for inpainting needs one.
 
         scale: 1 is no guidance, more follows the prompt more closely. height, width: pixels, multiples of `factor`
-        (default: the image's own, or what the model was trained at). options: eta, time grid and guidance's variants.
-        progress(done, all) is called after each denoising step.
+        (default: the image's own, or what the model was trained at). options: eta, time grid, guidance's variants, and
+        whether brackets weigh words. progress(done, all) is called after each denoising step.
         Raises ValueError, naming the value, for what cannot be drawn.
         """
         if n < 1:
@@ -188,8 +188,6 @@ class TextToImage:
         if image is None:
             if mask is not None or strength is not None:
                 raise ValueError(f"{'a mask' if mask else 'a strength'} needs a picture: give an image to begin with")
-            if self.parts.for_inpainting:
-                raise ValueError(f"{self.name} is made for inpainting: give it an image and a mask")
             return None
         if mask is None and self.parts.for_inpainting:
             raise ValueError(f"{self.name} is made for inpainting: give a mask too, white where it is to paint")
@@ -242,6 +240,8 @@ class TextToImage:
     def _begin(
         self, drawn_on: Canvas | None, generators: Sequence[torch.Generator], times: Tensor, size: tuple[int, int]
     ) -> Start:
+        if drawn_on is None and self.parts.for_inpainting:
+            raise ValueError(f"{self.name} is made for inpainting: give it an image and a mask")
         if drawn_on is None:
             return Start(x=self.model.prior(self.model.noise(generators, size=size), times))
         return begin(self.model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)

@@ -32,9 +32,7 @@ class Weights:
     """Tensors that lie in files. What is wrong with one is a ValueError that names the file and the tensor."""
 
     files: tuple[Path, ...]
-    tensors: dict[
-        str, Tensor
-    ]  # mapped: names, shapes and precisions cost nothing, numbers are read when they are asked
+    tensors: dict[str, Tensor]  # mapped: names, shapes and precisions cost nothing, numbers come when they are asked
     # Maps the files anew: what has been read through a mapping stays in memory until the mapping is let go.
     remap: Callable[[], dict[str, Tensor]]
     metadata: Mapping[str, str]  # of a safetensors file alone
