@@ -5,6 +5,7 @@ B batch, C latent channels, H x W pixels, h x w latents. White (1) in a mask is 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,10 @@ def read_picture(path: Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture {path}: give a PNG, JPEG or WebP file")
     try:
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is told of below
+            opened = Image.open(path, formats=["PNG", "JPEG", "WEBP"])
+        with opened as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all")
             image.load()

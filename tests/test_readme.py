@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from stable_diffusion import stable_diffusion
 
 import txt2img
+from ldm import export
+from ldm.commands import run_command
 from ldm.interop.folder import write_folder
 from ldm.interop.single_file_export import single_file_tensors
 
@@ -107,15 +109,19 @@ def theirs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("command", THEIR_WEIGHTS, ids=lambda command: " ".join(command.split()[1:5]))
-def test_commands_for_stable_diffusions_weights(command, theirs):
-    """In the README's order: what one writes, the next may read."""
+def test_commands_for_stable_diffusions_weights(command, theirs, capsys):
+    """In the README's order: what one writes, the next may read. In this process, which has all imports already."""
     words = [str(theirs / word) if THEIR_FILE.match(word) else word for word in shlex.split(command)]
     short = ["--outdir", str(theirs / "out"), "--steps", "3", "--n-samples", "1"] if "txt2img.py" in words else []
     if short and "--init-img" not in words:
         short += ["--H", "32", "--W", "32"]
-    finished = run(shlex.join(words), *short)
-    assert finished.returncode == 0, finished.stderr
-    assert "sheet" in finished.stdout if short else (theirs / words[4]).exists()
+    if short:
+        code = run_command(txt2img.main, txt2img.build_parser(), [*words[2:], *short])
+    else:
+        code = run_command(export.main, export.arguments(), words[3:])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert "sheet" in shown.out if short else (theirs / words[4]).exists()
 
 
 def test_the_demo_draws_six_prompts():
