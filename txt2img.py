@@ -99,19 +99,26 @@ def read_begun(args: Namespace) -> Begun:
             if given is not None:
                 raise ValueError(f"{option} is of a picture to begin with: give --init-img too")
         return Begun()
-    from ldm.editing import IMAGE_STRENGTH, MASK_STRENGTH, read_picture
+    from ldm.editing import read_picture, usual_strength
 
-    if args.strength is not None and not 0 < args.strength <= 1:
-        raise ValueError(f"--strength is {args.strength}, expected above 0 and at most 1")
+    try:
+        strength = usual_strength(args.strength, masked=args.mask is not None)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
     mask = None if args.mask is None else read_picture(args.mask)
-    strength = args.strength if args.strength is not None else IMAGE_STRENGTH if mask is None else MASK_STRENGTH
     return Begun(read_picture(args.init_img), mask, strength)
 
 
 def check_begins(request: Request, begun: Begun) -> None:
     """Raise ValueError if so little strength leaves no step to take."""
-    if begun.image is not None and int(request.steps * begun.strength) < 1:
-        raise ValueError(f"{request.place}--strength {begun.strength} leaves none of {request.steps} steps")
+    if begun.image is None:
+        return
+    from ldm.editing import steps_left
+
+    try:
+        steps_left(request.steps, begun.strength)
+    except ValueError as error:
+        raise ValueError(f"{request.place}--{error}") from error
 
 
 def check_arguments(args: Namespace) -> list[Request]:
@@ -218,9 +225,11 @@ def check_model_serves(ckpt: Path, requests: list[Request]) -> None:
 
 def check_size(request: Request, pipe: TextToImage, begun: Begun) -> Request:
     """The request with a definite size, or ValueError if the model cannot draw it."""
-    width, height = (pipe.native_size,) * 2
+    height = width = pipe.native_size
     if begun.image is not None:
-        width, height = (max(side // pipe.factor, 1) * pipe.factor for side in begun.image.size)
+        from ldm.editing import fitting
+
+        height, width = fitting(begun.image, pipe.factor)
     height, width = request.height or height, request.width or width
     for name, side in (("height", height), ("width", width)):
         if side % pipe.factor:

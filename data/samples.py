@@ -45,9 +45,13 @@ def decode_pixels(raw: RawSample, image_size: int) -> torch.Tensor:
             picture = over_white(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadSampleError(f"the image does not decode ({str(error).splitlines()[0]})") from error
-    picture = square(picture, image_size)
-    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return flat.view(image_size, image_size, 3).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+    return to_pixels(square(picture, image_size))
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """An RGB image as 3 x H x W, float32 in [-1, 1]."""
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.height, image.width, 3).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
 def over_white(image: Image.Image) -> Image.Image:

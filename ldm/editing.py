@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.samples import eight_bits, over_white
+from data.samples import eight_bits, over_white, to_pixels
 from ldm.diffusion import PathConfig, noise_sample
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.samplers import Denoise, LearnedDenoise, noise_like
+from ldm.samplers import Denoise, LearnedDenoise
+from vae import DiagonalGaussian
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,36 +68,52 @@ def read_picture(path: Path) -> Image.Image:
         raise ValueError(f"{path} is not a whole PNG, JPEG or WebP picture ({error}): give another") from error
 
 
+def usual_strength(strength: float | None, *, masked: bool) -> float:
+    """The strength given, or what is usual without a mask, and with one. Raises ValueError for one out of range."""
+    if strength is None:
+        return MASK_STRENGTH if masked else IMAGE_STRENGTH
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}, expected above 0 and at most 1 (0: nothing may change, 1: all)")
+    return strength
+
+
+def fitting(image: Image.Image, factor: int) -> tuple[int, int]:
+    """Height and width of an image, rounded down to multiples of the factor."""
+    height, width = (max(side // factor, 1) * factor for side in (image.height, image.width))
+    return height, width
+
+
 def canvas(image: Image.Image, mask: Image.Image | None, strength: float | None, *, size: tuple[int, int]) -> Canvas:
     """The picture and the mask at height x width = size. Raises ValueError for a strength out of range."""
-    if strength is None:
-        strength = IMAGE_STRENGTH if mask is None else MASK_STRENGTH
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}, expected above 0 (the picture as it is) and at most 1 (all noise)")
-    pixels = pixels_of(over_white(image), size) / 127.5 - 1.0
-    chosen = None if mask is None else (pixels_of(eight_bits(mask).convert("L"), size) >= 127.5).float()
+    strength = usual_strength(strength, masked=mask is not None)
+    pixels = to_pixels(resized(over_white(image), size))[None]
+    chosen = None
+    if mask is not None:
+        grey = resized(eight_bits(mask).convert("L"), size)
+        chosen = (torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8) >= 128).float().view(1, 1, *size)
     return Canvas(pixels=pixels, mask=chosen, strength=strength)
 
 
-def pixels_of(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A picture of one or three channels at height x width = size, 1 x C x H x W in 0..255."""
-    import numpy as np
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image at height x width = size, as it is where it has that already."""
     from PIL import Image
 
     height, width = size
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    values = torch.from_numpy(np.asarray(image, dtype=np.float32).copy())
-    return values.reshape(height, width, -1).permute(2, 0, 1)[None]
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def steps_left(steps: int, strength: float) -> int:
+    """How many of a grid's steps are taken: int(steps x strength). Raises ValueError if not one is."""
+    left = int(steps * strength)
+    if left < 1:
+        raise ValueError(f"strength {strength} leaves none of {steps} steps: give more of either")
+    return left
 
 
 def remaining(times: Tensor, strength: float) -> Tensor:
-    """The grid's last int(steps x strength) steps. Raises ValueError if not one is left."""
+    """The grid's last steps. Raises ValueError if not one is left."""
     steps = len(times) - 1
-    kept = int(steps * strength)
-    if kept < 1:
-        raise ValueError(f"strength {strength} leaves none of {steps} steps: give more of either")
-    return times[steps - kept :]
+    return times[steps - steps_left(steps, strength) :]
 
 
 @torch.no_grad()
@@ -114,16 +131,15 @@ def begin(
     needs `keeping`. With a mask and strength 1 the start is noise alone. The random numbers come in diffusers' order.
     """
     dtype, device = next(model.vae.parameters()).dtype, model.device
+    size = tuple(side // model.vae.config.factor for side in drawn_on.pixels.shape[2:])
 
     def latents(pixels: Tensor) -> Tensor:
-        posterior = model.vae.encode(pixels.to(device, dtype))
-        shape = (len(generators), *posterior.mean.shape[1:])
-        eps = noise_like(torch.empty(shape, device=device), generators)
-        return posterior.mean.float() + torch.exp(0.5 * posterior.logvar.float()) * eps  # B x C x h x w
+        found = model.vae.encode(pixels.to(device, dtype))
+        posterior = DiagonalGaussian(found.mean.float(), found.logvar.float())
+        return posterior.sample(model.noise(generators, size=size))  # B x C x h x w
 
     from_noise = drawn_on.mask is not None and drawn_on.strength == 1
     z = None if from_noise and for_inpainting else latents(drawn_on.pixels)
-    size = tuple(side // model.vae.config.factor for side in drawn_on.pixels.shape[2:])
     noise = model.noise(generators, size=size)
     x = model.prior(noise, times) if from_noise or z is None else noise_sample(z, noise, model.path, times[0])
     if drawn_on.mask is None:

@@ -59,16 +59,17 @@ def read_source(source: Path, ema: bool | float) -> Parts:
     of a run's snapshots. Raises ValueError or FileNotFoundError for what is not there."""
     import torch
 
-    from ldm.ema import Snapshot
+    from ldm.ema import Snapshot, mixture
     from ldm.interop.model import read_model
-    from ldm.interop.snapshots import averaged_parts, read_snapshots
+    from ldm.interop.snapshots import mixed_parts, read_snapshots
 
     if isinstance(ema, bool):
         return read_model(source, dtype=torch.float32, ema=ema)
     known = read_snapshots(source)
     if not known:
         raise ValueError(f"{source} holds no snapshots, of which --ema {ema} could be made: give yes, or no")
-    return averaged_parts(source, Snapshot(max(snapshot.step for snapshot in known), ema))[0]
+    made = mixture(list(known), Snapshot(max(snapshot.step for snapshot in known), ema))
+    return mixed_parts(source, list(known.values()), made.shares)
 
 
 def arguments() -> argparse.ArgumentParser:

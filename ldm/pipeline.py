@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.denoisers import attention_length, describe_attention
 from ldm.diffusion import Prediction
-from ldm.editing import Canvas, Start, begin, canvas, keeping, remaining
+from ldm.editing import Canvas, Start, begin, canvas, fitting, keeping, remaining
 from ldm.grids import to_images
 from ldm.interop.folder import write_folder
 from ldm.interop.model import Lora, model_name, read_model
@@ -115,8 +115,7 @@ class TextToImage:
             ema=ema,
             prediction=prediction,
         )
-        assert isinstance(parts.model.text_encoder, nn.Module)
-        for network in (parts.denoiser, parts.model.vae, parts.model.text_encoder):
+        for network in parts.networks:
             network.eval().requires_grad_(False).to(device=place)
         return cls(parts, name=model_name(Path(path)))
 
@@ -191,10 +190,10 @@ class TextToImage:
             return None
         if mask is None and self.parts.for_inpainting:
             raise ValueError(f"{self.name} is made for inpainting: give a mask too, white where it is to paint")
-        size = [given or max(side // self.factor, 1) * self.factor
-                for given, side in ((height, image.height), (width, image.width))]  # fmt: skip
+        own_height, own_width = fitting(image, self.factor)
+        size = height or own_height, width or own_width
         self._latent_size(*size)
-        return canvas(image, mask, strength, size=(size[0], size[1]))
+        return canvas(image, mask, strength, size=size)
 
     def draw(
         self,

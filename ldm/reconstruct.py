@@ -26,20 +26,22 @@ TOLERANCE = 0.1  # error of a profile that is told of
 def main(args: argparse.Namespace) -> None:
     import torch
 
+    from ldm.ema import mixture
     from ldm.interop.folder import check_target, write_folder
-    from ldm.interop.snapshots import averaged_parts, read_snapshots
+    from ldm.interop.snapshots import mixed_parts, read_snapshots
 
     check_target(args.target)
-    known = list(read_snapshots(args.run))
-    wanted = check_wanted(args, known)
-    parts, error = averaged_parts(args.run, wanted)
-    print(f"mixed {len(known)} snapshots: the profile is off by {error:.2%}", flush=True)
-    if error > TOLERANCE:
+    known = read_snapshots(args.run)
+    wanted = check_wanted(args, list(known))
+    made = mixture(list(known), wanted)
+    print(f"mixing {len(known)} snapshots: the profile is off by {made.error:.2%}", flush=True)
+    if made.error > TOLERANCE:
         print(
-            f"warning: a step of which there is a snapshot (as {nearest_step(wanted, known)}), or a length "
+            f"warning: a step of which there is a snapshot (as {nearest_step(wanted, list(known))}), or a length "
             "nearer to those of the snapshots, would be met better",
             file=sys.stderr,
         )
+    parts = mixed_parts(args.run, list(known.values()), made.shares)
     write_folder(parts, args.target, dtype=torch.float32)
     print(f"wrote {args.target}")
 

@@ -198,10 +198,7 @@ def save_text_encoder(
     An encoder with `hidden="penultimate"` is shipped without its last layer, as Stable Diffusion 2 is. What
     is left gives the same context under `hidden="last"`, but not the same `pooled`, which that layer made.
     """
-    if isinstance(encoder, OpenClipTextEncoder):
-        weights = open_clip_to_transformers(encoder.state_dict())
-    else:
-        weights = {PREFIX + key: value for key, value in encoder.model.state_dict().items()}
+    weights = prefixed_weights(encoder)
     if _shipped(encoder.config).layers < encoder.config.layers:
         last = f"{PREFIX}encoder.layers.{encoder.config.layers - 1}."
         weights = {key: value for key, value in weights.items() if not key.startswith(last)}
@@ -213,22 +210,22 @@ def save_text_encoder(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load_text_encoder(
-    folder: str | Path,
-    hidden: Hidden = "last",
-    *,
-    weights: StateDict | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> TransformersTextEncoder:
-    """Read a diffusers `text_encoder/` folder as data, on the CPU.
+def prefixed_weights(encoder: TransformersTextEncoder | OpenClipTextEncoder) -> dict[str, Tensor]:
+    """An encoder's weights as those of CLIPTextModel, prefixed, whatever it is made of."""
+    if isinstance(encoder, OpenClipTextEncoder):
+        return open_clip_to_transformers(encoder.state_dict())
+    return {PREFIX + key: value for key, value in encoder.model.state_dict().items()}
+
+
+def load_text_encoder(folder: str | Path, hidden: Hidden = "last") -> TransformersTextEncoder:
+    """Read a diffusers `text_encoder/` folder as data, on the CPU in float32.
 
     Leave `hidden` at "last" for Stable Diffusion 1 and for Stable Diffusion 2, whose folders lack the last
-    layer; "penultimate" is for a complete OpenCLIP tower. weights: those of model.safetensors, if they were read
-    already, or lie elsewhere. Raises FileNotFoundError for a missing file, ValueError for a folder that holds no CLIP
-    text encoder or whose weights and configuration disagree.
+    layer; "penultimate" is for a complete OpenCLIP tower. Raises FileNotFoundError for a missing file,
+    ValueError for a folder that holds no CLIP text encoder or whose weights and configuration disagree.
     """
     folder = Path(folder)
-    for name in ("config.json",) if weights is not None else ("config.json", "model.safetensors"):
+    for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name} is missing; a text encoder's folder has config.json and model.safetensors"
@@ -241,8 +238,7 @@ def load_text_encoder(
         raise ValueError(f"{folder / 'config.json'} must hold a JSON object, not a {type(content).__name__}")
     try:
         config = read_text_encoder_config(content, hidden)
-        given = load_file(folder / "model.safetensors") if weights is None else weights
-        return text_encoder_from_weights(config, given, dtype=dtype)
+        return text_encoder_from_weights(config, load_file(folder / "model.safetensors"))
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from error
 

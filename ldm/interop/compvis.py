@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.denoisers import UNetConfig
+from ldm.interop.files import MAX_LAYERS, MAX_LEVELS
 from ldm.interop.layouts import Shapes
 from vae.autoencoder import AutoencoderKLConfig
 
@@ -43,10 +44,10 @@ VAE_MIDDLE = {
     "conv_norm_out": "norm_out",
     "conv_shortcut": "nin_shortcut",
 }
+EMA = "model_ema."
 HEADS_OF_CONVOLUTIONAL, HEAD_WIDTH_OF_LINEAR = 8, 64  # Stable Diffusion 1 and 2: no shape tells of the heads
 ENCODER_BLOCK = re.compile(r"encoder\.(?:down|down_blocks)\.(\d+)\.(?:block|resnets)\.(\d+)\.conv2\.weight")
 LONGEST = 200  # blocks on the way down
-MAX_LEVELS, MAX_LAYERS = 16, 32  # networks are made of these before their weights are compared
 
 
 def unet_names(ours: Iterable[str], config: UNetConfig) -> dict[str, str]:
@@ -86,7 +87,7 @@ def _unet_name(name: str, config: UNetConfig) -> str:
 
 def ema_name(theirs: str) -> str:
     """The average's name for a parameter under model.diffusion_model.: CompVis takes all dots out."""
-    return "model_ema." + f"diffusion_model.{theirs}".replace(".", "")
+    return EMA + f"diffusion_model.{theirs}".replace(".", "")
 
 
 def vae_names(ours: Iterable[str], config: AutoencoderKLConfig) -> dict[str, str]:

@@ -17,11 +17,26 @@ from text import (
     open_clip_to_transformers,
     transformers_to_open_clip,
 )
+from text.conversion import PREFIX
 from text.tokenizer import EOS_ID
 
 OPEN_CLIP, TRANSFORMERS = "model.", "transformer."
 HEAD_WIDTH = 64  # of every CLIP; no shape tells of it
 OPEN_CLIP_WIDTH = 1024  # of Stable Diffusion 2, in whichever layout
+# Which tensors tell of positions, of tokens, of the width within a layer; and what every layer's name starts with.
+OPEN_CLIP_NAMES = (
+    "positional_embedding",
+    "token_embedding.weight",
+    "transformer.resblocks.0.mlp.c_fc.weight",
+    re.compile(r"transformer\.resblocks\.(\d+)\."),
+)
+TRANSFORMERS_NAMES = (
+    "embeddings.position_embedding.weight",
+    "embeddings.token_embedding.weight",
+    "encoder.layers.0.mlp.fc1.weight",
+    re.compile(r"encoder\.layers\.(\d+)\."),
+)
+MAX_LAYERS = 256  # that are made before the weights are compared
 OPEN_CLIP_LAYERS = 24  # if all are there, the last is not asked: Stable Diffusion 2 takes the states before it
 
 
@@ -48,54 +63,32 @@ def find_conditioner(shapes: Shapes, told: TextEncoderConfig | None) -> Conditio
     if not is_open_clip and not any(".encoder.layers." in f".{name}" for name in shapes):
         known = sorted(shapes)[:3]
         raise ValueError(f"its text encoder is no CLIP (cond_stage_model. has {', '.join(known) or 'nothing'})")
-    prefixed = not is_open_clip and any(name.startswith(f"{TRANSFORMERS}text_model.") for name in shapes)
-    config = told or (_from_open_clip(shapes) if is_open_clip else _from_transformers(shapes, prefixed=prefixed))
+    prefix = OPEN_CLIP if is_open_clip else TRANSFORMERS
+    if not is_open_clip and any(name.startswith(f"{TRANSFORMERS}{PREFIX}") for name in shapes):
+        prefix = f"{TRANSFORMERS}{PREFIX}"
+    config = told or _from_shapes({name.removeprefix(prefix): shape for name, shape in shapes.items()}, is_open_clip)
     with torch.device("meta"):
         state = TransformersTextEncoder(config).model.state_dict()
-    if is_open_clip:
-        wanted = {OPEN_CLIP + name: tensor for name, tensor in transformers_to_open_clip(state).items()}
-    else:
-        inner = "text_model." * prefixed
-        wanted = {f"{TRANSFORMERS}{inner}{name}": tensor for name, tensor in flattened(state).items()}
-    return Conditioner(config, wanted, is_open_clip)
+    own = transformers_to_open_clip(state) if is_open_clip else flattened(state)
+    return Conditioner(config, {prefix + name: tensor for name, tensor in own.items()}, is_open_clip)
 
 
-def _from_open_clip(shapes: Shapes) -> TextEncoderConfig:
-    length, width = shapes[f"{OPEN_CLIP}positional_embedding"]
-    layers = _count(shapes, r"model\.transformer\.resblocks\.(\d+)\.")
+def _from_shapes(shapes: Shapes, is_open_clip: bool) -> TextEncoderConfig:
+    """Names without any prefix. A tower of OpenCLIP's width is OpenCLIP's, whatever its parameters are called."""
+    positions, tokens, hidden, layer = OPEN_CLIP_NAMES if is_open_clip else TRANSFORMERS_NAMES
+    length, width = shapes[positions]
+    found = [int(match[1]) for name in shapes if (match := layer.match(name))]
+    layers = min(1 + max(found, default=0), MAX_LAYERS)
+    is_second = is_open_clip or width == OPEN_CLIP_WIDTH
     return TextEncoderConfig(
         width=width,
         layers=layers,
         heads=max(1, width // HEAD_WIDTH),
-        intermediate_size=shapes[f"{OPEN_CLIP}transformer.resblocks.0.mlp.c_fc.weight"][0],
+        intermediate_size=shapes[hidden][0],
         context_length=length,
-        vocab_size=shapes[f"{OPEN_CLIP}token_embedding.weight"][0],
-        activation="gelu",
-        hidden="penultimate" if layers == OPEN_CLIP_LAYERS else "last",
-        projection_dim=None,
-        pad_id=0,
-    )
-
-
-def _from_transformers(shapes: Shapes, *, prefixed: bool) -> TextEncoderConfig:
-    inner = f"{TRANSFORMERS}{'text_model.' * prefixed}"
-    length, width = shapes[f"{inner}embeddings.position_embedding.weight"]
-    layers = _count(shapes, re.escape(inner) + r"encoder\.layers\.(\d+)\.")
-    is_second = width == OPEN_CLIP_WIDTH
-    return TextEncoderConfig(
-        width=width,
-        layers=layers,
-        heads=max(1, width // HEAD_WIDTH),
-        intermediate_size=shapes[f"{inner}encoder.layers.0.mlp.fc1.weight"][0],
-        context_length=length,
-        vocab_size=shapes[f"{inner}embeddings.token_embedding.weight"][0],
+        vocab_size=shapes[tokens][0],
         activation="gelu" if is_second else "quick_gelu",
         hidden="penultimate" if is_second and layers == OPEN_CLIP_LAYERS else "last",
         projection_dim=None,
         pad_id=0 if is_second else EOS_ID,
     )
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    found = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
-    return min(1 + max(found, default=0), 256)

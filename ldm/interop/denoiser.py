@@ -11,6 +11,7 @@ from torch import nn
 
 from ldm.denoisers import DenoiserConfig, DiT, DiTConfig, UNet, UNetConfig
 from ldm.interop.files import (
+    MAX_LAYERS,
     check_known,
     check_no_code,
     check_whole_numbers,
@@ -80,7 +81,7 @@ UNET_LIMITS = {
     "block_out_channels": 8192,
     "cross_attention_dim": 8192,
     "in_channels": 64,
-    "layers_per_block": 32,
+    "layers_per_block": MAX_LAYERS,
     "norm_num_groups": 1024,
     "out_channels": 64,
     "sample_size": 4096,
@@ -96,14 +97,7 @@ DIT_LIMITS = {
     "sample_size": 1024,
 }
 DIT_OF_OTHERS = {"dropout": 0.0, "attention_type": "default"}
-DIT_REST = (
-    "dropout",
-    "attention_type",
-    "cross_attention_dim",
-    "interpolation_scale",
-    "norm_num_groups",
-    "upcast_attention",
-)
+DIT_REST = ("cross_attention_dim", "interpolation_scale", "norm_num_groups", "upcast_attention")
 MAX_TABLE = 2**25  # numbers of the positions of native latents; PixArt for 2048 x 2048 pixels has half as many
 
 

@@ -17,7 +17,7 @@ from ldm.whole import whole_file
 
 SHOWN_KEYS = 5  # of a long list of wrong ones
 CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal")
-MAX_LEVELS = 16  # of a U-Net or an autoencoder
+MAX_LEVELS, MAX_LAYERS = 16, 32  # of a U-Net or an autoencoder: made of these before its weights are compared
 MAX_JSON_BYTES = 2**24  # an index of a million tensors would be larger
 RUN_MODEL = "model"  # folder of a run of ldm/train.py that holds its newest export
 

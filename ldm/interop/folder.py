@@ -23,11 +23,11 @@ from text import (
     TextEncoderConfig,
     TransformersTextEncoder,
     flattened,
-    load_text_encoder,
     load_tokenizer,
     read_text_encoder_config,
     save_text_encoder,
     save_tokenizer,
+    text_encoder_from_weights,
 )
 
 NOTES = "foundry.yaml"
@@ -61,11 +61,13 @@ def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | No
     tokenizer = load_tokenizer(folder / "tokenizer")
     loaded, vae = open_denoiser(part), open_vae(folder / "vae")
     text_folder = folder / "text_encoder"
-    check_parts_fit(loaded, vae, _text_config(text_folder / "config.json"), tokenizer, source=folder)
+    text_config = _text_config(text_folder / "config.json")
+    check_parts_fit(loaded, vae, text_config, tokenizer, source=folder)
     text_weights = _text_weights(text_folder)
     weights, of_vae = find_weights(part, WEIGHTS_STEM), vae_weights(folder / "vae")
     # The text encoder first: what is mapped of its files is let go before the larger parts come.
-    text_encoder = load_text_encoder(text_folder, weights=text_weights.read(dtype), dtype=dtype)
+    with described_by(text_folder):
+        text_encoder = text_encoder_from_weights(text_config, text_weights.read(dtype), dtype=dtype)
     fill(vae, of_vae, dtype=dtype)
     fill(loaded.network, weights, dtype=dtype)
     model = LatentDiffusion(

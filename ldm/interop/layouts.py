@@ -35,7 +35,7 @@ FOREIGN = (
             ".dora_scale",
         ),
         "which goes onto a model: give it with --lora",
-    ),  # fmt: skip
+    ),
     Foreign("a ControlNet", ("control_model.", "controlnet_", "input_hint_block.")),
     Foreign("a T2I-Adapter or IP-Adapter", ("ip_adapter.", "adapter.body.", "image_proj.")),
     Foreign("a motion module (AnimateDiff)", ("motion_modules.", "temporal_transformer.")),

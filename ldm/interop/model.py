@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from ldm.denoisers import UNetConfig
 from ldm.diffusion import Prediction
@@ -54,10 +53,8 @@ def read_model(
     for file, strength in lora:
         add_lora(parts, file, strength)
         parts = with_remark(parts, f"LoRA {file.name} by {strength:g}")
-    if lora:
-        assert isinstance(parts.model.text_encoder, nn.Module)
-        for network in (parts.denoiser, parts.model.vae, parts.model.text_encoder):
-            network.to(wanted)
+    for network in parts.networks if lora else ():
+        network.to(wanted)
     return parts
 
 
@@ -68,7 +65,6 @@ def add_lora(parts: Parts, file: Path, strength: float) -> None:
     if isinstance(parts.config, UNetConfig):
         names = {theirs: ours for ours, theirs in unet_modules(parts.denoiser, parts.config).items()}
     encoder = parts.model.text_encoder
-    assert isinstance(encoder, nn.Module)
     layers = read_lora(
         weights.tensors,
         weights.metadata,

@@ -40,6 +40,11 @@ class Parts:
     origin: Origin | None = field(default=None, compare=False)
 
     @property
+    def networks(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The denoiser, the autoencoder and the text encoder."""
+        return self.denoiser, self.model.vae, self.model.text_encoder
+
+    @property
     def for_inpainting(self) -> bool:
         """Whether the denoiser also takes a mask and the masked picture."""
         return denoiser_channels(self.denoiser) == inpainting_channels(self.model.vae)

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the second: torch's magic number, pickled
-
-
 MAX_PICKLE_BYTES = 2**26  # without the numbers, which lie beside it; Stable Diffusion's has 1 or 2 MB
 
 

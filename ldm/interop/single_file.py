@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import PathConfig, Prediction, ScaledLinearBetaPath
 from ldm.interop.compvis import (
+    EMA,
     as_matrix,
     ema_name,
     is_attention_of_vae,
@@ -46,10 +47,9 @@ from text import Tokenizer, TransformersTextEncoder, read_text_encoder_config, t
 from vae import AutoencoderKL
 from vae.autoencoder import STABLE_DIFFUSION_SCALE
 
-EMA = "model_ema."
 # What training left in such files: its tables, the averages' bookkeeping, and the networks that judged the autoencoder.
 LEFT_OVER = re.compile(
-    r"(model_ema\.(decay|num_updates)|(first_stage_)?model_ema\..*|first_stage_model\.loss\..*|logvar|lvlb_weights|betas|"
+    r"((first_stage_)?model_ema\..*|first_stage_model\.loss\..*|logvar|lvlb_weights|betas|"
     r"embedding_manager\..*|v_pred|ztsnr|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|scale_factor|"
     r"cond_stage_model\.(model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)|"
     r"cond_stage_model\.transformer\.(text_model\.)?(embeddings\.position_ids|text_projection\.weight))"

@@ -31,11 +31,10 @@ from ldm.whole import whole_file
 from text import (
     OpenClipTextEncoder,
     TransformersTextEncoder,
-    open_clip_to_transformers,
+    prefixed_weights,
     text_encoder_config_json,
     transformers_to_open_clip,
 )
-from text.conversion import PREFIX
 from text.tokenizer import clip_vocabulary
 
 SUFFIX = ".safetensors"
@@ -106,11 +105,8 @@ def single_file_tensors(parts: Parts) -> dict[str, Tensor]:
 
 def conditioner_tensors(parts: Parts) -> dict[str, Tensor]:
     encoder = parts.model.text_encoder
-    if isinstance(encoder, OpenClipTextEncoder):
-        weights = open_clip_to_transformers(encoder.state_dict())
-    else:
-        assert isinstance(encoder, TransformersTextEncoder)
-        weights = {PREFIX + name: tensor for name, tensor in encoder.model.state_dict().items()}
+    assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
+    weights = prefixed_weights(encoder)
     if encoder.config.activation == "gelu":
         return {OPEN_CLIP + name: tensor for name, tensor in transformers_to_open_clip(weights).items()}
     return {TRANSFORMERS + name: tensor for name, tensor in weights.items()}

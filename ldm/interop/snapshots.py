@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.ema import Snapshot, mixture
+from ldm.ema import Snapshot
 from ldm.interop.files import RUN_MODEL, load_strictly, write_weights
 from ldm.interop.folder import read_folder
 from ldm.interop.parts import Parts
@@ -50,10 +50,8 @@ def mixed(paths: Sequence[Path], shares: Sequence[float]) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in total.items()}
 
 
-def averaged_parts(run: Path, wanted: Snapshot) -> tuple[Parts, float]:
-    """The run's newest model with the weights of an average that was never kept, and by how much its profile is off."""
-    known = read_snapshots(run)
-    made = mixture(list(known), wanted)
+def mixed_parts(run: Path, paths: Sequence[Path], shares: Sequence[float]) -> Parts:
+    """The run's newest model with the weights of an average that was never kept, in these shares of those that were."""
     parts = read_folder(run / RUN_MODEL, dtype=torch.float32)
-    load_strictly(parts.denoiser, mixed(list(known.values()), made.shares), source=run / FOLDER)
-    return parts, made.error
+    load_strictly(parts.denoiser, mixed(paths, shares), source=run / FOLDER)
+    return parts

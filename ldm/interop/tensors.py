@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -73,22 +74,23 @@ def open_weights(*files: Path) -> Weights:
 
     Raises ValueError, one line, for whatever is no whole file of plain tensors; FileNotFoundError if one is not there.
     """
-    openers = [_opener(file) for file in files]
+    kinds = [_kind(file) for file in files]
 
-    def mapped() -> dict[str, Tensor]:
+    def opened() -> tuple[dict[str, Tensor], dict[str, str]]:
         found: dict[str, Tensor] = {}
-        for file, opener in zip(files, openers, strict=True):
-            tensors = opener()
+        told: list[dict[str, str]] = []
+        for file, kind in zip(files, kinds, strict=True):
+            tensors, metadata = (open_pickle(file), {}) if kind == "pickle" else _open_safetensors(file)
             if twice := found.keys() & tensors.keys():
                 raise ValueError(f"{file} holds {min(twice)} a second time: give the files of one model")
             _check_plain(tensors, file)
             found |= tensors
-        return found
+            told.append(metadata)
+        return found, told[0]
 
-    metadata = _metadata(files[0]) if _is_safetensors(files[0]) else {}
-    tensors = mapped()
-    remap = mapped if all(_can_be_mapped(file) for file in files) else lambda: tensors
-    return Weights(files, tensors, remap, metadata)
+    tensors, metadata = opened()
+    stay = all(kind == "safetensors" or is_mapped(file) for file, kind in zip(files, kinds, strict=True))
+    return Weights(files, tensors, (lambda: opened()[0]) if stay else (lambda: tensors), metadata)
 
 
 def describe(tensors: Mapping[str, Tensor]) -> str:
@@ -107,26 +109,22 @@ def hash_of(files: Iterable[Path]) -> str:
     return digest.hexdigest()[:10]
 
 
-def _opener(path: Path) -> Callable[[], dict[str, Tensor]]:
-    """How to open it, by its first bytes."""
+def _kind(path: Path) -> Literal["safetensors", "pickle"]:
+    """What it is, by its first bytes."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: give the file or the folder of a whole model")
     if not path.is_file():
         raise ValueError(f"{path} is not a plain file, expected one that holds weights")
     if _is_safetensors(path):
-        return lambda: _open_safetensors(path)
-    if is_pickle(path):
-        if path.suffix in SUFFIXES_WITHOUT_CODE:
-            raise ValueError(
-                f"{path} is a pickle under the name of a safetensors file: whoever made it may have meant to deceive; "
-                "name it .ckpt if you trust it"
-            )
-        return lambda: open_pickle(path)
-    raise ValueError(f"{path} holds no weights: {_what_it_is(path)}")
-
-
-def _can_be_mapped(path: Path) -> bool:
-    return _is_safetensors(path) or is_mapped(path)
+        return "safetensors"
+    if not is_pickle(path):
+        raise ValueError(f"{path} holds no weights: {_what_it_is(path)}")
+    if path.suffix in SUFFIXES_WITHOUT_CODE:
+        raise ValueError(
+            f"{path} is a pickle under the name of a safetensors file: whoever made it may have meant to deceive; "
+            "name it .ckpt if you trust it"
+        )
+    return "pickle"
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -151,23 +149,14 @@ def _what_it_is(path: Path) -> str:
     return "it is neither a safetensors file nor a PyTorch checkpoint, or was cut short: copy it again"
 
 
-def _open_safetensors(path: Path) -> dict[str, Tensor]:
+def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Its tensors, and its metadata."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
 
 

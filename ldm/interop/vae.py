@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.interop.files import (
+    MAX_LAYERS,
     check_known,
     check_no_code,
     check_whole_numbers,
@@ -36,7 +37,7 @@ ALWAYS = {
 }
 REST = ("down_block_types", "force_upcast", "latents_mean", "latents_std", "sample_size", "scaling_factor",
         "shift_factor", "up_block_types")  # fmt: skip
-LIMITS = {"block_out_channels": 8192, "layers_per_block": 32, "latent_channels": 256, "norm_num_groups": 1024}
+LIMITS = {"block_out_channels": 8192, "layers_per_block": MAX_LAYERS, "latent_channels": 256, "norm_num_groups": 1024}
 # Older files, Stable Diffusion 1.5's among them, call the attention's layers by these names.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
