@@ -1,0 +1,103 @@
+"""What a folder must hold, down to the last bit: no format of weights notices one that has flipped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MANIFEST = "manifest.json"
+
+
+class Digest(NamedTuple):
+    size: int  # bytes
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Digest:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(path.stat().st_size, sha256)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or which files a folder holds, is on the disk and not only in the system's cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> Digest:
+    """Write a file and wait until it is on the disk."""
+    path.write_text(json.dumps(value, indent=1) + "\n")
+    to_disk(path)
+    return Digest.of(path)
+
+
+def seal(folder: Path, digests: Mapping[str, Digest]) -> None:
+    """Write the manifest of a folder whose files are all on the disk; from here on `fault` finds what changes.
+
+    digests: of every file, as they were written, by name.
+    """
+    files = {name: digests[name]._asdict() for name in sorted(digests)}
+    write_json(folder / MANIFEST, {"files": files, "sha256": _of_list(files)})
+    to_disk(folder)
+
+
+def sealed(folder: Path) -> dict[str, Digest]:
+    """The digests that a folder was sealed with. Raises ValueError, naming what is wrong, if there are none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        files = {str(name): Digest(int(d["size"]), str(d["sha256"])) for name, d in manifest["files"].items()}
+        listed = manifest["sha256"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{MANIFEST} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{MANIFEST} is damaged") from error
+    if listed != _of_list({name: digest._asdict() for name, digest in files.items()}):
+        raise ValueError(f"{MANIFEST} is damaged: its list is not the one that was written")
+    return files
+
+
+def fault(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a sealed folder: the file, what was expected and what is there. None: nothing is.
+
+    The files' content is read, by the rank `part` of `parts` only every parts-th file: together they read all.
+    """
+    try:
+        expected = sealed(folder)
+        present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    except (ValueError, OSError) as error:
+        return str(error)
+    if present != expected.keys():
+        missing, stray = sorted(expected.keys() - present), sorted(present - expected.keys())
+        return f"{missing[0]} is missing" if missing else f"{stray[0]} does not belong there"
+    for name in sorted(expected)[part::parts]:
+        wrong = _wrong(folder / name, expected[name])
+        if wrong is not None:
+            return wrong
+    return None
+
+
+def _wrong(path: Path, expected: Digest) -> str | None:
+    try:
+        if path.is_symlink() or not path.is_file():
+            return f"{path.name} is not a plain file"
+        size = path.stat().st_size
+        if size != expected.size:
+            return f"{path.name} has {size} bytes, expected {expected.size}"
+        found = Digest.of(path).sha256
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    if found != expected.sha256:
+        return f"{path.name} has sha256 {found[:12]}, expected {expected.sha256[:12]}"
+    return None
+
+
+def _of_list(files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

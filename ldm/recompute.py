@@ -1,0 +1,37 @@
+"""Activation checkpointing: a block's activations are computed again in the backward pass instead of being kept.
+
+Chen et al. 2016 (arXiv 1604.06174).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute_blocks(network: nn.Module, *, reentrant: bool) -> list[nn.Module]:
+    """Make the blocks of a network, which are the entries of its lists of modules, forget their activations.
+
+    The innermost lists count, so that no block recomputes another. reentrant: PyTorch's older way, which looks at no
+    tensor's shape again: ZeRO 3 empties weights between the two passes. Returns the blocks. Raises ValueError if
+    there are none.
+    """
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    blocks = [block for own in lists for block in own if not any(isinstance(m, nn.ModuleList) for m in block.modules())]
+    if not blocks:
+        raise ValueError(
+            f"engine.recompute: {type(network).__name__} has no list of blocks to recompute: leave it out"
+        )
+    for block in blocks:
+        block.forward = partial(_recomputed, block.forward, reentrant)
+    return blocks
+
+
+def _recomputed(forward: Callable[..., Any], reentrant: bool, *inputs: Any, **named: Any) -> Any:
+    if reentrant and named:
+        return checkpoint(partial(forward, **named), *inputs, use_reentrant=True)
+    return checkpoint(forward, *inputs, use_reentrant=reentrant, **named)
