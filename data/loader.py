@@ -58,6 +58,24 @@ class Batch:
     positions: list[int]  # of each sample in the run's global order: the seed of all that is drawn for it
     samples: list[tuple[int, int]]  # (shard, index): which sample it is, wherever it stands in the order
 
+    @property
+    def keys(self) -> list[str]:
+        return [str(sample) for sample in self.samples]
+
+    def split(self, parts: int) -> list[Batch]:
+        n = len(self.samples) // parts
+        cuts = [slice(i * n, (i + 1) * n) for i in range(parts)]
+        return [
+            Batch(
+                self.pixels[c],
+                self.captions[c],
+                None if self.tokens is None else self.tokens[c],
+                self.positions[c],
+                self.samples[c],
+            )
+            for c in cuts
+        ]
+
 
 class CaptionedImages:
     """An endless stream of batches with an integer position: the number of the global batch.

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-USER_ERROR, DATA_ERROR, CHECKPOINT_ERROR, NON_FINITE_ERROR = 2, 3, 4, 6
+USER_ERROR, DATA_ERROR, CHECKPOINT_ERROR, PEER_ERROR, NON_FINITE_ERROR = 2, 3, 4, 5, 6
 INTERRUPTED = 130
 IN_TRAINING = "in training"  # notes on errors that one rank may meet alone start so; before, all ranks meet the same
 
@@ -50,11 +50,14 @@ def hyphenated(words: Sequence[str]) -> list[str]:
 def run_command(
     main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, words: Sequence[str] | None = None
 ) -> int:
-    """Run main(args); a mistake becomes one line on stderr and an exit code (2 user, 3 data, 4 checkpoint, 6 NaN).
+    """Run main(args); a mistake becomes one line on stderr and an exit code (2 user, 3 data, 4
+    checkpoint, 5 a rank that died or hangs, 6 NaN).
 
     words: of the command line; None: as it was given.
     """
     args = parser.parse_intermixed_args(words)
+    # PyTorch reads it when it is loaded. When a rank is gone, the others' stores would print their stacks.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main(args)
     except KeyboardInterrupt:
@@ -68,10 +71,15 @@ def run_command(
             raise
         rank = os.environ.get("RANK", "0")
         alone = code in (USER_ERROR, DATA_ERROR) and any(note.startswith(IN_TRAINING) for note in _notes(error))
+        alone |= code == PEER_ERROR  # rank 0 may be the one that is gone
         if rank == "0" or alone:
             where = "" if rank == "0" else f"rank {rank}: "
             print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
         return code
+    except BaseException as error:
+        if type(error).__name__ != "Stopped":
+            raise
+        print("stopped by a signal before training began: nothing is lost", flush=True)
     return 0
 
 
@@ -81,7 +89,7 @@ def _notes(error: Exception) -> list[str]:
 
 def _exit_code(error: Exception) -> int | None:
     # Named by class, not imported: this file must answer --help before torch is loaded.
-    codes = {"DataError": DATA_ERROR, "CheckpointError": CHECKPOINT_ERROR}
+    codes = {"DataError": DATA_ERROR, "CheckpointError": CHECKPOINT_ERROR, "PeerError": PEER_ERROR}
     codes |= {"NonFiniteError": NON_FINITE_ERROR, "FloatingPointError": NON_FINITE_ERROR}
     if type(error).__name__ in codes:
         return codes[type(error).__name__]

@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field, ValidationError, create_model
 from data.loader import DataConfig, HeldOutConfig
 from ldm.denoisers import DenoiserConfig, DiTConfig
 from ldm.diffusion import EDMPath, ObjectiveConfig, PathConfig, RectifiedFlowPath
-from ldm.engine import EngineConfig, OptimConfig
+from ldm.engine_config import EngineConfig, OptimConfig
 from ldm.interop.scheduler import scheduler_config_json
 from ldm.run import RunConfig
 from ldm.samplers import SAMPLERS, sampler_named, time_grid
@@ -31,6 +31,11 @@ from vae.autoencoder import AutoencoderKLConfig
 from vae.losses import VAELossConfig
 
 Config = TypeVar("Config")
+# How the same numbers are computed, by how many, in how much memory: any of it may change while a run goes on.
+FREE_OF_ENGINE = tuple(
+    f"engine.{key}"
+    for key in ("zero_stage", "accumulation", "offload", "recompute", "save_in_background", "hang_seconds")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,11 @@ class TextTrainConfig:
             raise ValueError(
                 f"image.image_size ({self.image.image_size}) must equal data.image_size ({self.data.image_size}), and "
                 f"shift ({self.shift}) must be 0 or more"
+            )
+        if self.engine.accumulation > 1:
+            raise ValueError(
+                f"engine.accumulation is {self.engine.accumulation}, but CLIP's loss compares all pictures of a batch "
+                "with each other: set it to 1, or data.batch_size to a part"
             )
 
 
@@ -143,6 +153,11 @@ class TrainConfig:
             SAMPLERS[sampler_named(self.preview.sampler)].check(learned=self.model.objective.learned_variance)
         except ValueError as error:
             raise ValueError(f"preview: {error}") from error
+        if self.model.objective.time_sampling == "importance" and self.engine.accumulation > 1:
+            raise ValueError(
+                f"engine.accumulation is {self.engine.accumulation}, but importance sampling learns from each batch as "
+                "a whole: set it to 1, or model.objective.time_sampling to another"
+            )
 
 
 def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -201,7 +216,7 @@ def check_continues(then: str, now: str) -> None:
     before, after = _leaves(yaml.safe_load(began)), _leaves(yaml.safe_load(now))
     for key in sorted(before):
         free = key != "run.seed" and key.split(".")[0] in ("run", "preview", "validation")
-        free |= key in ("data.prefetch", "model.keep_latents")
+        free |= key in ("data.prefetch", "model.keep_latents") or key in FREE_OF_ENGINE
         if before.get(key) != after.get(key) and not free:
             raise ValueError(
                 f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now: "

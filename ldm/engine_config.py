@@ -84,9 +84,7 @@ def resolved_precision(precision: Precision, device: torch.device) -> Resolved:
     return precision
 
 
-def deepspeed_settings(
-    config: EngineConfig, *, batch_size: int, ranks: int, precision: Resolved
-) -> dict[str, Any]:
+def deepspeed_settings(config: EngineConfig, *, batch_size: int, ranks: int, precision: Resolved) -> dict[str, Any]:
     """DeepSpeed's own settings, derived: nothing in them is written a second time elsewhere."""
     parts = ranks * config.accumulation
     if batch_size % parts:

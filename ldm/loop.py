@@ -1,25 +1,32 @@
-"""What the autoencoder's, the text encoder's and the denoiser's training share: how it opens, and its loop."""
+"""What all three trainings share: opening the data, the loop, and what is written while it runs."""
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.loader import Batch, CaptionedImages, Tokenize, held_out
 from ldm.commands import IN_TRAINING
-from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, check_continues, dump, load_config
+from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, dump, load_config
 from ldm.ema import Snapshot
-from ldm.engine import Engine, World, start_process
+from ldm.engine import Engine, Update, start_process
 from ldm.interop.snapshots import write_snapshot
-from ldm.run import Run
+from ldm.peers import Watch, meeting_store
+from ldm.resume import resume
+from ldm.resumption import CheckpointError, Saved
+from ldm.run import DATA_WAIT, Run
+from ldm.stopping import StopRequest
+from ldm.world import World
 
 Config = TypeVar("Config", TrainConfig, VAETrainConfig, TextTrainConfig)
+SAVES_FAILED_AT_MOST = 3  # in a row, before a run is stopped
 
 
 class State(Protocol):
@@ -38,8 +45,10 @@ class Session(Generic[Config]):
     run: Run
     images: CaptionedImages
     validation: CaptionedImages
+    stop: StopRequest
+    watch: Watch
 
-    def engine(self, network: nn.Module) -> Engine:
+    def engine(self, network: torch.nn.Module) -> Engine:
         config = self.config
         return Engine(
             network,
@@ -48,6 +57,7 @@ class Session(Generic[Config]):
             optim=config.optim,
             batch_size=config.data.batch_size,
             total_steps=config.run.steps,
+            checkpoints=self.run.checkpoints,
         )
 
 
@@ -55,79 +65,192 @@ def open_session(
     kind: type[Config], args: Namespace, *, tokenizer: Callable[[Config], Tokenize] | None = None
 ) -> Session[Config]:
     """Read the configuration, join the other processes, open the shards. tokenizer: made from the configuration."""
+    stop = StopRequest()
+    stop.listen()
     config = load_config(kind, args.config, args.overrides)
     world = start_process()
+    watch = Watch(world, meeting_store(world), hang_seconds=config.engine.hang_seconds)
     run = Run(config.run, is_main=world.is_main, config_text=dump(config))
     tokenize = tokenizer(config) if tokenizer is not None else None
     images = CaptionedImages(config.data, seed=config.run.seed, tokenize=tokenize, rank=world.rank, ranks=world.ranks)
     validation = held_out(config.validation, image_size=config.data.image_size, tokenize=tokenize)
-    return Session(config, world, run, images, validation)
+    return Session(config, world, run, images, validation, stop, watch)
+
+
+class Training:
+    """The loop, and what it remembers from step to step."""
+
+    def __init__(
+        self,
+        session: Session[Any],
+        engine: Engine,
+        losses: Callable[[Batch], dict[str, Tensor]],
+        sample: Callable[[int, dict[str, Tensor]], None],
+        state: State | None,
+    ) -> None:
+        """As train is called."""
+        self.session, self.engine, self.losses, self.sample, self.state = session, engine, losses, sample, state
+        self.run, self.world, self.images = session.run, session.world, session.images
+        self.batch_size = session.config.data.batch_size
+        self._since: list[dict[str, Tensor]] = []  # what else losses has returned since the last line of progress
+        self._waited = 0.0  # seconds for data, since then
+        self._failed_saves = 0
+
+    def go(self) -> None:
+        """Take optimiser steps until the configuration, the clock or a signal ends it."""
+        engine, run = self.engine, self.run
+        last = engine.step == run.config.steps
+        # Sampled at the start, and where a run was cut off between a checkpoint and its sample.
+        if engine.step % run.config.sample_every == 0 or last:
+            if self.world.agree(run.is_main and not run.has_sample(engine.step)):
+                self._sample()
+        batches = self.images.stream(position=engine.position)
+        run.restart_clock()
+        while not last:
+            self.session.watch.moved(engine.step + 1)
+            started = time.monotonic()
+            batch = next(batches)
+            self._waited += time.monotonic() - started
+            lr, before = engine.lr, len(self._since)
+            update = engine.update(self._parts(batch), wishes=[self.session.stop.requested, run.out_of_time])
+            self._tell_save(update.saved)
+            if update.fault is None:
+                self._log(update.loss, lr)
+            else:
+                del self._since[before:]
+                self._tell_skip(update, batch)
+            last = engine.step == run.config.steps or any(update.wished)
+            if update.fault is None or last:
+                self._after_step(last)
+        batches.close()
+        self._finish_save()
+
+    def _parts(self, batch: Batch) -> Iterator[Tensor]:
+        """The losses of a batch's parts, each computed when it is asked for."""
+        for part in batch.split(self.engine.config.accumulation):
+            found = self.losses(part)
+            self._since.append({name: value.detach() for name, value in found.items() if name != "loss"})
+            yield found["loss"]
+
+    def _log(self, loss: float, lr: float) -> None:
+        measures: dict[str, float] = {}
+        step = self.engine.step
+        if self.run.tells_at(step):  # ranks exchange what a line shows only where there is one
+            measures = self._measures()
+        seen = self.engine.position * self.batch_size
+        self.run.log_step(step=step, loss=loss, lr=lr, batch_size=self.batch_size, samples_seen=seen, measures=measures)
+
+    def _measures(self) -> dict[str, float]:
+        """The means of all parts since the last line over all ranks, the share of time that was spent waiting for
+        data and, if there are any, the number of bad samples met."""
+        names = self._since[0] if self._since else {}
+        together = {name: torch.cat([parts[name].flatten() for parts in self._since]) for name in names}
+        share = self._waited / max(self.run.seconds_since_told, 1e-9)
+        bad = self.world.total(len(self.images.bad_samples))
+        self._since, self._waited = [], 0.0
+        waited = self.world.sums([share])[0] / self.world.ranks
+        return self.world.means(together) | {DATA_WAIT: waited} | ({"bad_samples": bad} if bad else {})
+
+    def _tell_skip(self, update: Update, batch: Batch) -> None:
+        """Say which batch was skipped and why; each rank that is to blame, or may be, writes down its samples."""
+        step, position = self.engine.step + 1, self.engine.position - 1
+        blamed = f" on rank {', '.join(map(str, update.bad_ranks))}" if update.bad_ranks else ""
+        if not update.bad_ranks or self.world.rank in update.bad_ranks:
+            path = self.run.skipped(self.world.rank, step=step, position=position, fault=update.fault, keys=batch.keys)
+            blamed += f"; its samples are in {path}"
+        self.run.tell(f"step {step}: {update.fault}{blamed}: batch {position} is skipped, nothing has moved")
+
+    def _after_step(self, last: bool) -> None:
+        """Snapshots, checkpoint and sample, where they are due; their time counts in no rate."""
+        step, config = self.engine.step, self.run.config
+        if step % config.snapshot_every == 0 or last:  # before the checkpoint, which promises them
+            snapshots(self.engine, self.run)
+        if step % config.checkpoint_every == 0 or last:
+            self._save()
+        if step % config.sample_every == 0 or last:
+            self._sample()
+
+    def _save(self) -> None:
+        if self.run.checkpoints.path(self.engine.step).exists():  # stopped before the first step since it was loaded
+            return
+        record = {"samples_seen": self.engine.position * self.batch_size, "config": self.run.config_text}
+        record |= {"state": self.state.state_dict()} if self.state is not None else {}
+        with self.session.watch.elsewhere():
+            self._tell_save(self.engine.finish_save())  # of the checkpoint before, if it still is being written
+            self._tell_save(self.engine.save(record))
+        self.run.restart_clock()
+
+    def _finish_save(self) -> None:
+        """Wait for the last checkpoint. Raises CheckpointError if it could not be written."""
+        with self.session.watch.elsewhere():
+            saved = self.engine.finish_save()
+        self._tell_save(saved)
+        if self._failed_saves:
+            raise CheckpointError("the last checkpoint could not be written: make room, and start again")
+
+    def _tell_save(self, saved: Saved | None) -> None:
+        """A checkpoint that fails stops nothing until several in a row have."""
+        if saved is None:
+            return
+        if not saved.failed:
+            self._failed_saves = 0
+            return
+        self._failed_saves += 1
+        before = self.run.checkpoints.all()
+        intact = f"{before[-1].name} is intact" if before else "there is none before it"
+        reason = f"rank {self.world.rank}: {saved.reason}" if saved.reason else "another rank says why"
+        self.run.tell(f"checkpoint {saved.path.name} could not be written ({reason}); {intact}")
+        if not self.world.is_main and saved.reason:
+            print(f"checkpoint {saved.path.name} could not be written ({reason})", flush=True)
+        if self._failed_saves >= SAVES_FAILED_AT_MOST:
+            raise CheckpointError(
+                f"{self._failed_saves} checkpoints in a row could not be written to {saved.path.parent}, the last one "
+                f"because: {saved.reason or 'see above'}"
+            )
+
+    def _sample(self) -> None:
+        """Show what the averaged weights can do by now, on the main rank. A signal gives it up."""
+        step = self.engine.step
+        with self.session.watch.elsewhere():
+            weights = self.engine.averaged_weights()
+            if self.world.is_main:
+                self.session.stop.interruptible(lambda: self.sample(step, weights))
+        self.run.restart_clock()
 
 
 def train(
+    session: Session[Any],
     engine: Engine,
-    run: Run,
-    images: CaptionedImages,
     losses: Callable[[Batch], dict[str, Tensor]],
-    sample: Callable[[int], None],
+    sample: Callable[[int, dict[str, Tensor]], None],
+    *,
     state: State | None = None,
+    finish: Callable[[dict[str, Tensor]], None] = lambda weights: None,
 ) -> None:
-    """Take optimiser steps until run.steps or run.minutes is reached, from the newest checkpoint on.
+    """Take optimiser steps until run.steps or run.minutes is reached, or a signal comes, from the newest checkpoint on.
 
-    losses(batch) returns "loss", which is minimised, and other tensors, whose means are logged; sample(step) draws what
-    the network can do by now, and records it: every run.sample_every steps, from step 0 on. state: what losses
-    remembers, which goes into every checkpoint and comes back from there.
+    losses(batch) returns "loss", which is minimised, and other tensors, whose means are logged. On the main rank,
+    sample(step, weights) shows what the averaged weights can do, and records it, every run.sample_every steps from step
+    0 on, and finish(weights) is called when run.steps are taken. state: what losses remembers, which goes into every
+    checkpoint and comes back from there.
     """
-    resume(engine, run, state)
-    config, batch_size = run.config, images.config.batch_size
-    last = engine.step == config.steps
-    with in_training(engine):
-        # Sampled at the start, and where a run was cut off between a checkpoint and its sample.
-        if engine.step % config.sample_every == 0 or last:
-            if engine.agree(run.is_main and not run.has_sample(engine.step)):
-                sample(engine.step)
-        batches = images.stream(position=engine.step)
-        run.restart_clock()
-        since: list[dict[str, Tensor]] = []  # what else losses has returned since the last line of progress
-        while not last:
-            lr, parts = engine.lr, losses(next(batches))
-            loss = engine.update(parts.pop("loss"))
-            since.append({name: part.detach() for name, part in parts.items()})
-            measures = {}
-            if run.tells_at(engine.step):  # ranks exchange what a line shows only where there is one
-                measures, since = measured(engine, since, images), []
-            run.log_step(step=engine.step, loss=loss, lr=lr, images=engine.step * batch_size, measures=measures)
-            timed = config.minutes is not None and engine.agree(run.out_of_time)
-            last = engine.step == config.steps or timed
-            after_step(engine, run, last, sample, batch_size=batch_size, state=state)
-        batches.close()
-    if engine.step < config.steps:
-        run.tell(f"stopped after step {engine.step} of {config.steps}: the same command goes on from there")
-
-
-def after_step(
-    engine: Engine, run: Run, last: bool, sample: Callable[[int], None], *, batch_size: int, state: State | None
-) -> None:
-    """Snapshots, checkpoint and sample, where they are due; their time counts in no rate."""
-    step, config = engine.step, run.config
-    if step % config.snapshot_every == 0 or last:  # before the checkpoint, which promises them
-        snapshots(engine, run)
-    if step % config.checkpoint_every == 0 or last:
-        record = {"samples_seen": step * batch_size, "config": run.config_text}
-        record |= {"state": state.state_dict()} if state is not None else {}
-        engine.save(run.checkpoint_path(step), record)
-        run.drop_old_checkpoints()
-        run.restart_clock()
-    if step % config.sample_every == 0 or last:
-        sample(step)
-        run.restart_clock()
-
-
-def measured(engine: Engine, since: Sequence[Mapping[str, Tensor]], images: CaptionedImages) -> dict[str, float]:
-    """The means of all parts of some steps over all ranks and, if there are any, the number of bad samples met."""
-    bad = engine.total(len(images.bad_samples))
-    together = {name: torch.cat([parts[name].flatten() for parts in since]) for name in since[0]}
-    return engine.means(together) | ({"bad_samples": bad} if bad else {})
+    run, stop, world = session.run, session.stop, session.world
+    record = resume(run, engine, world)
+    if state is not None and record is not None:
+        state.load_state_dict(record["state"])
+    with stop.deferred(), in_training(engine, session.watch):
+        Training(session, engine, losses, sample, state).go()
+        if complete := engine.step == run.config.steps:
+            with session.watch.elsewhere():
+                weights = engine.averaged_weights()
+                complete = not world.is_main or stop.interruptible(lambda: finish(weights))
+    session.watch.done()
+    if not complete:
+        by = f" by {stop.name}" if stop.requested else ""
+        run.tell(
+            f"stopped{by} after step {engine.step} of {run.config.steps}, which is saved: the same command goes on "
+            "from there"
+        )
 
 
 def snapshots(engine: Engine, run: Run) -> None:
@@ -139,30 +262,22 @@ def snapshots(engine: Engine, run: Run) -> None:
     run.restart_clock()
 
 
-def resume(engine: Engine, run: Run, state: State | None = None) -> None:
-    """Load the newest checkpoint, if there is one that fits, and make the run's folder."""
-    run.lock()
-    checkpoint = run.newest_checkpoint()
-    if checkpoint is not None:
-        record = engine.record_of(checkpoint)
-        check_continues(then=record["config"], now=run.config_text)
-        engine.load(checkpoint)
-        if state is not None:
-            state.load_state_dict(record["state"])
-        run.tell(f"resumed from {checkpoint}")
-        if engine.step > run.config.steps:
-            raise ValueError(
-                f"run.steps is {run.config.steps}, but {checkpoint} has taken {engine.step}: "
-                f"set run.steps={engine.step} or more, or another run.name"
-            )
-    run.begin(None if checkpoint is None else engine.step)
-
-
 @contextmanager
-def in_training(engine: Engine) -> Iterator[None]:
+def in_training(engine: Engine, watch: Watch) -> Iterator[None]:
     """Errors within it say which rank met them, and at which step: another rank may have met none."""
     try:
         yield
     except Exception as error:
+        if engine.world.ranks > 1 and is_broken_connection(error):
+            raise watch.lost() from error
         error.add_note(f"{IN_TRAINING}, rank {engine.world.rank}, step {engine.step + 1}")
         raise
+
+
+def is_broken_connection(error: Exception) -> bool:
+    """Whether an error is that of a message between ranks, because one of them is no more."""
+    told = str(error).lower()
+    signs = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in told for sign in signs)
+    )

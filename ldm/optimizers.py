@@ -26,8 +26,8 @@ def build_optimizer(network: nn.Module, config: OptimConfig, *, zero_stage: int)
     if config.optimizer == "muon":
         if zero_stage > 0:
             raise ValueError(
-                f"optim.optimizer is muon, which needs whole matrices, but engine.zero_stage is {zero_stage}: set it to "
-                "0, or use adamw"
+                f"optim.optimizer is muon, which needs whole matrices, but engine.zero_stage is {zero_stage}: set it "
+                "to 0, or use adamw"
             )
         return MuonAndAdamW(parameters, config)
     return adamw(parameters, config)

@@ -23,9 +23,7 @@ def recompute_blocks(network: nn.Module, *, reentrant: bool) -> list[nn.Module]:
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
     blocks = [block for own in lists for block in own if not any(isinstance(m, nn.ModuleList) for m in block.modules())]
     if not blocks:
-        raise ValueError(
-            f"engine.recompute: {type(network).__name__} has no list of blocks to recompute: leave it out"
-        )
+        raise ValueError(f"engine.recompute: {type(network).__name__} has no list of blocks to recompute: leave it out")
     for block in blocks:
         block.forward = partial(_recomputed, block.forward, reentrant)
     return blocks

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from ldm.checkpoints import Checkpoints
 from ldm.whole import whole_file
 
-CHECKPOINTS_KEPT = 2
+DATA_WAIT = "data_wait"  # the share of the time in which training waited for data
+WAIT_WORTH_TELLING = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +29,13 @@ class RunConfig:
     checkpoint_every: int = 1000
     snapshot_every: int = 1000  # steps between snapshots of optim.ema_lengths
     minutes: float | None = None  # stop, with a checkpoint, after so long in this session
-    resume: Literal["auto", "never"] = "auto"  # auto: from the newest checkpoint of this run, if it has one
+    keep_checkpoints: int = 2  # the newest that are whole; older ones are removed
+    # auto: from the newest whole checkpoint of this run, if it has any; never: an error if it has; else: the path of a
+    # checkpoint (one of this run: later ones are set aside), or of the run whose newest one a new run begins with.
+    resume: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "sample_every", "checkpoint_every", "snapshot_every"):
+        for name in ("steps", "log_every", "sample_every", "checkpoint_every", "snapshot_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1, not {getattr(self, name)}")
         if not self.name.strip(".") or "/" in self.name:
@@ -52,10 +56,11 @@ class Run:
         self._losses: list[float] = []
         self._locked: int | None = None  # the folder's descriptor, while this process keeps it
         self._steps_timed = 0  # steps since then
-        found = self.newest_checkpoint()
-        if found is not None and config.resume == "never":
+        self.checkpoints = Checkpoints(config.path / "checkpoints", keep=config.keep_checkpoints)
+        found = self.checkpoints.all()
+        if found and config.resume == "never":
             raise ValueError(
-                f"{config.path} already holds {found.name}: set run.resume=auto to continue it, or another run.name"
+                f"{config.path} already holds {found[-1].name}: set run.resume=auto to continue it, or another run.name"
             )
         self.config_text = config_text
 
@@ -71,8 +76,7 @@ class Run:
         kept = [] if step is None else [record for record in self._records() if record["step"] <= step]
         with whole_file(self.metrics_path) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        for leftover in self.config.path.glob("checkpoints/*.partial"):
-            shutil.rmtree(leftover)
+        self.checkpoints.clear()
 
     def lock(self) -> None:
         """Keep the run's folder, if there is one, for this process until it ends. Raises ValueError if another does."""
@@ -110,25 +114,8 @@ class Run:
         """Leave what was done since the last progress line, such as drawing, out of the next one's speed."""
         self._since, self._steps_timed = time.monotonic(), 0
 
-    def newest_checkpoint(self) -> Path | None:
-        return next(reversed(self._whole_checkpoints()), None)
-
-    def _whole_checkpoints(self) -> list[Path]:
-        """Oldest first, by their number."""
-        found = [path.parent for path in self.config.path.glob("checkpoints/step_*/state.json")]
-        whole = [path for path in found if path.suffix != ".partial"]
-        return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")))
-
-    def checkpoint_path(self, step: int) -> Path:
-        return self.config.path / "checkpoints" / f"step_{step:07d}"
-
     def sample_path(self, step: int) -> Path:
         return self.config.path / "samples" / f"step_{step:07d}.png"
-
-    def drop_old_checkpoints(self) -> None:
-        if self.is_main:
-            for path in self._whole_checkpoints()[:-CHECKPOINTS_KEPT]:
-                shutil.rmtree(path)
 
     @property
     def out_of_time(self) -> bool:
@@ -138,26 +125,40 @@ class Run:
         """Whether log_step prints and records a line after this step."""
         return step % self.config.log_every == 0 or step == self.config.steps
 
-    def log_step(self, *, step: int, loss: float, lr: float, images: int, measures: Mapping[str, float]) -> None:
+    def log_step(
+        self, *, step: int, loss: float, lr: float, batch_size: int, samples_seen: int, measures: Mapping[str, float]
+    ) -> None:
         """After optimiser step number `step` (counted from 1): print and record every log_every steps.
 
-        The loss shown is the mean since the last line; `images` counts what all ranks saw since the start.
+        The loss shown is the mean since the last line; samples_seen counts what all ranks saw since the start.
         """
         self._losses.append(loss)
         self._steps_timed += 1
         if not self.tells_at(step):
             return
-        now = time.monotonic()
-        # Counted by the steps since the clock started: `images` also holds what earlier sessions of the run saw.
-        rate = self._steps_timed * images / step / max(now - self._since, 1e-9)
-        seconds_left = (self.config.steps - step) * images / step / rate
+        rate = self._steps_timed * batch_size / max(time.monotonic() - self._since, 1e-9)
+        seconds_left = (self.config.steps - step) * batch_size / rate
         mean = sum(self._losses) / len(self._losses)
         self._losses = []
         self.restart_clock()
-        shown = "".join(f"  {name} {value:.4g}" for name, value in measures.items())
+        shown = "".join(f"  {name} {value:.4g}" for name, value in measures.items() if name != DATA_WAIT)
+        waited = measures.get(DATA_WAIT, 0.0)
+        shown += f"  waiting for data {waited:.0%}" if waited >= WAIT_WORTH_TELLING else ""
         line = f"step {step}/{self.config.steps}  loss {mean:.4f}{shown}  lr {lr:.2e}  {rate:.1f} images/s"
         self.tell(f"{line}  ETA {duration(seconds_left)}")
-        self.record(step=step, loss=mean, lr=lr, samples_seen=images, images_per_second=rate, **measures)
+        self.record(step=step, loss=mean, lr=lr, samples_seen=samples_seen, images_per_second=rate, **measures)
+
+    @property
+    def seconds_since_told(self) -> float:
+        return time.monotonic() - self._since
+
+    def skipped(self, rank: int, *, step: int, position: int, fault: str | None, keys: Sequence[str]) -> Path:
+        """Write down a batch of which nothing was learned: every rank in a file of its own. Returns its path."""
+        path = self.config.path / "skipped" / f"rank_{rank:05d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "batch": position, "fault": fault, "samples": list(keys)}) + "\n")
+        return path
 
     def tell(self, line: str) -> None:
         if self.is_main:

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from data.loader import Batch
     from ldm.config import TrainConfig
     from ldm.diffusion import LossHistory
-    from ldm.engine import Engine, World
+    from ldm.engine import Engine
     from ldm.latent_diffusion import LatentDiffusion
     from ldm.loop import Session
+    from ldm.world import World
 
 NOISE, POSTERIOR = 0, 1  # streams of random numbers, each a function of (seed, position) alone
 
@@ -38,20 +39,20 @@ def main(args: Namespace) -> None:
     from ldm.loop import open_session, train
 
     session = open_session(TrainConfig, args)
-    config, world, run, images = session.config, session.world, session.run, session.images
+    config, world, run = session.config, session.world, session.run
     model = frozen_half(config, world)
     torch.manual_seed(config.run.seed)
     denoiser = build(config, model)
     if config.model.start is not None:
         start_from(denoiser, config, config.model.start)
     engine = session.engine(denoiser)
-    run.tell(f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M parameters, {len(images)} pictures, "
-             f"{'bf16' if engine.bf16 else 'fp32'} on {world.device}")  # fmt: skip
+    run.tell(f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M parameters, {len(session.images)} pictures, "
+             f"{engine.precision} on {world.device}")  # fmt: skip
     length = attention_length(config.model.denoiser, latent_side(config, model))
     run.tell(describe_attention(world.device, length, torch.bfloat16 if engine.bf16 else torch.float32))
     history = LossHistory() if config.model.objective.time_sampling == "importance" else None
     losses = training_losses(config, engine, model, history)
-    train(engine, run, images, losses, sample=lambda step: preview(session, engine, model, step), state=history)
+    train(session, engine, losses, lambda step, weights: preview(session, model, step, weights), state=history)
 
 
 def training_losses(
@@ -97,9 +98,10 @@ def by_importance(
     counted = losses / history.density(numbers).to(losses)
     columns = torch.tensor(positions), numbers, losses.detach().cpu()
     rows = torch.stack([column.double() for column in columns], dim=1)  # float32 counts only to 2^24
-    everywhere = engine.gather(rows.to(engine.world.device)).cpu()
+    everywhere = engine.world.gather(rows.to(engine.world.device)).cpu()
     _, seen, found = everywhere[everywhere[:, 0].argsort()].T
-    history.record(seen, found)
+    if found.isfinite().all():  # otherwise the engine skips this batch
+        history.record(seen, found)
     return counted
 
 
@@ -159,10 +161,11 @@ def start_from(denoiser: nn.Module, config: TrainConfig, folder: str) -> None:
     load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)
 
 
-def preview(session: Session[TrainConfig], engine: Engine, model: LatentDiffusion, step: int) -> None:
-    """What the averaged weights can do: the loss on held-out pictures, a sheet of drawings, and an export."""
+def preview(session: Session[TrainConfig], model: LatentDiffusion, step: int, weights: dict[str, Tensor]) -> None:
+    """What averaged weights can do: the loss on held-out pictures, a sheet of drawings, and an export."""
     import torch
 
+    from ldm.engine_config import resolved_precision
     from ldm.interop.files import RUN_MODEL
     from ldm.interop.folder import write_folder
     from ldm.interop.parts import Parts
@@ -170,12 +173,10 @@ def preview(session: Session[TrainConfig], engine: Engine, model: LatentDiffusio
     from ldm.validation import drawings, held_out_losses
 
     config, run = session.config, session.run
-    weights = engine.averaged_weights()
-    if not run.is_main:
-        return
+    bf16 = resolved_precision(config.engine.precision, session.world.device) == "bf16"
     denoiser = build(config, model).to(session.world.device).eval().requires_grad_(False)
     denoiser.load_state_dict(weights)
-    losses = held_out_losses(config, model, denoiser, session.validation, bf16=engine.bf16)
+    losses = held_out_losses(config, model, denoiser, session.validation, bf16=bf16)
     run.tell(f"step {step}: held-out loss {losses['held_out_loss']:.4f}")
     parts = Parts(
         model=model,

@@ -15,17 +15,15 @@ from typing import TYPE_CHECKING
 from ldm.commands import run_command, training_arguments
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ldm.config import TextTrainConfig
-    from ldm.engine import Engine
     from ldm.loop import Session
 
 
 def main(args: Namespace) -> None:
     import torch
     from open_clip import ClipLoss
-    from torch import Tensor
 
     from data.loader import Batch
     from ldm.config import TextTrainConfig
@@ -49,33 +47,31 @@ def main(args: Namespace) -> None:
         loss = loss_function(image.float(), text.float(), scale.float().clamp(max=MAX_LOGIT_SCALE))
         return {"loss": loss, "scale": scale.detach()}
 
-    train(engine, session.run, session.images, losses, sample=lambda step: validate(session, engine, step))
-    if engine.step == config.run.steps:
-        finish(session, engine)
+    train(
+        session,
+        engine,
+        losses,
+        lambda step, weights: validate(session, step, weights),
+        finish=lambda weights: finish(session, weights),
+    )
 
 
-def averaged_network(session: Session[TextTrainConfig], engine: Engine) -> nn.Module | None:
-    """A CLIP of the averaged weights on the main rank, None on the others. Every rank must call it."""
+def averaged_network(session: Session[TextTrainConfig], weights: dict[str, Tensor]) -> nn.Module:
     from text.clip import build_clip
 
-    weights = engine.averaged_weights()
-    if not session.world.is_main:
-        return None
     network = build_clip(session.config.text, session.config.image).to(session.world.device)
     network.load_state_dict(weights)
     return network
 
 
-def validate(session: Session[TextTrainConfig], engine: Engine, step: int) -> None:
+def validate(session: Session[TextTrainConfig], step: int, weights: dict[str, Tensor]) -> None:
     """Retrieval among the validation pictures, by their best captions."""
     import torch
 
     from text.clip import features, recall
 
     run, device = session.run, session.world.device
-    network = averaged_network(session, engine)
-    if network is None:
-        return
+    network = averaged_network(session, weights)
     found = []
     for batch in session.validation.once(session.config.validation.batch_size):
         assert batch.tokens is not None
@@ -87,7 +83,7 @@ def validate(session: Session[TextTrainConfig], engine: Engine, step: int) -> No
     run.record(step=step, pictures=len(image), **recalls)
 
 
-def finish(session: Session[TextTrainConfig], engine: Engine) -> None:
+def finish(session: Session[TextTrainConfig], weights: dict[str, Tensor]) -> None:
     """Write the averaged weights, once training is complete."""
     from ldm.interop.files import write_json, write_weights
     from ldm.whole import whole_folder
@@ -95,9 +91,7 @@ def finish(session: Session[TextTrainConfig], engine: Engine) -> None:
     from text.clip import open_clip_config_json
 
     config, path = session.config, session.config.run.path
-    network = averaged_network(session, engine)
-    if network is None:
-        return
+    network = averaged_network(session, weights)
     encoder = OpenClipTextEncoder(network, hidden=config.text.hidden, pad_id=config.text.pad_id)
     with whole_folder(path / "text_encoder") as folder:
         save_text_encoder(encoder, folder)

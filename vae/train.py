@@ -17,9 +17,9 @@ from ldm.commands import run_command, training_arguments
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from ldm.config import VAETrainConfig
-    from ldm.engine import Engine
     from ldm.loop import Session
     from vae import AutoencoderKL
 
@@ -28,7 +28,6 @@ GRID_PICTURES, GRID_COLUMNS = 32, 16
 
 def main(args: Namespace) -> None:
     import torch
-    from torch import Tensor
 
     from data.loader import Batch
     from ldm.config import VAETrainConfig
@@ -52,34 +51,32 @@ def main(args: Namespace) -> None:
         reconstruction, posterior = engine(pixels, noise.to(world.device))
         return loss_function(reconstruction, pixels, posterior)
 
-    train(engine, session.run, session.images, losses, sample=lambda step: validate(session, engine, step))
-    if engine.step == config.run.steps:
-        finish(session, engine)
+    train(
+        session,
+        engine,
+        losses,
+        lambda step, weights: validate(session, step, weights),
+        finish=lambda weights: finish(session, weights),
+    )
 
 
-def averaged_network(session: Session[VAETrainConfig], engine: Engine) -> AutoencoderKL | None:
-    """An autoencoder of the averaged weights on the main rank, None on the others. Every rank must call it."""
+def averaged_network(session: Session[VAETrainConfig], weights: dict[str, Tensor]) -> AutoencoderKL:
     from vae import AutoencoderKL
 
-    weights = engine.averaged_weights()
-    if not session.world.is_main:
-        return None
     vae = AutoencoderKL(session.config.vae).to(session.world.device)
     vae.load_state_dict(weights)
     return vae
 
 
-def validate(session: Session[VAETrainConfig], engine: Engine, step: int) -> None:
-    """PSNR of the averaged weights over the validation set, and a sheet of pictures above their reconstructions."""
+def validate(session: Session[VAETrainConfig], step: int, weights: dict[str, Tensor]) -> None:
+    """PSNR of averaged weights over the validation set, and a sheet of pictures above their reconstructions."""
     import torch
 
     from ldm.grids import save_image, sheet, to_images
     from vae.measure import psnr
 
     config, run = session.config, session.run
-    vae = averaged_network(session, engine)
-    if vae is None:
-        return
+    vae = averaged_network(session, weights)
     decibels: list[torch.Tensor] = []
     shown: list[torch.Tensor] = []
     with torch.no_grad():
@@ -100,16 +97,14 @@ def validate(session: Session[VAETrainConfig], engine: Engine, step: int) -> Non
     run.record(step=step, validation_psnr=mean)
 
 
-def finish(session: Session[VAETrainConfig], engine: Engine) -> None:
+def finish(session: Session[VAETrainConfig], weights: dict[str, Tensor]) -> None:
     """Measure the latents over the training set and write the averaged weights, once training is complete."""
     from ldm.interop.vae import save_vae
     from ldm.whole import whole_folder
     from vae.measure import latent_statistics
 
     config, run = session.config, session.run
-    vae = averaged_network(session, engine)
-    if vae is None:
-        return
+    vae = averaged_network(session, weights)
     run.tell(f"measuring the latents of {len(session.images)} pictures")
     batches = session.images.once(config.data.batch_size)
     mean, std = latent_statistics(vae, (batch.pixels.to(session.world.device) for batch in batches))

@@ -45,7 +45,7 @@ class Checkpoints:
     def commit(self, partial: Path, digests: Mapping[str, Digest]) -> Path:
         """Give a folder whose files are on the disk its manifest and its name, and only then call it the latest."""
         path = partial.with_suffix("")
-        seal(partial, digests)
+        seal(partial, digests, name=path.name)
         partial.rename(path)
         to_disk(self.folder)
         self._good.add(path)

@@ -39,28 +39,30 @@ def write_json(path: Path, value: Any) -> Digest:
     return Digest.of(path)
 
 
-def seal(folder: Path, digests: Mapping[str, Digest]) -> None:
+def seal(folder: Path, digests: Mapping[str, Digest], *, name: str) -> None:
     """Write the manifest of a folder whose files are all on the disk; from here on `fault` finds what changes.
 
-    digests: of every file, as they were written, by name.
+    digests: of every file, as they were written, by name. name: that the folder will have.
     """
-    files = {name: digests[name]._asdict() for name in sorted(digests)}
-    write_json(folder / MANIFEST, {"files": files, "sha256": _of_list(files)})
+    listed = {"name": name, "files": {file: digests[file]._asdict() for file in sorted(digests)}}
+    write_json(folder / MANIFEST, listed | {"sha256": _of_list(listed)})
     to_disk(folder)
 
 
 def sealed(folder: Path) -> dict[str, Digest]:
     """The digests that a folder was sealed with. Raises ValueError, naming what is wrong, if there are none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        files = {str(name): Digest(int(d["size"]), str(d["sha256"])) for name, d in manifest["files"].items()}
-        listed = manifest["sha256"]
+        listed = json.loads((folder / MANIFEST).read_bytes())
+        digest = listed.pop("sha256")
+        files = {str(file): Digest(int(d["size"]), str(d["sha256"])) for file, d in listed["files"].items()}
     except FileNotFoundError as error:
         raise ValueError(f"{MANIFEST} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} is damaged") from error
-    if listed != _of_list({name: digest._asdict() for name, digest in files.items()}):
+    if digest != _of_list(listed):
         raise ValueError(f"{MANIFEST} is damaged: its list is not the one that was written")
+    if listed["name"] != folder.name:
+        raise ValueError(f"it was written as {listed['name']}")
     return files
 
 
@@ -99,5 +101,5 @@ def _wrong(path: Path, expected: Digest) -> str | None:
     return None
 
 
-def _of_list(files: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def _of_list(listed: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,235 @@
+"""Ranks that died or hang: noticed, named, and the others ended, instead of all waiting for a message for ever.
+
+Each rank's thread tells the store that the processes met at, twice a second, that it lives, and how far its training
+has come. Rank 0 watches all; the others watch rank 0, and what it has found.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import NamedTuple, Protocol
+
+from ldm.commands import PEER_ERROR
+from ldm.world import World
+
+BEAT_SECONDS = 0.5
+LONGEST_STEPS = 5  # a step that takes so many times as long as the longest so far hangs, if hang_seconds are over too
+STEP, ELSEWHERE, DONE = "step", "elsewhere", "done"  # what a rank is at: only a step is expected to end soon
+VERDICT = "verdict"
+REMEDY = "start again, and training goes on from the last checkpoint"
+
+
+class PeerError(Exception):
+    """Another rank died or hangs."""
+
+
+class Store(Protocol):
+    """The part of torch.distributed's stores that is used."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+
+
+class Beat(NamedTuple):
+    """What a rank tells of itself."""
+
+    count: int  # of beats
+    progress: int  # how often its training has moved on
+    step: int  # that it works on
+    phase: str
+    pid: int
+    host: str
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self))
+
+    @classmethod
+    def parse(cls, text: bytes) -> Beat:
+        count, progress, step, phase, pid, host = text.decode().split(" ", 5)
+        return cls(int(count), int(progress), int(step), phase, int(pid), host)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What was last seen of a rank, and when it last changed."""
+
+    beat: Beat
+    beaten: float
+    moved: float
+
+
+@dataclass(slots=True)
+class Judge:
+    """Finds the ranks to blame in what they tell: no clock, no store."""
+
+    hang_seconds: float
+    host: str
+    longest_step: float = 0.0
+    seen: dict[int, Seen] = field(default_factory=dict)
+
+    def hear(self, rank: int, beat: Beat, now: float) -> None:
+        seen = self.seen.get(rank)
+        if seen is None:
+            self.seen[rank] = Seen(beat, now, now)
+            return
+        if beat.count != seen.beat.count:
+            seen.beaten = now
+        if beat.progress != seen.beat.progress:
+            if seen.beat.phase == beat.phase == STEP:
+                self.longest_step = max(self.longest_step, now - seen.moved)
+            seen.moved = now
+        seen.beat = beat
+
+    def verdict(self, now: float) -> str | None:
+        """Which ranks are to blame, and for what; None if there are none."""
+        watched = {rank: seen for rank, seen in self.seen.items() if seen.beat.phase != DONE}
+        gone = [rank for rank, seen in watched.items() if self._is_gone(seen.beat)]
+        if gone:
+            return f"{named(gone)} died"
+        silent = [rank for rank, seen in watched.items() if now - seen.beaten > self.hang_seconds]
+        if silent:
+            return f"{named(silent)} has not answered for {now - watched[silent[0]].beaten:.0f} s"
+        patience = max(self.hang_seconds, LONGEST_STEPS * self.longest_step)
+        if not watched or any(seen.beat.phase != STEP or now - seen.moved <= patience for seen in watched.values()):
+            return None
+        least = min(seen.beat.progress for seen in watched.values())
+        stuck = [rank for rank, seen in watched.items() if seen.beat.progress == least]
+        return f"{named(stuck)} has not moved for {now - watched[stuck[0]].moved:.0f} s"
+
+    def quiet(self, now: float, seconds: float) -> list[int]:
+        """The ranks that have not been heard of for so long."""
+        return [r for r, seen in self.seen.items() if seen.beat.phase != DONE and now - seen.beaten > seconds]
+
+    def _is_gone(self, beat: Beat) -> bool:
+        return beat.host == self.host and not process_lives(beat.pid)
+
+
+def named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this host runs, or waits; one that has ended and was not yet collected does neither."""
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:  # not ours to signal, or a system without /proc: it is there
+        return True
+
+
+class Watch:
+    """This rank's threads: one talks to the store, one ends the process. A single process has no peers, and no threads.
+
+    They are two because the store is kept by rank 0's process: if that stands still, so do all who talk to it.
+    """
+
+    def __init__(self, world: World, store: Store | None, *, hang_seconds: float) -> None:
+        self.world, self.store, self.hang_seconds = world, store, hang_seconds
+        self.judge = Judge(hang_seconds, socket.gethostname())
+        self._progress, self._step, self._phase, self._count = 0, 0, ELSEWHERE, 0
+        self._talked = time.monotonic()
+        self._found: str | None = None
+        self._stopped = threading.Event()
+        if store is not None:
+            threading.Thread(target=self._talk, args=(store,), name="peers", daemon=True).start()
+            threading.Thread(target=self._guard, name="guard", daemon=True).start()
+
+    def moved(self, step: int) -> None:
+        """Training works on this step from now on."""
+        self._progress, self._step, self._phase = self._progress + 1, step, STEP
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What may take longer than a step: drawing, measuring, waiting for a disk."""
+        before, self._phase = self._phase, ELSEWHERE
+        try:
+            yield
+        finally:
+            self._progress, self._phase = self._progress + 1, before
+
+    def done(self) -> None:
+        """This rank needs no other any more, and none is to wait for it."""
+        self._phase = DONE
+        self._stopped.set()
+        if self.store is not None:
+            self._tell(self.store)
+
+    def lost(self, *, within: float = 4.0) -> PeerError:
+        """After a message between ranks that failed: wait for the verdict, which ends this process. Should none come,
+        it returns the error to raise."""
+        self.judge.hang_seconds = min(self.hang_seconds, 4 * BEAT_SECONDS)  # somebody is gone: look closer
+        time.sleep(within)
+        return PeerError(f"another rank ended at step {self._step}: {REMEDY}")
+
+    def _talk(self, store: Store) -> None:
+        while not self._stopped.wait(BEAT_SECONDS):
+            try:
+                self._tell(store)
+                self._found = self._found or self._listen(store)
+            except Exception:  # the store went with rank 0, or with the launcher
+                self._found = self._found or "rank 0, where all ranks meet, is gone"
+            self._talked = time.monotonic()
+
+    def _guard(self) -> None:
+        while not self._stopped.wait(BEAT_SECONDS):
+            silence = time.monotonic() - self._talked
+            if silence > self.hang_seconds:
+                self._found = f"rank 0, where all ranks meet, has not answered for {silence:.0f} s"
+            if self._found is not None:
+                self._end(self._found)
+
+    def _tell(self, store: Store) -> None:
+        self._count += 1
+        beat = Beat(self._count, self._progress, self._step, self._phase, os.getpid(), self.judge.host)
+        store.set(f"beat/{self.world.rank}", str(beat))
+
+    def _listen(self, store: Store) -> str | None:
+        if store.check([VERDICT]):
+            return store.get(VERDICT).decode()
+        for rank in range(self.world.ranks) if self.world.is_main else (0,):
+            key = f"beat/{rank}"
+            if store.check([key]):
+                self.judge.hear(rank, Beat.parse(store.get(key)), time.monotonic())
+        verdict = self.judge.verdict(time.monotonic())
+        if verdict is not None:
+            store.set(VERDICT, verdict)
+        return verdict
+
+    def _end(self, verdict: str) -> None:
+        """End this process, whose training thread waits for a message that will not come."""
+        print(
+            f"error: {verdict}, training being at step {self._step} (told by rank {self.world.rank}): {REMEDY}",
+            file=sys.stderr,
+            flush=True,
+        )
+        for rank in self.judge.quiet(time.monotonic(), self.judge.hang_seconds):
+            beat = self.judge.seen[rank].beat
+            if beat.host == self.judge.host and beat.pid != os.getpid():
+                with suppress(OSError):
+                    os.kill(beat.pid, signal.SIGKILL)  # launchers wait half a minute for a process that is stopped
+        time.sleep(2 * BEAT_SECONDS)  # so that the others can read the verdict
+        os._exit(PEER_ERROR)
+
+
+def meeting_store(world: World) -> Store | None:
+    """A connection of its own to the store that the processes met at, so that no wait of theirs holds it up."""
+    if world.ranks == 1:
+        return None
+    import torch.distributed as dist
+
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10)
+    )

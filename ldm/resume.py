@@ -1,0 +1,106 @@
+"""Which checkpoint a run goes on from: the newest that is as it was written, or the one that was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoints import NAME, Checkpoints, fault, step_of
+from ldm.config import check_continues
+from ldm.engine import Engine
+from ldm.resumption import CheckpointError
+from ldm.run import Run
+from ldm.world import World
+
+
+def resume(run: Run, engine: Engine, world: World) -> dict[str, Any] | None:
+    """Load the checkpoint that run.resume asks for, if there is one, and make the run's folder; returns its record.
+
+    Raises CheckpointError if there are checkpoints, but none that can be used: a run never begins again by itself.
+    """
+    run.lock()
+    chosen = choose(run, world)
+    record = None
+    if chosen is not None:
+        record = engine.load(chosen)
+        check_continues(then=record["config"], now=run.config_text)
+        run.checkpoints.trust(chosen)
+        ranks = "" if record["ranks"] == world.ranks else f", which {record['ranks']} ranks wrote"
+        run.tell(f"resumed from {chosen}{ranks}")
+        if engine.step > run.config.steps:
+            raise ValueError(
+                f"run.steps is {run.config.steps}, but {chosen} has taken {engine.step}: "
+                f"set run.steps={engine.step} or more, or another run.name"
+            )
+    run.begin(None if chosen is None else engine.step)
+    return record
+
+
+def choose(run: Run, world: World) -> Path | None:
+    own = run.checkpoints.all()
+    if run.config.resume in ("auto", "never"):
+        return newest_good(run, run.checkpoints, world) if own else None
+    asked = Path(run.config.resume)
+    if asked.resolve().parent == run.checkpoints.folder.resolve():
+        return rewound(run, run.checkpoints.folder / asked.name, world)
+    if own:  # the same command was started again, after it had begun
+        run.tell(f"{run.config.path} has checkpoints of its own, so run.resume={asked} is not looked at")
+        return newest_good(run, run.checkpoints, world)
+    if NAME.fullmatch(asked.name):
+        return checked(asked, world)
+    others = Checkpoints(asked / "checkpoints", keep=1)
+    if not others.all():
+        raise CheckpointError(f"run.resume is {asked}, which is no checkpoint, nor a run that has any: give another")
+    return newest_good(run, others, world)
+
+
+def newest_good(run: Run, checkpoints: Checkpoints, world: World) -> Path:
+    """The newest that is as it was written; damaged ones that are newer are set aside, and named."""
+    damaged: list[Path] = []
+    for path in reversed(checkpoints.all()):
+        reason = damage(path, world)
+        if reason is None:
+            set_aside(run, checkpoints, damaged, world)
+            return path
+        damaged.append(path)
+        run.tell(f"checkpoint {path} is damaged ({reason})")
+    raise CheckpointError(
+        f"none of the {len(damaged)} checkpoints in {checkpoints.folder} is as it was written: give another run.name"
+    )
+
+
+def set_aside(run: Run, checkpoints: Checkpoints, damaged: list[Path], world: World) -> None:
+    if damaged and world.is_main and checkpoints is run.checkpoints:
+        for path in damaged:
+            run.tell(f"{path.name} is now {checkpoints.set_aside(path, 'damaged').name}")
+    world.agree(False)  # no rank looks at the folder again before this is done
+
+
+def rewound(run: Run, path: Path, world: World) -> Path:
+    """A checkpoint of this run itself, whose later ones are set aside: they are of a past that did not happen."""
+    checked(path, world)
+    later = [other for other in run.checkpoints.all() if step_of(other) > step_of(path)]
+    world.agree(False)  # every rank has looked
+    if world.is_main:
+        for other in later:
+            run.tell(f"{other.name} is now {run.checkpoints.set_aside(other, 'aside').name}")
+    world.agree(False)
+    return path
+
+
+def checked(path: Path, world: World) -> Path:
+    """Raises CheckpointError if a checkpoint that was asked for is not as it was written."""
+    reason = damage(path, world)
+    if reason is not None:
+        raise CheckpointError(f"{path}, which run.resume asks for, is damaged ({reason}): give another")
+    return path
+
+
+def damage(path: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank; each rank reads a part of it."""
+    mine = fault(path, part=world.rank, parts=world.ranks)
+    if not world.agree(mine is not None):
+        return None
+    if mine is not None and not world.is_main:
+        print(f"rank {world.rank}: {path}: {mine}", flush=True)
+    return mine or "another rank says where"

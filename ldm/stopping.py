@@ -1,0 +1,59 @@
+"""SIGTERM and SIGINT: a training step is finished and saved first, anything else is given up at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stopped(BaseException):
+    """Raised where nothing is lost by stopping. No Exception, so that nobody takes it for a failure of their own."""
+
+
+class StopRequest:
+    """What this process was asked by signals. A second SIGINT is a KeyboardInterrupt, wherever it is met."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None  # of the signal that came
+        self._deferred = False
+
+    def listen(self) -> None:
+        """Take over the signals of this process; to be called by its main thread."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hear)
+
+    @property
+    def requested(self) -> bool:
+        return self.name is not None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, a signal is only noted: the caller asks for it where it can be obeyed."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def interruptible(self, work: Callable[[], None]) -> bool:
+        """Within `deferred`: do what may be given up, unless a signal came before. Returns whether it was done."""
+        if self.requested:
+            return False
+        self._deferred = False
+        try:
+            work()
+            return True
+        except Stopped:
+            return False
+        finally:
+            self._deferred = True
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        again = self.name == signal.SIGINT.name
+        self.name = signal.Signals(number).name
+        if number == signal.SIGINT and again:
+            raise KeyboardInterrupt
+        if not self._deferred:
+            raise Stopped
