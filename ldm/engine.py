@@ -27,7 +27,7 @@ from ldm.ema import EMA, PowerProfile, WarmedUp
 from ldm.engine_config import EngineConfig, OptimConfig, deepspeed_settings, resolved_precision
 from ldm.loss_scale import LossScale
 from ldm.lr import lr_at
-from ldm.optimizers import build_optimizer, parameter_groups
+from ldm.optimizers import build_optimizer
 from ldm.partitions import partition_of
 from ldm.recompute import recompute_blocks
 from ldm.resumption import Resumption, Saved
@@ -143,13 +143,7 @@ class Engine:
             recompute_blocks(network, reentrant=self.config.zero_stage == 3)
         if self.config.compile:
             network.compile()
-        if self.config.offload == "none":
-            optimizer = build_optimizer(network, self.optim, zero_stage=self.config.zero_stage)
-        else:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            groups = parameter_groups([p for p in network.parameters() if p.requires_grad], self.optim.weight_decay)
-            optimizer = DeepSpeedCPUAdam(groups, lr=self.optim.lr, betas=self.optim.betas)
+        optimizer = build_optimizer(network, self.optim, zero_stage=self.config.zero_stage)
         engine: Any = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)[0]
         if self.loss_scale is not None:
             # Its own scaler halves the scale on one rank and not on another, or never: ours is the same on all.

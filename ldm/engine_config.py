@@ -102,6 +102,8 @@ def deepspeed_settings(config: EngineConfig, *, batch_size: int, ranks: int, pre
         "train_micro_batch_size_per_gpu": batch_size // parts,
         "gradient_accumulation_steps": config.accumulation,
         "zero_optimization": zero,
+        # PyTorch's fused AdamW is as fast as DeepSpeed's for the CPU, whose rounding depends on what came before it.
+        "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": config.clip,
         "torch_autocast": {"enabled": precision != "fp32", "dtype": str(DTYPES[precision]).removeprefix("torch.")},
         "steps_per_print": 10**9,  # progress is ours to print

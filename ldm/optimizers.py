@@ -21,7 +21,7 @@ def parameter_groups(parameters: Sequence[nn.Parameter], weight_decay: float) ->
 
 
 def build_optimizer(network: nn.Module, config: OptimConfig, *, zero_stage: int) -> Optimizer:
-    """For weights that stay on their device. Raises ValueError for Muon where ZeRO cuts matrices up."""
+    """Raises ValueError for Muon where ZeRO cuts matrices up."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     if config.optimizer == "muon":
         if zero_stage > 0:
@@ -72,9 +72,7 @@ def prepare_state(optimizer: Optimizer, home: Tensor) -> dict[str, Any]:
         if isinstance(optimizer, MuonAndAdamW) and home.ndim == 2:
             state["momentum_buffer"] = torch.zeros_like(home)
         else:
-            # PyTorch's fused AdamW counts steps in a tensor, DeepSpeed's for the CPU in an int.
-            fused = isinstance(optimizer, (torch.optim.AdamW, MuonAndAdamW))
-            state["step"] = torch.zeros((), device=home.device) if fused else 0
+            state["step"] = torch.zeros((), device=home.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(home), torch.zeros_like(home)
     return state
 
@@ -82,4 +80,4 @@ def prepare_state(optimizer: Optimizer, home: Tensor) -> dict[str, Any]:
 def set_step(state: dict[str, Any], step: int) -> None:
     """How many steps the optimiser has taken, which AdamW's bias correction depends on."""
     if "step" in state:
-        state["step"] = torch.full_like(state["step"], step) if isinstance(state["step"], Tensor) else step
+        state["step"].fill_(step)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -30,6 +30,8 @@ def recompute_blocks(network: nn.Module, *, reentrant: bool) -> list[nn.Module]:
 
 
 def _recomputed(forward: Callable[..., Any], reentrant: bool, *inputs: Any, **named: Any) -> Any:
-    if reentrant and named:
-        return checkpoint(partial(forward, **named), *inputs, use_reentrant=True)
-    return checkpoint(forward, *inputs, use_reentrant=reentrant, **named)
+    if not reentrant:
+        return checkpoint(forward, *inputs, use_reentrant=False, **named)
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return forward(*inputs, **named)  # the older way would cut such a block's weights off from the gradient
+    return checkpoint(partial(forward, **named), *inputs, use_reentrant=True)

@@ -113,5 +113,5 @@ class Fragments:
             places = self._places.get(key)
             tensor = self.whole(key) if places is None else self.read(key, 0, places[-1][1])
             found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from ldm.run import CHECKPOINTS_KEPT, Run, RunConfig, duration
+from ldm.checkpoints import Digest
+from ldm.run import Run, RunConfig, duration
 
 
 def config(tmp_path: Path, **settings: Any) -> RunConfig:
@@ -36,13 +37,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def add_checkpoint(run: Run, step: int, *, whole: bool = True) -> Path:
-    path = run.checkpoint_path(step)
-    if not whole:
-        path = path.with_name(path.name + ".partial")
-    path.mkdir(parents=True)
-    (path / "state.json").write_text("{}")
-    return path
+def add_checkpoint(run: Run, step: int) -> Path:
+    path = run.checkpoints.path(step)
+    partial = path.with_name(path.name + ".partial")
+    partial.mkdir(parents=True)
+    (partial / "state.json").write_text("{}")
+    return run.checkpoints.commit(partial, {"state.json": Digest.of(partial / "state.json")})
 
 
 def test_the_main_rank_makes_the_folder_when_training_begins(tmp_path: Path):
@@ -56,50 +56,25 @@ def test_the_main_rank_makes_the_folder_when_training_begins(tmp_path: Path):
         "trial/samples",
     ]
     assert (tmp_path / "trial/config.yaml").read_text() == "run: {}\n"
-    assert run.checkpoint_path(50) == tmp_path / "trial/checkpoints/step_0000050"
     assert run.sample_path(50) == tmp_path / "trial/samples/step_0000050.png"
-    assert run.newest_checkpoint() is None
+    assert run.checkpoints.all() == []
+    assert run.checkpoints.path(50) == tmp_path / "trial/checkpoints/step_0000050"
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = make_run(tmp_path, is_main=False)
     for step in range(1, 101):
-        run.log_step(step=step, loss=1.0, lr=1e-3, images=step, measures={})
+        run.log_step(step=step, loss=1.0, lr=1e-3, batch_size=1, samples_seen=step, measures={})
     run.record(step=1)
     run.tell("hello")
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
-
-
-def test_the_newest_whole_checkpoint_is_found(tmp_path: Path):
-    run = make_run(tmp_path)
-    for step in (90, 100, 1000):
-        add_checkpoint(run, step)
-    add_checkpoint(run, 2000, whole=False)
-    run.checkpoint_path(3000).mkdir()  # without its state.json
-    assert run.newest_checkpoint() == run.checkpoint_path(1000)
-
-
-def test_only_the_newest_whole_checkpoints_are_kept(tmp_path: Path):
-    """What a crash left half written counts for nothing, however new it is."""
-    run = make_run(tmp_path)
-    for step in (100, 200, 300, 400):
-        add_checkpoint(run, step)
-    for step in (500, 600):
-        add_checkpoint(run, step, whole=False)
-    make_run(tmp_path, is_main=False).drop_old_checkpoints()
-    assert run.checkpoint_path(100).exists()
-    run.drop_old_checkpoints()
-    kept = [step for step in (100, 200, 300, 400) if run.checkpoint_path(step).exists()]
-    assert kept == [300, 400] and len(kept) == CHECKPOINTS_KEPT
-    run.drop_old_checkpoints()
-    assert run.newest_checkpoint() == run.checkpoint_path(400)
 
 
 def test_a_run_that_must_not_be_continued_is_refused(tmp_path: Path):
     run = make_run(tmp_path)
     make_run(tmp_path, resume="never")  # no checkpoint yet
     add_checkpoint(run, 100)
-    assert make_run(tmp_path).newest_checkpoint() == run.checkpoint_path(100)
+    assert make_run(tmp_path).checkpoints.all() == [run.checkpoints.path(100)]
     for is_main in (True, False):
         with pytest.raises(ValueError, match="trial already holds step_0000100: set run.resume=auto"):
             make_run(tmp_path, resume="never", is_main=is_main)
@@ -113,7 +88,7 @@ def test_a_line_every_log_every_steps_and_at_the_end(tmp_path: Path, capsys: pyt
     run = make_run(tmp_path, steps=25)
     run.begin(None)
     for step in range(1, 26):
-        run.log_step(step=step, loss=step, lr=1e-3, images=8 * step, measures={"kl": step / 7})
+        run.log_step(step=step, loss=step, lr=1e-3, batch_size=8, samples_seen=8 * step, measures={"kl": step / 7})
     found = records(tmp_path)
     assert [record["step"] for record in found] == [10, 20, 25]
     assert [record["loss"] for record in found] == [5.5, 15.5, 23.0]  # the mean since the line before
@@ -130,7 +105,7 @@ def test_what_a_crash_left_after_its_checkpoint_is_not_recorded_twice(tmp_path: 
         run.record(step=step, loss=1.0)
     with run.metrics_path.open("a") as file:
         file.write('{"time": 1.0, "st')  # the crash came while it was written
-    add_checkpoint(run, 30, whole=False)
+    (run.checkpoints.folder / "step_0000030.partial").mkdir(parents=True)
     make_run(tmp_path, is_main=False).begin(20)
     assert len(run.metrics_path.read_text().splitlines()) == 4
     run.begin(20)
@@ -173,7 +148,7 @@ def test_speed_and_time_left(tmp_path: Path, clock: Clock, capsys: pytest.Captur
     run.begin(None)
     for step in range(1, 31):
         clock.now += 2.0 if step <= 10 else 0.5
-        run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step, measures={})
+        run.log_step(step=step, loss=1.0, lr=1e-3, batch_size=8, samples_seen=8 * step, measures={})
     assert [record["images_per_second"] for record in records(tmp_path)] == pytest.approx([4.0, 16.0, 16.0])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("4.0 images/s  ETA 0:03:00")  # 90 steps of 2 s
@@ -187,7 +162,7 @@ def test_what_happens_between_the_steps_is_not_counted(tmp_path: Path, clock: Cl
     run.restart_clock()
     for step in range(1, 21):
         clock.now += 2.0
-        run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step, measures={})
+        run.log_step(step=step, loss=1.0, lr=1e-3, batch_size=8, samples_seen=8 * step, measures={})
         if step == 14:
             clock.now += 500.0  # drawing
             run.restart_clock()
@@ -201,9 +176,30 @@ def test_speed_after_resuming_counts_this_session_alone(
     run.begin(None)
     for step in range(86, 101):  # 85 steps were taken in another session
         clock.now += 2.0
-        run.log_step(step=step, loss=1.0, lr=1e-3, images=8 * step, measures={})
+        run.log_step(step=step, loss=1.0, lr=1e-3, batch_size=8, samples_seen=8 * step, measures={})
     assert [record["images_per_second"] for record in records(tmp_path)] == pytest.approx([4.0, 4.0])
     assert capsys.readouterr().out.splitlines()[0].endswith("4.0 images/s  ETA 0:00:20")
+
+
+def test_the_share_of_time_that_went_into_waiting_for_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Always recorded, and told where it is worth telling."""
+    run = make_run(tmp_path)
+    run.begin(None)
+    for step, share in ((10, 0.01), (20, 0.25)):
+        run.log_step(step=step, loss=1.0, lr=1e-3, batch_size=8, samples_seen=8 * step, measures={"data_wait": share})
+    assert [record["data_wait"] for record in records(tmp_path)] == [0.01, 0.25]
+    lines = capsys.readouterr().out.splitlines()
+    assert "waiting" not in lines[0] and "  waiting for data 25%  " in lines[1]
+
+
+def test_a_skipped_batch_is_written_down_by_each_rank(tmp_path: Path):
+    run = make_run(tmp_path)
+    run.begin(None)
+    for rank in (0, 1):
+        path = run.skipped(rank, step=3, position=5, fault="the loss is nan", keys=["0.tar:7"])
+    assert path == tmp_path / "trial/skipped/rank_00001.jsonl"
+    expected = {"step": 3, "batch": 5, "fault": "the loss is nan", "samples": ["0.tar:7"]}
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [expected]
 
 
 def test_records_are_appended(tmp_path: Path):
