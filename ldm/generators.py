@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 
 
+def seed_generators(seed: int) -> None:
+    """Start all of them from one seed: Python's and NumPy's would start from something else in each process."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def generator_states() -> dict[str, Tensor]:
     """torch's, Python's and NumPy's, and torch's of this process's GPU."""
     kind, keys, *rest = np.random.get_state(legacy=True)

@@ -6,6 +6,7 @@ has come. Rank 0 watches all; the others watch rank 0, and what it has found.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -143,9 +144,15 @@ class Watch:
         self._talked = time.monotonic()
         self._found: str | None = None
         self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
         if store is not None:
-            threading.Thread(target=self._talk, args=(store,), name="peers", daemon=True).start()
-            threading.Thread(target=self._guard, name="guard", daemon=True).start()
+            self._threads = [
+                threading.Thread(target=self._talk, args=(store,), name="peers", daemon=True),
+                threading.Thread(target=self._guard, name="guard", daemon=True),
+            ]
+            for thread in self._threads:
+                thread.start()
+            atexit.register(self._leave)
 
     def moved(self, step: int) -> None:
         """Training works on this step from now on."""
@@ -163,9 +170,16 @@ class Watch:
     def done(self) -> None:
         """This rank needs no other any more, and none is to wait for it."""
         self._phase = DONE
-        self._stopped.set()
+        self._leave()
         if self.store is not None:
-            self._tell(self.store)
+            with suppress(Exception):  # rank 0, which keeps it, may have left before
+                self._tell(self.store)
+
+    def _leave(self) -> None:
+        """End the threads: one that is still within PyTorch when Python ends would end it with a crash."""
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(4 * BEAT_SECONDS)
 
     def lost(self, *, within: float = 4.0) -> PeerError:
         """After a message between ranks that failed: wait for the verdict, which ends this process. Should none come,

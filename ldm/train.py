@@ -36,12 +36,13 @@ def main(args: Namespace) -> None:
     from ldm.config import TrainConfig
     from ldm.denoisers import attention_length, describe_attention
     from ldm.diffusion import LossHistory
+    from ldm.generators import seed_generators
     from ldm.loop import open_session, train
 
     session = open_session(TrainConfig, args)
     config, world, run = session.config, session.world, session.run
     model = frozen_half(config, world)
-    torch.manual_seed(config.run.seed)
+    seed_generators(config.run.seed)
     denoiser = build(config, model)
     if config.model.start is not None:
         start_from(denoiser, config, config.model.start)

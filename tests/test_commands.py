@@ -47,7 +47,9 @@ def test_training_leaves_what_it_promises(workshop):
     for step in (0, 5, 10):
         assert (runs / "dit" / "samples" / f"step_{step:07d}.png").exists()
     assert len(losses(workshop, "dit")) == 10
-    assert {path.name for path in (runs / "dit" / "checkpoints").iterdir()} == {"step_0000005", "step_0000010"}
+    checkpoints = runs / "dit" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"step_0000005", "step_0000010", "latest"}
+    assert (checkpoints / "latest").read_text() == "step_0000010\n"
     assert not list(runs.glob("**/*.partial"))
 
 
@@ -187,7 +189,7 @@ def test_a_u_net_trains_on_the_same_command_and_a_run_resumes_where_it_stopped(w
     assert begun.returncode == 0
     stopped = len(losses(workshop, "unet"))
     assert 0 < stopped < 10
-    assert f"stopped after step {stopped} of 10: the same command goes on from there" in begun.stdout
+    assert f"stopped after step {stopped} of 10, which is saved: the same command goes on from there" in begun.stdout
     finished = start(["ldm/train.py", "--config", config])
     assert f"resumed from {workshop / 'runs/unet/checkpoints'}/step_{stopped:07d}" in finished.stdout
     assert losses(workshop, "unet") == pytest.approx(losses(workshop, "whole"), abs=1e-5)
@@ -256,7 +258,7 @@ def test_clip_trains_on_two_ranks(workshop, few_emoji):
         (["data.image_size=66"], 2, "data.image_size is 66, not a multiple of 4"),
         (["preview.scale=-1"], 2, "preview.scale is -1.0, expected a number from 0 up"),
         (["run.name=dit", "run.steps=7"], 2, "step_0000010 has taken 10: set run.steps=10 or more"),
-        (["optim.lr=1e30", "run.name=nan", "engine.clip=0"], 6, "of step"),
+        (["optim.lr=1e30", "run.name=nan", "engine.clip=0"], 6, "at step 2, as in each of the last 10 batches"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_code(workshop, words, code, message):

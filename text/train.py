@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 
 def main(args: Namespace) -> None:
-    import torch
     from open_clip import ClipLoss
 
     from data.loader import Batch
     from ldm.config import TextTrainConfig
     from ldm.diffusion import sample_randomness
+    from ldm.generators import seed_generators
     from ldm.loop import open_session, train
     from text import Tokenizer
     from text.clip import MAX_LOGIT_SCALE, build_clip, shifted
 
     session = open_session(TextTrainConfig, args, tokenizer=lambda config: Tokenizer(config.text.tokenizer))
     config, world = session.config, session.world
-    torch.manual_seed(config.run.seed)
+    seed_generators(config.run.seed)
     engine = session.engine(build_clip(config.text, config.image))
     loss_function = ClipLoss(local_loss=True, gather_with_grad=True, rank=world.rank, world_size=world.ranks)
 

@@ -32,13 +32,14 @@ def main(args: Namespace) -> None:
     from data.loader import Batch
     from ldm.config import VAETrainConfig
     from ldm.diffusion import sample_randomness
+    from ldm.generators import seed_generators
     from ldm.loop import open_session, train
     from vae import AutoencoderKL
     from vae.losses import VAELoss
 
     session = open_session(VAETrainConfig, args)
     config, world = session.config, session.world
-    torch.manual_seed(config.run.seed)
+    seed_generators(config.run.seed)
     engine = session.engine(AutoencoderKL(config.vae))
     loss_function = VAELoss(config.loss).to(world.device)
     side = config.data.image_size // config.vae.factor

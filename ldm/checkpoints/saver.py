@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 import threading
@@ -21,6 +22,7 @@ from ldm.whole import whole_file
 
 STATE = "state.json"
 POLL_SECONDS = 0.02
+LEAVE_SECONDS = 30.0
 
 
 class Status(IntEnum):
@@ -53,6 +55,7 @@ class Saver:
         self._abandoned = threading.Event()
         self._copies: dict[str, Tensor] = {}  # kept from save to save: fresh memory is several times slower to fill
         self._partial = Path()
+        atexit.register(self._leave)
 
     def prepare(self, step: int, size: int) -> None:
         """Make the folder to write to, on the main rank, before any rank begins. Raises OSError if it cannot be.
@@ -88,6 +91,12 @@ class Saver:
             if self.rank == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
         self.status, self._thread = Status.IDLE, None
+
+    def _leave(self) -> None:
+        """Before Python ends, which a thread would not survive: finish what depends on no other rank."""
+        self._abandoned.set()
+        if self._thread is not None:
+            self._thread.join(LEAVE_SECONDS)
 
     def _partial_path(self, step: int) -> Path:
         path = self.checkpoints.path(step)

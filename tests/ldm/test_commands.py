@@ -8,7 +8,8 @@ import pytest
 
 from data import DataError
 from ldm.commands import IN_TRAINING, OneLineParser, hyphenated, run_command, training_arguments
-from ldm.engine import CheckpointError, NonFiniteError
+from ldm.engine import NonFiniteError
+from ldm.resumption import CheckpointError
 
 
 def fail(error: Exception, *, note: str = "") -> int:

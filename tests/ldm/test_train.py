@@ -23,9 +23,18 @@ def test_losses_count_less_where_times_are_drawn_more_often_and_all_are_remember
         rows.append(mine)
         return torch.cat([mine, torch.tensor([[2.0**24 + 2, 0.105, 7.0]], dtype=torch.float64)])
 
-    engine: Any = SimpleNamespace(gather=gather, world=SimpleNamespace(device="cpu"))
+    engine: Any = SimpleNamespace(world=SimpleNamespace(device="cpu", gather=gather))
     counted = by_importance(losses, numbers, [2**24 + 1, 2**24 + 3], history, engine)
     assert torch.allclose(counted, losses / density) and counted.requires_grad
     assert density[0] < 0.6 and density[1] > 1.3
     assert rows[0][:, 0].tolist() == [2**24 + 1, 2**24 + 3]
     assert history.losses[10, :2].tolist() == [2.0, 7.0] and history.losses[90, 0] == 4.0
+
+
+def test_a_batch_that_the_engine_will_skip_is_not_remembered():
+    history = LossHistory()
+    engine: Any = SimpleNamespace(world=SimpleNamespace(device="cpu", gather=lambda rows: rows))
+    by_importance(torch.tensor([1.0, float("nan")]), torch.tensor([0.1, 0.9]), [0, 1], history, engine)
+    assert sum(history.seen) == 0
+    by_importance(torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.9]), [2, 3], history, engine)
+    assert sum(history.seen) == 2

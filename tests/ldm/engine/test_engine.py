@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from workers.engine_worker import batch_at, network
 from torch import nn
+from workers.engine_worker import batch_at, network
 
 from ldm.ema import EMA, PowerProfile, WarmedUp
 

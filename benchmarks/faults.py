@@ -1,0 +1,175 @@
+"""Trainings of a tiny model in processes that are forked from one that has everything imported, to hurt them.
+
+A start takes two seconds instead of fifteen, so that hundreds of faults fit into an hour on two cores. What runs is
+ldm/train.py's own main, on DeepSpeed, on the embedded pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PEER_ERROR = 5
+TINY = """
+data.shards=data/emoji64/train/0000{0..3}.tar.gz data.batch_size=8 data.lanes=2 data.prefetch=1
+validation.shards=data/emoji64/val/00000.tar.gz
+model.denoiser.depth=1 model.denoiser.width=32 model.denoiser.heads=2
+preview.steps=1 preview.pictures=1 preview.prompts=[a]
+optim.ema_lengths=[0.1] run.snapshot_every=100000
+run.steps=40 run.log_every=5 run.checkpoint_every=5 run.sample_every=100000
+engine.precision=fp32 engine.hang_seconds=6
+""".split()
+
+
+def import_everything() -> None:
+    """All that a training imports, and no thread: those of the parent would be missing in its children."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401
+    import open_clip  # noqa: F401
+    import transformers.models.clip.modeling_clip  # noqa: F401
+
+    import ldm.loop
+    import ldm.pipeline
+    import ldm.validation  # noqa: F401
+
+
+@dataclass
+class Job:
+    """The processes of one training, by rank."""
+
+    pids: list[int]
+    log: Path
+
+    def __post_init__(self) -> None:
+        self.codes: list[int | None] = [None] * len(self.pids)
+
+    def kill(self, rank: int, number: int) -> None:
+        try:
+            os.kill(self.pids[rank], number)
+        except ProcessLookupError:  # it was faster
+            pass
+
+    def wait(self, seconds: float) -> list[int | None]:
+        """Each rank's exit code, -9 for one that was killed; None for one that still runs after so long."""
+        end = time.monotonic() + seconds
+        while True:
+            for rank, pid in enumerate(self.pids):
+                if self.codes[rank] is None:
+                    found, status = os.waitpid(pid, os.WNOHANG)
+                    self.codes[rank] = os.waitstatus_to_exitcode(status) if found else None
+            if None not in self.codes or time.monotonic() > end:
+                return list(self.codes)
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        for rank, code in enumerate(self.wait(0)):
+            if code is None:
+                self.kill(rank, signal.SIGKILL)
+        self.wait(10)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start(folder: Path, name: str, *, ranks: int, words: list[str], before: Any = None) -> Job:
+    """Fork a training. before(rank): called in each child first, to put a fault in its way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log, port, pids = folder / f"{name}.log", free_port(), []
+    sys.stdout.flush()
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            _child(rank, ranks, port, log, [f"run.name={name}", f"run.folder={folder}", *words], before)
+        pids.append(pid)
+    return Job(pids, log)
+
+
+def _child(rank: int, ranks: int, port: str, log: Path, words: list[str], before: Any) -> None:
+    code = 70
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(ROOT)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        from ldm.commands import run_command, training_arguments
+        from ldm.train import main
+
+        note_order()
+        if before is not None:
+            before(rank)
+        code = run_command(main, training_arguments(""), ["--config", "configs/demo.yaml", *TINY, *words])
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def note_order() -> None:
+    """Let each rank write down which samples its steps use, before they do."""
+    from ldm.loop import Training
+
+    plain = Training._parts
+
+    def noting(self: Training, batch: Any) -> Any:
+        path = self.run.config.path / f"order_{self.world.ranks}_{self.world.rank}.txt"
+        with path.open("a") as file:
+            file.write(f"{self.engine.position} {' '.join(batch.keys)}\n")
+        return plain(self, batch)
+
+    Training._parts = noting
+
+
+def order(run: Path, ranks: int) -> dict[int, list[str]]:
+    """The samples of each global batch, as they were last used."""
+    found: dict[int, list[str]] = {}
+    for rank in range(ranks):
+        own: dict[int, list[str]] = {}
+        for line in (run / f"order_{ranks}_{rank}.txt").read_text().splitlines():
+            position, *keys = line.split()
+            own[int(position)] = keys
+        for position, keys in own.items():
+            found.setdefault(position, []).extend(keys)
+    return found
+
+
+def final_state(run: Path) -> dict[str, str]:
+    """Everything that a run ends with, as one sha256 each: weights, optimiser and averages; generators; counters and
+    learning rate's position; the exported model."""
+    from ldm.checkpoints import Checkpoints, Fragments, fault
+
+    newest = Checkpoints(run / "checkpoints", keep=1).all()[-1]
+    assert fault(newest) is None, fault(newest)
+    record = json.loads((newest / "state.json").read_text())
+    record.pop("config")  # it names the run
+    with Fragments(newest) as fragments:
+        drawn = {key: fragments.whole(key).tolist() for key in fragments.keys() if key.startswith("generators/")}
+        state = fragments.digest()
+    model = hashlib.sha256(next((run / "model/transformer").glob("*.safetensors")).read_bytes()).hexdigest()
+    return {"state": state, "generators": _sha(drawn), "record": _sha(record), "model": model, "step": newest.name}
+
+
+def _sha(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

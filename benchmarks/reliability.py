@@ -1,0 +1,172 @@
+"""What a run survives, counted: real processes on real DeepSpeed, killed, stopped, asked to leave.
+
+    python benchmarks/reliability.py --kills 200 --signals 50 --hangs 10
+
+Each kind prints one line; the exit code is 1 if anything was lost. docs/reliability.md holds the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from faults import PEER_ERROR, Job, final_state, import_everything, order, start
+
+SETTINGS = [(ranks, stage) for stage in (0, 2, 3) for ranks in (1, 2)]
+LONGEST = 120.0  # seconds for one start
+KILLS_A_RUN = 5
+
+
+def finish(job: Job) -> list[int | None]:
+    codes = job.wait(LONGEST)
+    job.end()
+    return codes
+
+
+def undisturbed(folder: Path, ranks: int, stage: int, words: list[str]) -> tuple[Path, float]:
+    """A run without faults, to compare with, and the seconds that it took."""
+    began = time.monotonic()
+    name = f"whole_{ranks}_{stage}"
+    job = start(folder, name, ranks=ranks, words=[f"engine.zero_stage={stage}", *words])
+    codes = finish(job)
+    if codes != [0] * ranks:
+        sys.exit(f"the run without faults ended with {codes}:\n{job.log.read_text()[-3000:]}")
+    return folder / name, time.monotonic() - began
+
+
+def different(run: Path, whole: Path, ranks: int) -> list[str]:
+    """In what a run's end differs from that of the one without faults."""
+    found, expected = final_state(run), final_state(whole)
+    wrong = [name for name in expected if found[name] != expected[name]]
+    return wrong + (["order"] if order(run, ranks) != order(whole, ranks) else [])
+
+
+def kills(count: int, folder: Path, seed: int) -> bool:
+    """kill -9 at random times, one rank or all; the same command again, until it has ended."""
+    draw, told, survivors = random.Random(seed), Counter(), []
+    wholes = {setting: undisturbed(folder, *setting, []) for setting in SETTINGS}
+    number = 0
+    while told["kills"] < count:
+        setting = SETTINGS[number % len(SETTINGS)]
+        (ranks, stage), (whole, seconds) = setting, wholes[setting]
+        name, number = f"killed_{number}", number + 1
+        for attempt in range(1000):
+            job = start(folder, name, ranks=ranks, words=[f"engine.zero_stage={stage}"])
+            if attempt >= KILLS_A_RUN:
+                break
+            time.sleep(draw.uniform(0.0, seconds))
+            if all(code == 0 for code in job.wait(0.02)):
+                break
+            victims = [draw.randrange(ranks)] if draw.random() < 0.5 else list(range(ranks))
+            killed_at = time.monotonic()
+            for rank in victims:
+                job.kill(rank, signal.SIGKILL)
+            told["kills"] += 1
+            codes = job.wait(LONGEST)
+            if len(victims) < ranks:
+                survivors.append(time.monotonic() - killed_at)
+                told["wrong codes"] += any(c not in (PEER_ERROR, 0, -9) for c in codes)
+            job.end()
+        codes = finish(job)
+        wrong = different(folder / name, whole, ranks) if codes == [0] * ranks else [f"codes {codes}"]
+        left = [path.name for path in (folder / name).rglob("*.partial")]
+        told["runs"] += 1
+        told["equal"] += not wrong and not left
+        if wrong or left:
+            print(f"{name}, {ranks} ranks, ZeRO {stage}: {wrong} {left}\n{job.log.read_text()[-2000:]}")
+        shutil.rmtree(folder / name, ignore_errors=True)
+        print(f"  kills {told['kills']}, runs {told['runs']}, equal {told['equal']}", flush=True)
+    longest = max(survivors, default=0.0)
+    print(
+        f"kills: {told['kills']} in {told['runs']} runs, {told['equal']} ended bit for bit as without them; "
+        f"other ranks out within {longest:.1f} s, wrong codes {told['wrong codes']}"
+    )
+    return told["equal"] == told["runs"] and longest < 5 + 1
+
+
+def signals(count: int, folder: Path, seed: int) -> bool:
+    """SIGTERM or SIGINT at random times to one rank or all: saved, out within 10 s, code 0, no step lost."""
+    draw, told, slowest = random.Random(seed + 1), Counter(), 0.0
+    whole, seconds = undisturbed(folder, 2, 2, ["run.steps=200", "run.checkpoint_every=100000"])
+    for number in range(count):
+        name, words = f"asked_{number}", ["engine.zero_stage=2", "run.steps=200", "run.checkpoint_every=100000"]
+        job = start(folder, name, ranks=2, words=words)
+        time.sleep(draw.uniform(0.0, seconds * 0.9))
+        sent, began = draw.choice([signal.SIGTERM, signal.SIGINT]), time.monotonic()
+        for rank in draw.choice([[0], [1], [0, 1]]):
+            job.kill(rank, sent)
+        codes = job.wait(LONGEST)
+        took = time.monotonic() - began
+        job.end()
+        run = folder / name
+        used = max(order(run, 2), default=-1) + 1 if (run / "order_2_0.txt").exists() else 0
+        steps = [int(path.name[5:]) for path in run.glob("checkpoints/step_*")]
+        saved = max(steps, default=0) == used
+        early = used == 0  # before the first step, where ranks may leave one after the other
+        good = saved and (codes == [0, 0] or early and set(codes) <= {0, PEER_ERROR})
+        told["good"] += good
+        told["early"] += early
+        slowest = max(slowest, took)
+        if not good:
+            print(f"{name}: {sent.name}, codes {codes}, used {used}, saved {steps}\n{job.log.read_text()[-1500:]}")
+        elif number % 10 == 0:  # and it goes on
+            codes = finish(start(folder, name, ranks=2, words=words))
+            told["not equal after"] += bool(codes != [0, 0] or different(run, whole, 2))
+        shutil.rmtree(run, ignore_errors=True)
+        print(f"  signals {number + 1}, good {told['good']}, slowest {slowest:.1f} s", flush=True)
+    print(
+        f"signals: {count}, of which {told['early']} before the first step; {told['good']} left with everything saved, "
+        f"the slowest after {slowest:.1f} s; gone on differently: {told['not equal after']}"
+    )
+    return told["good"] == count and slowest <= 10 and not told["not equal after"]
+
+
+def hangs(count: int, folder: Path, seed: int) -> bool:
+    """SIGSTOP: a rank that stands still is named, and all processes end, within the timeout of 6 s and 5 more."""
+    draw, told, slowest = random.Random(seed + 2), Counter(), 0.0
+    for number in range(count):
+        job = start(folder, f"hung_{number}", ranks=2, words=["engine.zero_stage=2", "run.steps=100000"])
+        while "step 5/" not in job.log.read_text() if job.log.exists() else True:
+            time.sleep(0.1)
+        time.sleep(draw.uniform(0, 1))
+        rank = number % 2
+        job.kill(rank, signal.SIGSTOP)
+        began = time.monotonic()
+        codes = job.wait(60)
+        slowest = max(slowest, time.monotonic() - began)
+        named = f"rank {rank}" in job.log.read_text().rpartition("error: ")[2]
+        told["good"] += named and codes[1 - rank] == PEER_ERROR and None not in codes
+        job.end()
+        shutil.rmtree(folder / f"hung_{number}", ignore_errors=True)
+    print(f"hangs: {count}, {told['good']} named and ended, the slowest after {slowest:.1f} s (timeout: 6)")
+    return told["good"] == count and slowest <= 11
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("kills", "signals", "hangs"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=None, help="where runs are made; default: a temporary folder")
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="reliability-"))
+    import_everything()
+    good = True
+    for kind in (kills, signals, hangs):
+        count = getattr(args, kind.__name__)
+        if count:
+            good &= kind(count, folder / kind.__name__, args.seed)
+    if args.folder is None:
+        shutil.rmtree(folder)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
