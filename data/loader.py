@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from data import DataError
-from data.order import SampleOrder, Visit, keyed_hash
+from data.keyed import keyed_hash
+from data.order import SampleOrder, Visit
 from data.samples import BadSample, BadSampleError, decode_pixels, read_captions
 from data.shards import Shard, expand_shards
 

@@ -1,0 +1,17 @@
+"""Everything that is drawn in data/: from keys, never from a generator whose state could be lost."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from hashlib import blake2b
+
+
+def keyed_hash(*key: object) -> int:
+    """A 64-bit number that depends on the key alone: on no machine, library version or process."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+
+
+@lru_cache(maxsize=256)
+def permutation(size: int, *key: object) -> tuple[int, ...]:
+    """A permutation of range(size), drawn by sorting keyed hashes: stable across versions of every library."""
+    return tuple(sorted(range(size), key=lambda index: keyed_hash(*key, index)))
