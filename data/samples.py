@@ -18,6 +18,7 @@ __all__ = ["BadSample", "BadSampleError"]
 IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
 MOST_PIXELS = 64_000_000
 LONGEST_CAPTION = 64 << 10  # bytes of UTF-8
+CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")  # Unicode's category Cc
 
 
 def decode_pixels(raw: RawSample, image_size: int) -> torch.Tensor:
@@ -60,8 +61,7 @@ def over_white(image: Image.Image) -> Image.Image:
 
 def eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey scaled to 8 bits, where Pillow would clip it to 255; any other as it is."""
-    wide = image.mode == "I;16" or image.mode == "I" and image.format == "PNG"  # the second in older Pillows
-    return image.point(lambda value: value * (1 / 256)).convert("L") if wide else image
+    return image.point(lambda value: value * (1 / 256)).convert("L") if image.mode == "I;16" else image
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
@@ -103,5 +103,4 @@ def _clean(caption: Any) -> str:
         raise BadSampleError(f"a caption holds half of a character ({unpaired!r}), which no tokenizer can read")
     if len(caption.encode()) > LONGEST_CAPTION:
         raise BadSampleError(f"a caption takes {len(caption.encode()):,} bytes, more than {LONGEST_CAPTION:,}")
-    spaced = "".join(" " if unicodedata.category(character) == "Cc" else character for character in caption)
-    return unicodedata.normalize("NFC", spaced).strip()
+    return unicodedata.normalize("NFC", caption.translate(CONTROLS)).strip()
