@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import islice
@@ -119,17 +120,14 @@ class CaptionedImages:
     def stream(self, position: int = 0) -> Generator[Batch]:
         """Global batches `position`, `position` + 1, ... decoded ahead by `prefetch` threads."""
         self.ledger, self._bad_share = Ledger(self.store.sizes), BadShare()
-        for batch in self._ahead(position):
-            self._account(self._visits(position), batch.samples)
-            yield batch
-            position += 1
+        with closing(self._ahead(position)) as assembled:
+            for visits, batch in assembled:
+                self._account(visits, batch.samples)
+                yield batch
 
     def batch(self, number: int) -> Batch:
         """This rank's share of global batch `number`: a pure function of the configuration and the shards."""
-        visits = self._visits(number)
-        for visit in {visit.shard: visit for visit in visits}.values():
-            self.store.make_ready(next(islice(self.order.shards_from(visit), 1, None)))
-        return self._assemble(visits)
+        return self._assemble(number)[1]
 
     def once(self, batch_size: int) -> Iterator[Batch]:
         """Every sample once, in the shards' own order, with its best caption: for measuring. Bad ones are left out.
@@ -149,24 +147,21 @@ class CaptionedImages:
         if len(self.bad_samples) == len(everything):
             raise DataError(f"none of the {len(everything)} samples of {self.config.patterns} can be used: give others")
 
-    def _ahead(self, position: int) -> Iterator[Batch]:
+    def _ahead(self, position: int) -> Generator[tuple[list[Visit], Batch]]:
         if not self.config.prefetch:
             while True:
-                yield self.batch(position)
+                yield self._assemble(position)
                 position += 1
         pool = ThreadPoolExecutor(self.config.prefetch, thread_name_prefix="decode")
-        ahead: deque[Future[Batch]] = deque()
+        ahead: deque[Future[tuple[list[Visit], Batch]]] = deque()
         try:
             while True:
                 while len(ahead) <= self.config.prefetch:
-                    ahead.append(pool.submit(self.batch, position + len(ahead)))
+                    ahead.append(pool.submit(self._assemble, position + len(ahead)))
                 yield ahead.popleft().result()
                 position += 1
         finally:
             pool.shutdown(cancel_futures=True)
-
-    def _visits(self, number: int) -> list[Visit]:
-        return self.order.batch(number, rank=self.rank, ranks=self.ranks)
 
     def _account(self, visits: Sequence[Visit], samples: Sequence[tuple[int, int]]) -> None:
         self.ledger.record(visits, samples)
@@ -196,10 +191,13 @@ class CaptionedImages:
             f"{reasons.most_common(1)[0][0]}. {listed} names them: mend or remove them, or allow more"
         )
 
-    def _assemble(self, visits: list[Visit]) -> Batch:
+    def _assemble(self, number: int) -> tuple[list[Visit], Batch]:
+        visits = self.order.batch(number, rank=self.rank, ranks=self.ranks)
+        for visit in {visit.shard: visit for visit in visits}.values():
+            self.store.make_ready(next(islice(self.order.shards_from(visit), 1, None)))
         samples = [self._load_or_next(visit) for visit in visits]
         captions = [self._caption(sample, visit) for sample, visit in zip(samples, visits, strict=True)]
-        return self._batch(samples, captions, [visit.position for visit in visits])
+        return visits, self._batch(samples, captions, [visit.position for visit in visits])
 
     def _caption(self, sample: Sample, visit: Visit) -> str:
         if self.config.captions == "best":
@@ -236,19 +234,15 @@ class CaptionedImages:
     def _try_load(self, shard: int, index: int) -> Sample | None:
         if (shard, index) in self.bad_samples:
             return None
-        missing, key = False, f"#{index}"
         try:
-            key = self.store.key(shard, index)
             raw = self.store.read(shard, index)
-            return Sample((shard, index), key, decode_pixels(raw, self.config.image_size), read_captions(raw))
-        except (MissingSampleError, DataError) as error:
-            missing, reason = True, str(error)
-        except BadSampleError as error:
-            reason = str(error)
-        self._report((shard, index), BadSample(self.store.sources[shard].shown, key, reason))
-        if missing:
-            self._missing.add((shard, index))
-        return None
+            return Sample((shard, index), raw.key, decode_pixels(raw, self.config.image_size), read_captions(raw))
+        except (BadSampleError, DataError) as error:
+            bad = BadSample(self.store.sources[shard].shown, self.store.key(shard, index), str(error))
+            self._report((shard, index), bad)
+            if isinstance(error, (MissingSampleError, DataError)):
+                self._missing.add((shard, index))
+            return None
 
     def _report(self, place: tuple[int, int], bad: BadSample) -> None:
         if self.bad_samples.setdefault(place, bad) is bad:  # two threads may have met it at once

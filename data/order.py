@@ -101,7 +101,7 @@ class SetOrder:
         # What is drawn for a set depends on no other set, so that adding one disturbs none.
         self._key = (seed,) if name is None else (seed, name)
         self._epoch_starts = [[0] for _ in range(lanes)]  # per lane: its position at which each epoch begins
-        self._tables: dict[int, tuple[int, tuple[int, ...], list[int]]] = {}
+        self._tables: dict[int, tuple[int, Sequence[int], list[int]]] = {}
         self._growing = threading.Lock()  # batches are asked for by several threads at once
 
     def visit(self, lane: int, set_position: int, position: int) -> Visit:
@@ -121,7 +121,7 @@ class SetOrder:
         for epoch in itertools.count(visit.epoch + 1):
             yield from (self.first + shard for shard in self._lane_shards(visit.lane, epoch))
 
-    def _table(self, lane: int, epoch: int) -> tuple[tuple[int, ...], list[int]]:
+    def _table(self, lane: int, epoch: int) -> tuple[Sequence[int], list[int]]:
         """The lane's shards in that epoch, and where in it each one ends; the latest is kept."""
         kept = self._tables.get(lane)
         if kept is None or kept[0] != epoch:
@@ -129,7 +129,7 @@ class SetOrder:
             kept = self._tables[lane] = (epoch, shards, list(itertools.accumulate(self.sizes[one] for one in shards)))
         return kept[1], kept[2]
 
-    def _lane_shards(self, lane: int, epoch: int) -> tuple[int, ...]:
+    def _lane_shards(self, lane: int, epoch: int) -> Sequence[int]:
         return permutation(len(self.sizes), "shards", *self._key, epoch)[lane :: self.lanes]
 
     def _epoch_at(self, lane: int, set_position: int) -> int:

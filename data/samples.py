@@ -99,6 +99,8 @@ def read_captions(raw: RawSample) -> list[str]:
 def _clean(caption: Any) -> str:
     if not isinstance(caption, str):
         raise BadSampleError("a caption is not text")
+    if caption.isascii() and caption.isprintable() and len(caption) <= LONGEST_CAPTION:  # nearly all: nothing to clean
+        return caption.strip()
     if unpaired := next((character for character in caption if "\ud800" <= character <= "\udfff"), None):
         raise BadSampleError(f"a caption holds half of a character ({unpaired!r}), which no tokenizer can read")
     if len(caption.encode()) > LONGEST_CAPTION:

@@ -41,6 +41,7 @@ class ShardStore:
     ) -> None:
         self.sources, self.keep, self.on_damage = list(sources), keep, on_damage
         self._open: OrderedDict[int, Future[Shard]] = OrderedDict()  # the last used at the end
+        self._begun: set[int] = set()  # made ready, or to be: until dropped
         self._verified: set[int] = set()
         self._lock = threading.Lock()
         self._making_ready = threading.BoundedSemaphore(AHEAD)
@@ -70,8 +71,11 @@ class ShardStore:
             return self[number][index]
 
     def key(self, number: int, index: int) -> str:
-        """Raises DataError if the shard cannot be read."""
-        return self[number].key(index)
+        """The sample's key, or #NUMBER where it is lost."""
+        try:
+            return self[number].key(index)
+        except DataError:
+            return f"#{index}"
 
     def present(self, number: int) -> int:
         """How many of its samples are there."""
@@ -83,14 +87,19 @@ class ShardStore:
     def make_ready(self, number: int) -> None:
         """Begin to open it in the background, unless that has begun; a failure is not kept: it is tried anew."""
         with self._lock:
-            if number in self._open:
+            if number in self._open or number in self._begun:
                 return
+            self._begun.add(number)
         threading.Thread(target=self._make_ready, args=(number,), daemon=True, name="make-ready").start()
 
     def forget(self, number: int) -> None:
         """Open it anew when it is asked for again."""
         with self._lock:
-            self._open.pop(number, None)
+            self._drop(number)
+
+    def _drop(self, number: int) -> None:
+        self._open.pop(number, None)
+        self._begun.discard(number)
 
     def _make_ready(self, number: int) -> None:
         with self._making_ready:
@@ -98,7 +107,8 @@ class ShardStore:
             if mine:
                 self._fulfil(number, future)
                 if future.exception() is not None:
-                    self.forget(number)
+                    with self._lock:
+                        self._open.pop(number, None)  # but it stays begun: the next to try it is who needs it
 
     def _reserve(self, number: int) -> tuple[Future[Shard], bool]:
         """The shard's future, and whether the caller is the one to fulfil it."""
@@ -110,7 +120,7 @@ class ShardStore:
                 for other in [one for one, held in self._open.items() if held.done()]:
                     if len(self._open) <= self.keep:
                         break
-                    del self._open[other]
+                    self._drop(other)
             self._open.move_to_end(number)
             return future, mine
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from loading import BAD, SIZES, first, images, same
 from PIL import ImageFile
-from serving import served
+from serving import served, until
 
 from data import DataError
 from data.config import DataConfig, HeldOutConfig, ShardSet
@@ -144,3 +144,29 @@ def test_a_pipe_is_read_where_that_is_allowed(tiny_shards: Callable[..., str], t
     assert sum(len(batch.captions) for batch in held_out(held, image_size=8).once(4)) == 14
     with pytest.raises(ValueError, match="runs a shell command"):
         images(pipe, manifest=out)
+
+
+def test_the_next_shard_of_each_lane_is_fetched_while_this_one_is_read(tiny_shards: Callable[..., str]):
+    folder = Path(counted(tiny_shards([6, 6, 6, 6]))).parent
+    with served(folder) as site:
+        loader = images(f"{site.url}/0000{{0..3}}.tar", lanes=1, batch_size=1, prefetch=0)
+        visited = [loader.batch(number).samples[0][0] for number in range(7)]
+        present, following = visited[0], visited[6]
+        again = images(f"{site.url}/0000{{0..3}}.tar", lanes=1, batch_size=1, prefetch=0)
+        site.requests.clear()
+        again.batch(0)
+        until(lambda: site.count(f"{following:05d}.tar") == 1)
+        assert site.count(f"{present:05d}.tar") == 1 and len(site.requests) == 2
+
+
+def test_a_shard_that_cannot_be_made_ready_is_not_asked_for_over_and_over(tiny_shards: Callable[..., str]):
+    """Its place is tried once ahead, and once more when it is reached."""
+    folder = Path(counted(tiny_shards([30, 30]))).parent
+    with served(folder) as site:
+        loader = images(f"{site.url}/0000{{0..1}}.tar", lanes=1, batch_size=1, prefetch=0, on_bad=lambda bad: None)
+        (following,) = {0, 1} - {loader.order.batch(0)[0].shard}
+        (folder / f"{following:05d}.tar").unlink()
+        site.requests.clear()
+        for number in range(45):
+            loader.batch(number)
+        assert site.count(f"{following:05d}.tar") == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_plan_whose_epochs_lose_a_shard_is_found(monkeypatch: pytest.MonkeyPat
     """As if the shards were dealt anew in the middle of an epoch."""
     dealt = SetOrder._lane_shards
 
-    def loses(self: SetOrder, lane: int, epoch: int) -> tuple[int, ...]:
+    def loses(self: SetOrder, lane: int, epoch: int) -> Sequence[int]:
         return dealt(self, lane, epoch)[: -1 if len(self.sizes) > 2 * self.lanes else None]
 
     monkeypatch.setattr(SetOrder, "_lane_shards", loses)
@@ -80,7 +81,7 @@ def test_a_plan_that_depends_on_the_ranks_is_found(monkeypatch: pytest.MonkeyPat
 def test_a_plan_that_depends_on_what_was_asked_before_is_found(monkeypatch: pytest.MonkeyPatch):
     """A table of the latest epoch that is not looked at again, as a cache may be forgotten."""
 
-    def stale(self: SetOrder, lane: int, epoch: int) -> tuple[tuple[int, ...], list[int]]:
+    def stale(self: SetOrder, lane: int, epoch: int) -> tuple[Sequence[int], list[int]]:
         if lane not in self._tables or self._tables[lane][0] < epoch:
             self._tables.pop(lane, None)
             return table(self, lane, epoch)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from serving import served
+from serving import served, until
 
 from data import DataError
 from data.config import DataConfig
@@ -94,13 +94,6 @@ def test_the_next_is_made_ready_in_the_background(folder: Path, opened: list[str
     shards.make_ready(1)
     until(lambda: opened == ["00001.tar"])
     assert len(shards[1]) == 2 and opened == ["00001.tar"]
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 def test_what_failed_in_the_background_is_tried_again_when_it_is_needed(tmp_path: Path, folder: Path):
