@@ -29,7 +29,7 @@ class Patience:
     """How long a place is waited for."""
 
     tries: int = 3
-    timeout: float = 60.0  # seconds in which nothing comes
+    timeout: float = 30.0  # seconds in which nothing comes
     pause: float = 1.0  # seconds before the second try, four times as many before each next one
 
 

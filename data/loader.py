@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -25,7 +25,9 @@ from data.sources import Source, expand
 from data.store import ShardStore
 
 Tokenize = Callable[[list[str]], Tensor]
-STAND_INS = 9  # shards of which a sample can stand in for a bad one: its own, and the next of its lane
+# Shards of which a sample can stand in for a bad one: its own, and the next two that its lane reads. Were there more, a
+# place out of reach would be waited for longer than the other ranks wait for this one.
+STAND_INS = 3
 TOLD = 100  # bad samples that on_bad is told of; the quarantine lists all
 
 
@@ -173,18 +175,17 @@ class CaptionedImages:
 
     def _check_shares(self) -> None:
         most, own = self.config.max_bad_fraction, len(self) / self.ranks
-        missing, found = tuple(self._missing), self._bad_share.above(most)
         # Missing samples come by the shard, so their share is of all samples, not of those seen of late.
-        if len(missing) >= FEWEST_BAD and len(missing) > most * own:
-            raise DataError(f"{len(missing):,} of {own:,.0f} samples are missing, {self._why(missing)}")
-        if found is not None:
-            bad, seen = found
-            present = self.bad_samples.keys() - set(missing)
-            raise DataError(f"{bad:,} of the last {seen:,} samples cannot be used, {self._why(present)}")
+        if (missing := len(self._missing)) >= FEWEST_BAD and missing > most * own:
+            raise DataError(f"{missing:,} of {own:,.0f} samples are missing, {self._why(missing=True)}")
+        if (found := self._bad_share.above(most)) is not None:
+            raise DataError(f"{found[0]:,} of the last {found[1]:,} samples cannot be used, {self._why(missing=False)}")
 
-    def _why(self, places: Iterable[tuple[int, int]]) -> str:
-        """What most of them suffer from, and what can be done."""
-        reasons = Counter(self.bad_samples[place].reason.partition(" (")[0] for place in tuple(places))
+    def _why(self, *, missing: bool) -> str:
+        """What most of those that are missing, or of the other bad ones, suffer from, and what can be done."""
+        bad = dict(self.bad_samples)  # threads go on adding to it
+        places = [place for place in bad if (place in self._missing) == missing] or bad
+        reasons = Counter(bad[place].reason.partition(" (")[0] for place in places)
         listed = "the lines above" if self.quarantine is None else self.quarantine.path
         return (
             f"more than max_bad_fraction ({self.config.max_bad_fraction:g}) allows, most often since: "
@@ -193,8 +194,11 @@ class CaptionedImages:
 
     def _assemble(self, number: int) -> tuple[list[Visit], Batch]:
         visits = self.order.batch(number, rank=self.rank, ranks=self.ranks)
-        for visit in {visit.shard: visit for visit in visits}.values():
-            self.store.make_ready(next(islice(self.order.shards_from(visit), 1, None)))
+        streams = [islice(self.order.shards_from(visit), 2) for visit in {one.shard: one for one in visits}.values()]
+        for shard in [
+            shard for pair in zip(*streams, strict=True) for shard in pair
+        ]:  # all present, then all next ones
+            self.store.make_ready(shard)
         samples = [self._load_or_next(visit) for visit in visits]
         captions = [self._caption(sample, visit) for sample, visit in zip(samples, visits, strict=True)]
         return visits, self._batch(samples, captions, [visit.position for visit in visits])
@@ -217,19 +221,21 @@ class CaptionedImages:
     def _load_or_next(self, visit: Visit) -> Sample:
         """The visited sample, or what stands in for it."""
         sample = self._try_load(visit.shard, visit.index)
-        for shard in islice(self.order.shards_from(visit), STAND_INS):
-            if sample is not None:
-                return sample
+        if sample is not None:
+            return sample
+        # Where shards are few, a lane may read one epoch after epoch before it gets another.
+        near = dict.fromkeys(islice(self.order.shards_from(visit), 20 * STAND_INS))
+        for shard in islice(near, STAND_INS):
             # Counted from the visited one's number: so of many that are missing each has a stand-in of its own.
             present = self.store.present(shard)
             indices = ((visit.index + step) % present for step in range(present))
-            sample = next((found for index in indices if (found := self._try_load(shard, index)) is not None), None)
-        if sample is None:
-            raise DataError(
-                f"no sample of shard {self.store.sources[visit.shard].shown} can be used, nor any of the next of its "
-                f"lane ({self.bad_samples[visit.shard, visit.index].reason}): mend it, or remove it from data.shards"
-            )
-        return sample
+            for index in indices:
+                if (sample := self._try_load(shard, index)) is not None:
+                    return sample
+        raise DataError(
+            f"no sample of shard {self.store.sources[visit.shard].shown} can be used, nor any of the next of its "
+            f"lane ({self.bad_samples[visit.shard, visit.index].reason}): mend it, or remove it from data.shards"
+        )
 
     def _try_load(self, shard: int, index: int) -> Sample | None:
         if (shard, index) in self.bad_samples:

@@ -7,10 +7,15 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+LONGEST = 1000  # characters of a line
+
 
 def printable(text: str) -> str:
-    """The text without what a terminal would obey or could not show: those characters are written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """The text, cut if very long, with escapes for what a terminal would obey or could not show."""
+    if text.isprintable() and len(text) <= LONGEST:
+        return text
+    cut = text[:LONGEST] + "..." * (len(text) > LONGEST)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ def _matching(source: Source, *, allow_pipe: bool) -> list[Source]:
         raise DataError(f"{source.shown} cannot be listed ({told(error)}): give a brace range instead") from error
 
 
-def file_system(source: Source, *, timeout: float = 60.0) -> AbstractFileSystem:
+def file_system(source: Source, *, timeout: float = 30.0) -> AbstractFileSystem:
     """fsspec's for the source's protocol. Raises ValueError if there is none, or its package is missing."""
     import fsspec
 

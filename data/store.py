@@ -22,7 +22,7 @@ class ShardStore:
     """The shards of some sources. Those that a manifest or sizes.json counts are opened when first asked for.
 
     Others are opened at once to be counted, if they are on this machine. What can be read of a damaged shard is read;
-    a shard that cannot be read at all raises DataError wherever it is asked for, from then on.
+    a shard that cannot be read at all raises DataError wherever it is asked for, until `keep` others have been opened.
 
     keep: how many are held open; keep_copies: how many copies of remote ones stay at least. on_damage(line): told once
     of each shard that is not what its manifest says.

@@ -14,7 +14,8 @@ from typing import BinaryIO
 BLOCK = tarfile.BLOCKSIZE
 ZEROS = bytes(BLOCK)
 LONGEST_RECORD = 1 << 20  # bytes of a long name or of pax records
-CHUNK = 1 << 20  # bytes looked through at once for the next header
+CHUNK = 1 << 20  # bytes looked through at once for the next header, at most
+MOST_DAMAGE = 1000  # places in a tar, and seeming headers behind each, after which no more is looked for: no hang
 FILE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 LINK_TYPES = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 WITHOUT_DATA = (*LINK_TYPES, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
@@ -36,6 +37,17 @@ class Damage:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a record says of the member behind it, in place of the member's own header."""
+
+    name: str | None = None
+    size: int | None = None
+
+
+NOTHING_GIVEN = _Given()
+
+
 class _Damaged(Exception):
     pass
 
@@ -46,38 +58,48 @@ def read_members(file: BinaryIO, *, incomplete: Callable[[], bool]) -> Iterator[
     incomplete() says, where the tar seems to end, whether samples are missing: zeros may have been written over a
     header.
     """
-    length = file.seek(0, 2)
-    at, name, size = 0, None, None  # the last two as a record before the member gives them
-    while True:
-        block = _read(file, at, BLOCK)
-        if block == ZEROS:
+    length, given = file.seek(0, 2), NOTHING_GIVEN
+    at, damages = 0, 0
+    search_from = 0  # a header behind lost bytes may stand within what the member before it seems to hold
+    while damages < MOST_DAMAGE:
+        try:
+            if _read(file, at, BLOCK) != ZEROS:
+                member, given, at = _read_header(file, at, length, given)
+                if member is not None:
+                    search_from = member.offset
+                    yield member
+                continue
             if not incomplete():
                 return
             found = _next_header(file, at + BLOCK)
-            if found is None:
-                return
-            at = found
-            continue
-        try:
-            header, data = _parse(block), at + BLOCK
-            size = header.size if size is None else size
-            stored = 0 if header.type in WITHOUT_DATA else size
-            if stored < 0 or data + stored > length:
-                raise _Damaged(f"{header.name} is cut short")
-            if header.type in RECORD_TYPES:
-                name, size = _record(file, header, data, name)
-            else:
-                if header.type == tarfile.GNUTYPE_SPARSE:
-                    data = _after_sparse_map(file, block, data)
-                yield Member(name or header.name, data, stored, _strange(header))
-                name, size = None, None
-            at = data + -(-stored // BLOCK) * BLOCK
         except _Damaged as error:
             yield Damage(at, str(error))
-            found, name, size = _next_header(file, at + BLOCK), None, None
-            if found is None:
-                return
-            at = found
+            damages, given = damages + 1, NOTHING_GIVEN
+            found = _next_header(file, search_from or at + BLOCK)
+            if found == at:  # its checksum is right, but not what it says
+                found = _next_header(file, at + BLOCK)
+        if found is None:
+            return
+        at, search_from = found, found + BLOCK
+
+
+def _read_header(file: BinaryIO, at: int, length: int, given: _Given) -> tuple[Member | None, _Given, int]:
+    """The member whose header stands there, what a record gives to the next one, and where the next header stands."""
+    block = _read(file, at, BLOCK)
+    header, data = _parse(block), at + BLOCK
+    size = header.size if given.size is None or header.type in RECORD_TYPES else given.size
+    stored = 0 if header.type in WITHOUT_DATA else size
+    if stored < 0 or data + stored > length:
+        raise _Damaged(f"{header.name} is cut short")
+    member = None
+    if header.type in RECORD_TYPES:
+        given = _record(file, header, data, given)
+    else:
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            data = _after_sparse_map(file, block, data)
+        member = Member(given.name or header.name, data, stored, _strange(header))
+        given = NOTHING_GIVEN
+    return member, given, data + -(-stored // BLOCK) * BLOCK
 
 
 def _read(file: BinaryIO, at: int, size: int) -> bytes:
@@ -100,20 +122,20 @@ def _strange(header: tarfile.TarInfo) -> str:
     return "a sparse file" if header.type == tarfile.GNUTYPE_SPARSE else "no plain file"
 
 
-def _record(file: BinaryIO, header: tarfile.TarInfo, data: int, name: str | None) -> tuple[str | None, int | None]:
-    """The name and size that a record gives to the member behind it."""
+def _record(file: BinaryIO, header: tarfile.TarInfo, data: int, given: _Given) -> _Given:
     if header.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
-        return name, None
+        return given
     if header.size > LONGEST_RECORD:
         raise _Damaged(f"a record of {header.size} bytes")
     content = _read(file, data, header.size)
     if header.type == tarfile.GNUTYPE_LONGNAME:
-        return content.rstrip(b"\0").decode("utf-8", "surrogateescape"), None
+        return _Given(content.rstrip(b"\0").decode("utf-8", "surrogateescape"), given.size)
     records = _pax_records(content)
     size = records.get("size", "")
     if size and not (size.isascii() and size.isdigit() and len(size) < 20):
         raise _Damaged("a pax record with no size")
-    return records.get("path", name), int(size) if size else None
+    name = records["path"].rstrip("/") if "path" in records else given.name
+    return _Given(name, int(size) if size else given.size)
 
 
 def _pax_records(content: bytes) -> dict[str, str]:
@@ -143,16 +165,18 @@ def _next_header(file: BinaryIO, start: int) -> int | None:
 
     It need not stand at a multiple of 512: bytes may have been lost before it.
     """
-    while len(chunk := _read(file, start, CHUNK + BLOCK)) >= BLOCK:
+    size, tries = 8 * BLOCK, 0  # mostly it is near
+    while len(chunk := _read(file, start, size + BLOCK)) >= BLOCK:
         magic = chunk.find(b"ustar")
-        while magic >= 0:
+        while magic >= 0 and tries < MOST_DAMAGE:
             place = magic - 257  # of the magic in a header
-            if 0 <= place < CHUNK:
+            if 0 <= place < size:
+                tries += 1
                 try:
                     _parse(chunk[place : place + BLOCK])
                     return start + place
                 except _Damaged:
                     pass
             magic = chunk.find(b"ustar", magic + 1)
-        start += CHUNK
+        start, size = start + size, min(2 * size, CHUNK)
     return None

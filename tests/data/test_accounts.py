@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,21 @@ def test_a_shard_that_cannot_be_made_ready_is_not_asked_for_over_and_over(tiny_s
         for number in range(45):
             loader.batch(number)
         assert site.count(f"{following:05d}.tar") == 2
+
+
+@pytest.mark.parametrize(("gone", "stops"), [(2, False), (3, True)])
+def test_a_place_out_of_reach_is_waited_for_no_longer_than_for_three_shards(
+    tiny_shards: Callable[..., str], gone: int, stops: bool
+):
+    shards = counted(tiny_shards([4] * 6))
+    loader = images(shards, lanes=1, batch_size=2, on_bad=lambda bad: None)
+    near = list(dict.fromkeys(islice(loader.order.shards_from(loader.order.batch(0)[0]), 6)))
+    for shard in near[1 : 1 + gone]:
+        (Path(shards).parent / f"{shard:05d}.tar").unlink()
+    if stops:
+        with pytest.raises(DataError, match=rf"no sample of shard \S*{near[1]:05d}\.tar can be used.* No such file"):
+            first(loader, 12)
+    else:
+        given = {shard for batch in first(loader, 12) for shard, _ in batch.samples}
+        assert given == set(near) - set(near[1:3])
+        assert loader.ledger.rejected == 4 * gone

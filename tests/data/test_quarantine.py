@@ -72,3 +72,7 @@ def test_a_file_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pyte
 def test_what_is_printed_cannot_command_a_terminal():
     bad = BadSample("0.tar", "a\x1b[31m\nb\u202e\udc80", "no caption")
     assert str(bad) == "a\\x1b[31m\\nb\\u202e\\udc80 in 0.tar: no caption"
+
+
+def test_what_is_printed_is_never_very_long():
+    assert len(str(BadSample("0.tar", "k" * 10**6, "no caption"))) == 1003
