@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from data import DataError
-from data.sources import PIPE, Source, file_system, told
+from data.sources import PIPE, MissingPackageError, Source, file_system, told
 
 CACHED = re.compile(r"[0-9a-f]{64}\.shard")
 PARTIAL = ".partial"
@@ -118,12 +118,13 @@ def with_tries(work: Callable[[], None], source: Source, patience: Patience) -> 
     for number in range(patience.tries):
         try:
             return work()
-        except (Absent, ValueError):  # the second: a package that is missing
+        except (Absent, MissingPackageError):
             raise
         except Exception as error:  # whatever the protocol's package raises, the place cannot be read
             if number + 1 == patience.tries:
+                why = source.without_secrets(told(error))
                 raise DataError(
-                    f"{source.shown} cannot be read, in {patience.tries} tries ({told(error)}): is its place in reach?"
+                    f"{source.shown} cannot be read, in {patience.tries} tries ({why}): is its place in reach?"
                 ) from error
             time.sleep(patience.pause * 4**number)
 
@@ -158,7 +159,7 @@ def _download(source: Source, path: Path, timeout: float) -> None:
     if failed:
         status = getattr(failed[0], "status", None)
         if isinstance(failed[0], (FileNotFoundError, PermissionError)) or status in ABSENT:
-            raise Absent(told(failed[0])) from failed[0]
+            raise Absent(source.without_secrets(told(failed[0]))) from failed[0]
         raise failed[0]
 
 

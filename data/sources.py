@@ -21,6 +21,10 @@ WEB = ("http", "https")
 PACKAGES = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
 
 
+class MissingPackageError(ValueError):
+    """A protocol's package is not installed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """One shard's place: a path, a URL, or pipe:COMMAND."""
@@ -51,6 +55,15 @@ class Source:
             return self.location
         parts = urlsplit(self.location)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], self._url_path, "", ""))
+
+    def without_secrets(self, text: str) -> str:
+        """A text, such as an error's, that may quote the location: what `shown` leaves out is left out there too."""
+        if self.is_pipe or self.is_local:
+            return text
+        parts = urlsplit(self.location)
+        for secret in (self.location, f"?{parts.query}" if parts.query else "", parts.password or ""):
+            text = text.replace(secret, self.shown if secret == self.location else "") if secret else text
+        return text
 
     def beside(self, name: str) -> Source | None:
         """Another file in its folder; None for a pipe, which stands in none."""
@@ -125,7 +138,7 @@ def file_system(source: Source, *, timeout: float = 30.0) -> AbstractFileSystem:
         return fsspec.filesystem(source.protocol, **options)
     except ImportError as error:
         package = PACKAGES.get(source.protocol, "fsspec's for it")
-        raise ValueError(
+        raise MissingPackageError(
             f"{source.protocol}:// needs the package {package}: pip install {package}, or latent-foundry[remote]"
         ) from error
     except ValueError as error:

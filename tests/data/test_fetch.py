@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -67,6 +68,16 @@ def test_after_three_tries_the_place_is_named(site: Site, cache: Cache, fault: s
         cache.get(Source(f"{site.url}/1.tar"))
     assert site.count("1.tar") == 3 and files(cache) == []
     assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("name", ["1.tar", "9.tar"])
+def test_no_error_quotes_what_is_secret(site: Site, cache: Cache, name: str):
+    """As the key of a signed URL, or a password."""
+    site.faults["1.tar"] = ["error"] * 3
+    host = site.url.removeprefix("http://")
+    with pytest.raises((DataError, Absent)) as caught:
+        cache.get(Source(f"http://me:hush@{host}/{name}?key=secret"))
+    assert name in str(caught.value) and not re.search("secret|hush", str(caught.value))
 
 
 def test_a_copy_of_another_size_is_a_failed_try(site: Site, cache: Cache):
