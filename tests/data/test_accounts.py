@@ -151,17 +151,15 @@ def test_the_next_shard_of_each_lane_is_fetched_while_this_one_is_read(tiny_shar
     folder = Path(counted(tiny_shards([6, 6, 6, 6]))).parent
     with served(folder) as site:
         loader = images(f"{site.url}/0000{{0..3}}.tar", lanes=1, batch_size=1, prefetch=0)
-        visited = [loader.batch(number).samples[0][0] for number in range(7)]
-        present, following = visited[0], visited[6]
-        again = images(f"{site.url}/0000{{0..3}}.tar", lanes=1, batch_size=1, prefetch=0)
+        present, following = (loader.order.batch(number)[0].shard for number in (0, 6))
         site.requests.clear()
-        again.batch(0)
+        loader.batch(0)
         until(lambda: site.count(f"{following:05d}.tar") == 1)
         assert site.count(f"{present:05d}.tar") == 1 and len(site.requests) == 2
 
 
 def test_a_shard_that_cannot_be_made_ready_is_not_asked_for_over_and_over(tiny_shards: Callable[..., str]):
-    """Its place is tried once ahead, and once more when it is reached."""
+    """Its place is tried once ahead, and once more when it is reached, unless that is at the same time."""
     folder = Path(counted(tiny_shards([30, 30]))).parent
     with served(folder) as site:
         loader = images(f"{site.url}/0000{{0..1}}.tar", lanes=1, batch_size=1, prefetch=0, on_bad=lambda bad: None)
@@ -170,7 +168,7 @@ def test_a_shard_that_cannot_be_made_ready_is_not_asked_for_over_and_over(tiny_s
         site.requests.clear()
         for number in range(45):
             loader.batch(number)
-        assert site.count(f"{following:05d}.tar") == 2
+        assert 1 <= site.count(f"{following:05d}.tar") <= 2
 
 
 @pytest.mark.parametrize(("gone", "stops"), [(2, False), (3, True)])
