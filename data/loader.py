@@ -2,50 +2,43 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import closing
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from itertools import islice
 
 import torch
+from PIL import ImageFile
 from torch import Tensor
 
 from data import DataError
-from data.order import SampleOrder, Visit, keyed_hash
-from data.samples import BadSample, BadSampleError, decode_pixels, read_captions
-from data.shards import Shard, expand_shards
+from data.config import DataConfig, HeldOutConfig
+from data.keyed import keyed_hash
+from data.ledger import FEWEST_BAD, BadShare, Ledger
+from data.order import SampleOrder, SetSpan, Visit
+from data.quarantine import BadSample, BadSampleError, MissingSampleError, Quarantine, printable
+from data.samples import decode_pixels, read_captions
+from data.sources import Source, expand
+from data.store import ShardStore
 
 Tokenize = Callable[[list[str]], Tensor]
+# Shards of which a sample can stand in for a bad one: its own, and the next two that its lane reads. Were there more, a
+# place out of reach would be waited for longer than the other ranks wait for this one.
+STAND_INS = 3
+TOLD = 100  # bad samples that on_bad is told of; the quarantine lists all
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    shards: str | tuple[str, ...]  # brace ranges and globs of .tar files
-    image_size: int = 64  # pixels a side
-    batch_size: int = 64  # of all ranks together
-    lanes: int = 1  # shards read side by side: more mix better; a multiple of the ranks, at most the shards
-    captions: Literal["best", "any"] = "any"  # of a sample with several: the first, or another at each visit
-    prefetch: int = 2  # batches decoded ahead, in threads
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One that can be used."""
 
-    def __post_init__(self) -> None:
-        if self.image_size < 1 or self.batch_size < 1 or self.prefetch < 0:
-            raise ValueError(
-                f"data.image_size ({self.image_size}) and data.batch_size ({self.batch_size}) must be at least 1, "
-                f"data.prefetch ({self.prefetch}) at least 0"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOutConfig:
-    """Pictures to measure on: each once, with its best caption, at the size of those trained on."""
-
-    shards: str | tuple[str, ...]
-    batch_size: int = 64  # pictures measured at once
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"validation.batch_size must be at least 1, not {self.batch_size}")
+    place: tuple[int, int]  # shard, index
+    key: str
+    pixels: Tensor  # 3 x S x S in [-1, 1]
+    captions: list[str]  # best first
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,33 +50,36 @@ class Batch:
     tokens: Tensor | None  # B x L, if a tokenizer was given
     positions: list[int]  # of each sample in the run's global order: the seed of all that is drawn for it
     samples: list[tuple[int, int]]  # (shard, index): which sample it is, wherever it stands in the order
-
-    @property
-    def keys(self) -> list[str]:
-        return [str(sample) for sample in self.samples]
+    keys: list[str]  # SHARD'S NAME:KEY of each sample, for people
 
     def split(self, parts: int) -> list[Batch]:
-        n = len(self.samples) // parts
-        cuts = [slice(i * n, (i + 1) * n) for i in range(parts)]
-        return [
-            Batch(
-                self.pixels[c],
-                self.captions[c],
-                None if self.tokens is None else self.tokens[c],
-                self.positions[c],
-                self.samples[c],
-            )
-            for c in cuts
-        ]
+        """`parts` equal batches that follow one another in this one. Raises ValueError if it cannot be divided so."""
+        if parts < 1 or len(self.captions) % parts:
+            raise ValueError(f"a batch of {len(self.captions)} cannot be split into {parts} equal parts: use a divisor")
+        size = len(self.captions) // parts
+        return [self._part(slice(start, start + size)) for start in range(0, len(self.captions), size)]
+
+    def _part(self, own: slice) -> Batch:
+        return Batch(
+            self.pixels[own],
+            self.captions[own],
+            None if self.tokens is None else self.tokens[own],
+            self.positions[own],
+            self.samples[own],
+            self.keys[own],
+        )
 
 
 class CaptionedImages:
     """An endless stream of batches with an integer position: the number of the global batch.
 
-    A sample that cannot be used is recorded once in `bad_samples` and reported through `on_bad`; the next good
-    sample of its shard stands in for it, so that the order of all others is untouched.
+    A sample that cannot be used is recorded once in `bad_samples`, reported through `on_bad` and listed in the
+    `quarantine`; the next good sample of its shard stands in for it, or, where the shard holds none, one of the next
+    shard of its lane: the order of all others is untouched. `ledger` says what became of each visit of the stream.
 
-    Raises DataError where a shard as a whole is unusable, ValueError where lanes, batch and ranks do not fit.
+    Raises DataError where shards cannot be counted, where nothing can stand in, and where the share of bad samples
+    among the last 10,000 visits, or of missing ones among all, is above config.max_bad_fraction; ValueError where
+    lanes, batch and ranks do not fit, for a pipe that is not allowed and for a package that is missing.
     """
 
     def __init__(
@@ -95,97 +91,181 @@ class CaptionedImages:
         rank: int = 0,
         ranks: int = 1,
         on_bad: Callable[[BadSample], None] = lambda bad: print(f"bad sample: {bad}", flush=True),
+        quarantine: Quarantine | None = None,
     ) -> None:
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: cut pictures would pass; leave it False")
         self.config, self.seed, self.rank, self.ranks = config, seed, rank, ranks
-        self.tokenize, self.on_bad = tokenize, on_bad
-        self.shards = [Shard(path) for path in expand_shards(config.shards)]
+        self.tokenize, self.on_bad, self.quarantine = tokenize, on_bad, quarantine
+        found = [expand(patterns, allow_pipe=config.allow_pipe) for patterns in config.patterns]
+        # Two shards a lane and set: the one that is read and the next.
+        open_at_once = 2 * config.lanes * len(found)
+        self.store = ShardStore(
+            [source for own in found for source in own],
+            config,
+            keep=-(-open_at_once // ranks) + 2,
+            keep_copies=open_at_once,
+            on_damage=lambda line: print(f"damaged: {line}", flush=True),
+        )
         self.order = SampleOrder(
-            [len(shard) for shard in self.shards], batch_size=config.batch_size, lanes=config.lanes, seed=seed
+            self.store.sizes, batch_size=config.batch_size, lanes=config.lanes, seed=seed, sets=_spans(config, found)
         )
         self.order.batch(0, rank=rank, ranks=ranks)  # ranks that do not fit fail here rather than in a thread
         self.bad_samples: dict[tuple[int, int], BadSample] = {}
+        self._missing: set[tuple[int, int]] = set()  # those of the bad samples that are not there at all
+        self.ledger, self._bad_share = Ledger(self.store.sizes), BadShare()
 
     def __len__(self) -> int:
-        """Samples in all shards: one epoch."""
-        return sum(len(shard) for shard in self.shards)
+        """Samples in all shards: one epoch of each set."""
+        return sum(self.store.sizes)
 
     def stream(self, position: int = 0) -> Generator[Batch]:
         """Global batches `position`, `position` + 1, ... decoded ahead by `prefetch` threads."""
-        if not self.config.prefetch:
-            while True:
-                yield self.batch(position)
-                position += 1
-        with ThreadPoolExecutor(self.config.prefetch, thread_name_prefix="decode") as pool:
-            ahead: deque[Future[Batch]] = deque()
-            while True:
-                while len(ahead) <= self.config.prefetch:
-                    ahead.append(pool.submit(self.batch, position + len(ahead)))
-                yield ahead.popleft().result()
-                position += 1
+        self.ledger, self._bad_share = Ledger(self.store.sizes), BadShare()
+        with closing(self._ahead(position)) as assembled:
+            for visits, batch in assembled:
+                self._account(visits, batch.samples)
+                yield batch
 
     def batch(self, number: int) -> Batch:
         """This rank's share of global batch `number`: a pure function of the configuration and the shards."""
-        return self._assemble(self.order.batch(number, rank=self.rank, ranks=self.ranks))
+        return self._assemble(number)[1]
 
     def once(self, batch_size: int) -> Iterator[Batch]:
         """Every sample once, in the shards' own order, with its best caption: for measuring. Bad ones are left out.
 
         Raises DataError if all are bad.
         """
-        everything = [(shard, index) for shard, own in enumerate(self.shards) for index in range(len(own))]
+        everything = [(shard, index) for shard, size in enumerate(self.store.sizes) for index in range(size)]
         for start in range(0, len(everything), batch_size):
-            loaded = [
-                (place, sample)
-                for place in everything[start : start + batch_size]
-                if (sample := self._try_load(*place)) is not None
-            ]
+            places = everything[start : start + batch_size]
+            loaded = [sample for place in places if (sample := self._try_load(*place)) is not None]
+            for place in places:
+                if place not in self._missing:
+                    self._bad_share.record(place, is_bad=place in self.bad_samples)
+            self._check_shares()
             if loaded:
-                places = [place for place, _ in loaded]
-                yield self._batch([s[0] for _, s in loaded], [s[1][0] for _, s in loaded], [-1] * len(places), places)
+                yield self._batch(loaded, [sample.captions[0] for sample in loaded], [-1] * len(loaded))
         if len(self.bad_samples) == len(everything):
-            raise DataError(f"none of the {len(everything)} samples of {self.config.shards} can be used: give others")
+            raise DataError(f"none of the {len(everything)} samples of {self.config.patterns} can be used: give others")
 
-    def _assemble(self, visits: list[Visit]) -> Batch:
-        pixels, captions, samples = [], [], []
-        for visit in visits:
-            index, (picture, texts) = self._load_or_next(visit)
-            choice = (
-                keyed_hash("caption", self.seed, visit.position) % len(texts) if self.config.captions == "any" else 0
-            )
-            pixels.append(picture)
-            captions.append(texts[choice])
-            samples.append((visit.shard, index))
-        return self._batch(pixels, captions, [visit.position for visit in visits], samples)
+    def _ahead(self, position: int) -> Generator[tuple[list[Visit], Batch]]:
+        if not self.config.prefetch:
+            while True:
+                yield self._assemble(position)
+                position += 1
+        pool = ThreadPoolExecutor(self.config.prefetch, thread_name_prefix="decode")
+        ahead: deque[Future[tuple[list[Visit], Batch]]] = deque()
+        try:
+            while True:
+                while len(ahead) <= self.config.prefetch:
+                    ahead.append(pool.submit(self._assemble, position + len(ahead)))
+                yield ahead.popleft().result()
+                position += 1
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _batch(
-        self, pixels: list[Tensor], captions: list[str], positions: list[int], samples: list[tuple[int, int]]
-    ) -> Batch:
-        tokens = self.tokenize(captions) if self.tokenize is not None else None
-        return Batch(torch.stack(pixels), captions, tokens, positions, samples)
+    def _account(self, visits: Sequence[Visit], samples: Sequence[tuple[int, int]]) -> None:
+        self.ledger.record(visits, samples)
+        for visit, sample in zip(visits, samples, strict=True):
+            asked = (visit.shard, visit.index)
+            if asked not in self._missing:
+                self._bad_share.record(asked, is_bad=sample != asked)
+        self._check_shares()
 
-    def _load_or_next(self, visit: Visit) -> tuple[int, tuple[Tensor, list[str]]]:
-        size = len(self.shards[visit.shard])
-        for step in range(size):
-            index = (visit.index + step) % size
-            loaded = self._try_load(visit.shard, index)
-            if loaded is not None:
-                return index, loaded
-        raise DataError(f"no sample of shard {self.shards[visit.shard].path} can be used: remove it from data.shards")
+    def _check_shares(self) -> None:
+        most, own = self.config.max_bad_fraction, len(self) / self.ranks
+        # Missing samples come by the shard, so their share is of all samples, not of those seen of late.
+        if (missing := len(self._missing)) >= FEWEST_BAD and missing > most * own:
+            raise DataError(f"{missing:,} of {own:,.0f} samples are missing, {self._why(missing=True)}")
+        if (found := self._bad_share.above(most)) is not None:
+            raise DataError(f"{found[0]:,} of the last {found[1]:,} samples cannot be used, {self._why(missing=False)}")
 
-    def _try_load(self, shard: int, index: int) -> tuple[Tensor, list[str]] | None:
+    def _why(self, *, missing: bool) -> str:
+        """What most of those that are missing, or of the other bad ones, suffer from, and what can be done."""
+        bad = dict(self.bad_samples)  # threads go on adding to it
+        places = [place for place in bad if (place in self._missing) == missing] or bad
+        reasons = Counter(bad[place].reason.partition(" (")[0] for place in places)
+        listed = "the lines above" if self.quarantine is None else self.quarantine.path
+        return (
+            f"more than max_bad_fraction ({self.config.max_bad_fraction:g}) allows, most often since: "
+            f"{reasons.most_common(1)[0][0]}. {listed} names them: mend or remove them, or allow more"
+        )
+
+    def _assemble(self, number: int) -> tuple[list[Visit], Batch]:
+        visits = self.order.batch(number, rank=self.rank, ranks=self.ranks)
+        streams = [islice(self.order.shards_from(visit), 2) for visit in {one.shard: one for one in visits}.values()]
+        for shard in [
+            shard for pair in zip(*streams, strict=True) for shard in pair
+        ]:  # all present, then all next ones
+            self.store.make_ready(shard)
+        samples = [self._load_or_next(visit) for visit in visits]
+        captions = [self._caption(sample, visit) for sample, visit in zip(samples, visits, strict=True)]
+        return visits, self._batch(samples, captions, [visit.position for visit in visits])
+
+    def _caption(self, sample: Sample, visit: Visit) -> str:
+        if self.config.captions == "best":
+            return sample.captions[0]
+        return sample.captions[keyed_hash("caption", self.seed, visit.position) % len(sample.captions)]
+
+    def _batch(self, samples: list[Sample], captions: list[str], positions: list[int]) -> Batch:
+        return Batch(
+            torch.stack([sample.pixels for sample in samples]),
+            captions,
+            self.tokenize(captions) if self.tokenize is not None else None,
+            positions,
+            [sample.place for sample in samples],
+            [printable(f"{self.store.sources[sample.place[0]].name}:{sample.key}") for sample in samples],
+        )
+
+    def _load_or_next(self, visit: Visit) -> Sample:
+        """The visited sample, or what stands in for it."""
+        sample = self._try_load(visit.shard, visit.index)
+        if sample is not None:
+            return sample
+        # Where shards are few, a lane may read one epoch after epoch before it gets another.
+        near = dict.fromkeys(islice(self.order.shards_from(visit), 20 * STAND_INS))
+        for shard in islice(near, STAND_INS):
+            # Counted from the visited one's number: so of many that are missing each has a stand-in of its own.
+            present = self.store.present(shard)
+            indices = ((visit.index + step) % present for step in range(present))
+            for index in indices:
+                if (sample := self._try_load(shard, index)) is not None:
+                    return sample
+        raise DataError(
+            f"no sample of shard {self.store.sources[visit.shard].shown} can be used, nor any of the next of its "
+            f"lane ({self.bad_samples[visit.shard, visit.index].reason}): mend it, or remove it from data.shards"
+        )
+
+    def _try_load(self, shard: int, index: int) -> Sample | None:
         if (shard, index) in self.bad_samples:
             return None
-        raw = self.shards[shard][index]
         try:
-            return decode_pixels(raw, self.config.image_size), read_captions(raw)
-        except BadSampleError as error:
-            bad = BadSample(raw.shard, raw.key, str(error))
-            if self.bad_samples.setdefault((shard, index), bad) is bad:
-                self.on_bad(bad)
+            raw = self.store.read(shard, index)
+            return Sample((shard, index), raw.key, decode_pixels(raw, self.config.image_size), read_captions(raw))
+        except (BadSampleError, DataError) as error:
+            bad = BadSample(self.store.sources[shard].shown, self.store.key(shard, index), str(error))
+            self._report((shard, index), bad)
+            if isinstance(error, (MissingSampleError, DataError)):
+                self._missing.add((shard, index))
             return None
+
+    def _report(self, place: tuple[int, int], bad: BadSample) -> None:
+        if self.bad_samples.setdefault(place, bad) is bad:  # two threads may have met it at once
+            if self.quarantine is not None:
+                self.quarantine.add(bad)
+            if len(self.bad_samples) <= TOLD:
+                self.on_bad(bad)
 
 
 def held_out(config: HeldOutConfig, *, image_size: int, tokenize: Tokenize | None = None) -> CaptionedImages:
     """The held-out pictures, for `once(config.batch_size)`. Raises as CaptionedImages does."""
-    reading = DataConfig(shards=config.shards, image_size=image_size, batch_size=config.batch_size, captions="best")
-    return CaptionedImages(reading, seed=0, tokenize=tokenize)
+    reading = {entry.name: getattr(config, entry.name) for entry in fields(HeldOutConfig)}
+    return CaptionedImages(DataConfig(**reading, image_size=image_size, captions="best"), seed=0, tokenize=tokenize)
+
+
+def _spans(config: DataConfig, found: list[list[Source]]) -> list[SetSpan]:
+    """The sets as the order sees them. Weights as they are written: 0.1 is a tenth."""
+    return [
+        SetSpan(one.name, Fraction(str(one.weight)), len(own)) for one, own in zip(config.sets, found, strict=False)
+    ]

@@ -3,29 +3,22 @@
 Shards are permuted by (seed, epoch) and dealt to a fixed number of *lanes*. A lane is an endless, deterministic
 stream of samples. Every global batch takes the same number of samples from each lane, and a rank owns whole lanes.
 So the content of global batch b depends on neither the number of ranks, nor the number of workers, nor on where
-the run was stopped. WebDataset's own shuffling is not used because it repeats one shard order every epoch and
+the run was stopped. Of several sets of shards, each has such streams, which a lane mixes by data.mixture.
+WebDataset's own shuffling is not used because it repeats one shard order every epoch and
 loses its buffer when a run stops.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from hashlib import blake2b
+from fractions import Fraction
 
-
-def keyed_hash(*key: object) -> int:
-    """A 64-bit number that depends on the key alone: on no machine, library version or process."""
-    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "big")
-
-
-@lru_cache(maxsize=256)
-def permutation(size: int, *key: object) -> tuple[int, ...]:
-    """A permutation of range(size), drawn by sorting keyed hashes: stable across versions of every library."""
-    return tuple(sorted(range(size), key=lambda index: keyed_hash(*key, index)))
+from data.keyed import permutation
+from data.mixture import Mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,32 +26,46 @@ class Visit:
     """One visit to one sample: where it stands in the shards, and in the global order of the run."""
 
     position: int  # in the global order: batch * global_batch + place in the batch
-    epoch: int  # of the lane that visits it
-    shard: int
+    epoch: int  # of the lane that visits it, in the shard's set
+    shard: int  # counted through all sets
     index: int  # of the sample in its shard's own (unshuffled) order
+    lane: int
+    before: int  # samples of the shard that this epoch has visited before
+
+
+@dataclass(frozen=True, slots=True)
+class SetSpan:
+    """A set as the order sees it: its weight, and how many of the shards, which follow one another, are its own."""
+
+    name: str
+    weight: Fraction
+    shards: int
 
 
 class SampleOrder:
     """Which samples global batch b holds, from the shards' sizes alone.
 
-    Raises ValueError where the lanes cannot be dealt: fewer shards than lanes (some lanes would be empty), or a
-    batch that is no multiple of the lanes.
+    sets: which shards make up which set, and how much of each is wanted; none: all shards are one.
+    Raises ValueError where the lanes cannot be dealt: fewer shards in a set than lanes (some lanes would be empty), or
+    a batch that is no multiple of the lanes.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], *, batch_size: int, lanes: int, seed: int) -> None:
-        if not 1 <= lanes <= len(shard_sizes):
-            raise ValueError(
-                f"data.lanes is {lanes} but there are {len(shard_sizes)} shards: need 1 <= lanes <= shards"
-            )
-        if batch_size % lanes:
+    def __init__(
+        self, shard_sizes: Sequence[int], *, batch_size: int, lanes: int, seed: int, sets: Sequence[SetSpan] = ()
+    ) -> None:
+        if lanes >= 1 and batch_size % lanes:
             raise ValueError(f"the batch of {batch_size} is not a multiple of data.lanes ({lanes}): change either")
-        if min(shard_sizes) < 1:
-            raise ValueError("a shard is empty: remove it from the list of shards")
         self.shard_sizes = tuple(shard_sizes)
         self.batch_size, self.lanes, self.seed = batch_size, lanes, seed
-        self.per_lane = batch_size // lanes
-        self._epoch_starts = [[0] for _ in range(lanes)]  # per lane: its position at which each epoch begins
-        self._growing = threading.Lock()  # batches are asked for by several threads at once
+        self.per_lane = batch_size // max(lanes, 1)
+        self._sets: list[SetOrder] = []
+        first = 0
+        for span in sets:
+            own = self.shard_sizes[first : first + span.shards]
+            self._sets.append(SetOrder(own, lanes=lanes, seed=seed, first=first, name=span.name))
+            first += span.shards
+        self._sets = self._sets or [SetOrder(self.shard_sizes, lanes=lanes, seed=seed)]
+        self._mixture = Mixture([span.weight for span in sets] or [Fraction(1)], lanes=lanes, seed=seed)
 
     def batch(self, number: int, *, rank: int = 0, ranks: int = 1) -> list[Visit]:
         """This rank's share of global batch `number`, ordered by position."""
@@ -71,26 +78,67 @@ class SampleOrder:
             for place in range(self.per_lane)
         ]
 
+    def shards_from(self, visit: Visit) -> Iterator[int]:
+        """The shards that the visit's lane reads in its set, endlessly, beginning with the visited one."""
+        own = next(own for own in self._sets if visit.shard < own.first + len(own.sizes))
+        return own.shards_from(visit)
+
     def _visit(self, lane: int, lane_position: int, position: int) -> Visit:
-        epoch = self._epoch_at(lane, lane_position)
-        offset = lane_position - self._epoch_starts[lane][epoch]
-        for shard in self._lane_shards(lane, epoch):
-            if offset < self.shard_sizes[shard]:
-                order = permutation(self.shard_sizes[shard], "samples", self.seed, epoch, shard)
-                return Visit(position, epoch, shard, order[offset])
-            offset -= self.shard_sizes[shard]
-        raise AssertionError("an epoch of a lane is shorter than its own length")
+        which, set_position = self._mixture.place(lane, lane_position)
+        return self._sets[which].visit(lane, set_position, position)
 
-    def _lane_shards(self, lane: int, epoch: int) -> tuple[int, ...]:
-        return permutation(len(self.shard_sizes), "shards", self.seed, epoch)[lane :: self.lanes]
 
-    def _epoch_at(self, lane: int, lane_position: int) -> int:
+class SetOrder:
+    """The lanes' streams through one set of shards. first: the number of its first shard among all."""
+
+    def __init__(self, sizes: Sequence[int], *, lanes: int, seed: int, first: int = 0, name: str | None = None) -> None:
+        if not 1 <= lanes <= len(sizes):
+            of = "" if name is None else f" in set {name}"
+            raise ValueError(f"data.lanes is {lanes} but there are {len(sizes)} shards{of}: need 1 <= lanes <= shards")
+        if min(sizes) < 1:
+            raise ValueError("a shard is empty: remove it from the list of shards")
+        self.sizes, self.lanes, self.first = tuple(sizes), lanes, first
+        # What is drawn for a set depends on no other set, so that adding one disturbs none.
+        self._key = (seed,) if name is None else (seed, name)
+        self._epoch_starts = [[0] for _ in range(lanes)]  # per lane: its position at which each epoch begins
+        self._tables: dict[int, tuple[int, Sequence[int], list[int]]] = {}
+        self._growing = threading.Lock()  # batches are asked for by several threads at once
+
+    def visit(self, lane: int, set_position: int, position: int) -> Visit:
+        """A lane's sample number `set_position` of this set; position: of the visit in the run's global order."""
+        epoch = self._epoch_at(lane, set_position)
+        offset = set_position - self._epoch_starts[lane][epoch]
+        shards, ends = self._table(lane, epoch)
+        which = bisect.bisect_right(ends, offset)
+        shard = shards[which]
+        before = offset - (ends[which] - self.sizes[shard])
+        order = permutation(self.sizes[shard], "samples", *self._key, epoch, shard)
+        return Visit(position, epoch, self.first + shard, order[before], lane, before)
+
+    def shards_from(self, visit: Visit) -> Iterator[int]:
+        own = self._lane_shards(visit.lane, visit.epoch)
+        yield from (self.first + shard for shard in own[own.index(visit.shard - self.first) :])
+        for epoch in itertools.count(visit.epoch + 1):
+            yield from (self.first + shard for shard in self._lane_shards(visit.lane, epoch))
+
+    def _table(self, lane: int, epoch: int) -> tuple[Sequence[int], list[int]]:
+        """The lane's shards in that epoch, and where in it each one ends; the latest is kept."""
+        kept = self._tables.get(lane)
+        if kept is None or kept[0] != epoch:
+            shards = self._lane_shards(lane, epoch)
+            kept = self._tables[lane] = (epoch, shards, list(itertools.accumulate(self.sizes[one] for one in shards)))
+        return kept[1], kept[2]
+
+    def _lane_shards(self, lane: int, epoch: int) -> Sequence[int]:
+        return permutation(len(self.sizes), "shards", *self._key, epoch)[lane :: self.lanes]
+
+    def _epoch_at(self, lane: int, set_position: int) -> int:
         """The epoch in which a lane's position falls; its epochs differ in length, since shards do."""
         starts = self._epoch_starts[lane]
         with self._growing:
-            while starts[-1] <= lane_position:
+            while starts[-1] <= set_position:
                 starts.append(starts[-1] + self._length(self._lane_shards(lane, len(starts) - 1)))
-        return bisect.bisect_right(starts, lane_position) - 1
+        return bisect.bisect_right(starts, set_position) - 1
 
     def _length(self, shards: Iterable[int]) -> int:
-        return sum(self.shard_sizes[shard] for shard in shards)
+        return sum(self.sizes[shard] for shard in shards)

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+import unicodedata
+from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.shards import RawSample
+from data.quarantine import BadSample, BadSampleError
+from data.shards import IMAGE_EXTENSIONS, RawSample
 
-IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+__all__ = ["BadSample", "BadSampleError"]
+
 IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
-
-
-@dataclass(frozen=True, slots=True)
-class BadSample:
-    """A sample that cannot be used: what a person needs to find it and mend it."""
-
-    shard: str
-    key: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.key} in {self.shard}: {self.reason}"
-
-
-class BadSampleError(Exception):
-    """Carries the reason; the loader turns it into a BadSample."""
+MOST_PIXELS = 64_000_000
+LONGEST_CAPTION = 64 << 10  # bytes of UTF-8
+CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")  # Unicode's category Cc
 
 
 def decode_pixels(raw: RawSample, image_size: int) -> torch.Tensor:
@@ -42,9 +32,16 @@ def decode_pixels(raw: RawSample, image_size: int) -> torch.Tensor:
     try:
         # Only these formats: Pillow would hand others, such as EPS, to programs outside.
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:  # seen from the header, before it takes memory
+                raise BadSampleError(f"the image has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
             picture = over_white(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSampleError(f"the image does not decode ({str(error).splitlines()[0]})") from error
+    except UnidentifiedImageError as error:  # its own words hold an address in memory
+        raise BadSampleError(f"the image does not decode (no {', '.join(IMAGE_FORMATS)})") from error
+    except BadSampleError:
+        raise
+    except Exception as error:  # Pillow meets strange bytes with errors of every kind
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadSampleError(f"the image does not decode ({first})") from error
     return to_pixels(square(picture, image_size))
 
 
@@ -80,24 +77,32 @@ def square(image: Image.Image, size: int) -> Image.Image:
 def read_captions(raw: RawSample) -> list[str]:
     """All captions, best first: the .txt, then json["caption"] and json["captions"], each once.
 
-    Raises BadSampleError if none has text: an empty caption would teach that the prompt means nothing.
+    In Unicode's composed form (NFC), control characters made spaces. Raises BadSampleError for what is not UTF-8, no
+    text, or longer than 64 KiB, and if no caption has text: an empty one would teach that the prompt means nothing.
     """
-    captions: list[str] = []
+    found: list[Any] = []
     try:
         if "txt" in raw.members:
-            captions.append(raw.members["txt"].decode("utf-8-sig"))  # without a byte-order mark
+            found.append(raw.members["txt"].decode("utf-8-sig"))  # without a byte-order mark
         if "json" in raw.members:
-            record = json.loads(raw.members["json"])
+            record = json.loads(raw.members["json"].decode("utf-8-sig"))
             more = record.get("captions") or []
-            captions += [record.get("caption") or "", *(more if isinstance(more, list) else [more])]
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+            found += [record.get("caption") or "", *(more if isinstance(more, list) else [more])]
+    except (ValueError, AttributeError, RecursionError) as error:
         raise BadSampleError(f"its caption or json does not parse ({error})") from error
-    if not all(isinstance(caption, str) for caption in captions):
-        raise BadSampleError("a caption is not text")
-    for caption in captions:
-        if unpaired := next((character for character in caption if "\ud800" <= character <= "\udfff"), None):
-            raise BadSampleError(f"a caption holds half of a character ({unpaired!r}), which no tokenizer can read")
-    captions = list(dict.fromkeys(caption.strip() for caption in captions if caption.strip()))
+    captions = list(dict.fromkeys(text for caption in found if (text := _clean(caption))))
     if not captions:
         raise BadSampleError("no caption (neither in .txt nor in .json)")
     return captions
+
+
+def _clean(caption: Any) -> str:
+    if not isinstance(caption, str):
+        raise BadSampleError("a caption is not text")
+    if caption.isascii() and caption.isprintable() and len(caption) <= LONGEST_CAPTION:  # nearly all: nothing to clean
+        return caption.strip()
+    if unpaired := next((character for character in caption if "\ud800" <= character <= "\udfff"), None):
+        raise BadSampleError(f"a caption holds half of a character ({unpaired!r}), which no tokenizer can read")
+    if len(caption.encode()) > LONGEST_CAPTION:
+        raise BadSampleError(f"a caption takes {len(caption.encode()):,} bytes, more than {LONGEST_CAPTION:,}")
+    return unicodedata.normalize("NFC", caption.translate(CONTROLS)).strip()

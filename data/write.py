@@ -9,15 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.manifest import NAME as MANIFEST
+from data.manifest import SIZES, entry_of, manifest_text
+
 KEY_DIGITS_IN_SHARD = 4  # as img2dataset names samples: shard number, then four digits
 
 
 def write_shards(samples: Sequence[tuple[bytes, str, dict[str, Any]]], folder: Path, *, shards: int) -> None:
     """Deal samples (lossless WebP bytes, best caption, record) to `shards` tars of nearly equal size.
 
-    Writes 00000.tar.gz, 00000_stats.json, ... and sizes.json. Each file appears under its name only when whole.
-    The tars are compressed, because a tar spends 3 kB of headers and padding on a sample and a small picture takes
-    less than that itself. Raises ValueError if a shard would be empty, or hold more than its keys can number.
+    Writes 00000.tar.gz, 00000_stats.json, ..., sizes.json and manifest.json. Each file appears under its name only
+    when whole. The tars are compressed, because a tar spends 3 kB of headers and padding on a sample and a small
+    picture takes less than that itself. Raises ValueError if a shard would be empty, or hold more than its keys can
+    number.
     """
     if not 1 <= shards <= len(samples):
         raise ValueError(f"{len(samples)} samples cannot fill {shards} shards: use fewer shards")
@@ -32,7 +36,9 @@ def write_shards(samples: Sequence[tuple[bytes, str, dict[str, Any]]], folder: P
         stats = {"count": len(own), "successes": len(own), "failed_to_download": 0, "failed_to_resize": 0}
         _write_json(stats | {"status_dict": {"success": len(own)}}, folder / f"{number:05d}_stats.json")
         sizes[f"{number:05d}.tar.gz"] = len(own)
-    _write_json(sizes, folder / "sizes.json")
+    _write_json(sizes, folder / SIZES)
+    entries = {name: entry_of(folder / name) for name in sizes}
+    _write(manifest_text(entries).encode(), folder / MANIFEST)
 
 
 def _write_tar(samples: Sequence[tuple[bytes, str, dict[str, Any]]], path: Path, number: int) -> None:

@@ -99,9 +99,10 @@ def forward() -> Figure:
 def emoji(caption: str) -> Tensor:
     """Pixels 3 x 64 x 64 in [-1, 1] of the embedded training picture with this caption."""
     from data.samples import decode_pixels, read_captions
-    from data.shards import Shard, expand_shards
+    from data.shards import Shard
+    from data.sources import expand
 
-    for shard in map(Shard, expand_shards(str(ROOT / "data/emoji64/train/*.tar.gz"))):
+    for shard in (Shard(Path(one.location)) for one in expand(str(ROOT / "data/emoji64/train/*.tar.gz"))):
         for raw in (shard[i] for i in range(len(shard))):
             if read_captions(raw)[0] == caption:
                 return decode_pixels(raw, 64)

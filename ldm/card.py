@@ -153,7 +153,7 @@ def _extra(parts: Parts, size: int) -> str:
 def _training(config: TrainConfig, records: list[dict[str, Any]], length: float | None) -> str:
     steps, batch = max((record["step"] for record in records), default=config.run.steps), config.data.batch_size
     rows = {
-        "pictures": ", ".join(f"`{shards}`" for shards in _listed(config.data.shards))
+        "pictures": ", ".join(f"`{shards}`" for patterns in config.data.patterns for shards in _listed(patterns))
         + f", {config.data.image_size} pixels a side",
         "steps": f"{steps} of {batch} pictures: {steps * batch:,} pictures seen",
         "learning rate": f"{config.optim.lr:g}, {config.optim.schedule}, AdamW {config.optim.betas}",

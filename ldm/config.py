@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
-from data.loader import DataConfig, HeldOutConfig
+from data.config import DataConfig, HeldOutConfig, ReadingConfig
 from ldm.denoisers import DenoiserConfig, DiTConfig
 from ldm.diffusion import EDMPath, ObjectiveConfig, PathConfig, RectifiedFlowPath
 from ldm.engine_config import EngineConfig, OptimConfig
@@ -36,6 +36,7 @@ FREE_OF_ENGINE = tuple(
     f"engine.{key}"
     for key in ("zero_stage", "accumulation", "offload", "recompute", "save_in_background", "hang_seconds")
 )
+READING = {entry.name for entry in dataclasses.fields(ReadingConfig)}  # how shards are reached: no number depends on it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +218,7 @@ def check_continues(then: str, now: str) -> None:
     for key in sorted(before):
         free = key != "run.seed" and key.split(".")[0] in ("run", "preview", "validation")
         free |= key in ("data.prefetch", "model.keep_latents") or key in FREE_OF_ENGINE
+        free |= key.removeprefix("data.") in READING
         if before.get(key) != after.get(key) and not free:
             raise ValueError(
                 f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now: "

@@ -216,7 +216,7 @@ class Engine:
     def _take_step(self) -> str | None:
         """What is wrong with the gradient; None: nothing, and the optimiser has used it."""
         if self.config.zero_stage == 0:
-            norm = self._whole_gradient_norm()
+            norm = self._clip_whole_gradient()
             if not math.isfinite(norm):
                 self._engine.zero_grad()  # DeepSpeed itself looks at it only from ZeRO 1 on
                 return f"the gradient's norm is {norm}"
@@ -225,11 +225,16 @@ class Engine:
         self._engine.step()
         return "the gradient is not finite" if self._engine.optimizer.overflow else None
 
-    def _whole_gradient_norm(self) -> float:
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+    def _clip_whole_gradient(self) -> float:
+        """Undo the loss scale, and clip; returns the norm before that."""
+        trained = [p for p in self._engine.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in trained]
         if self.loss_scale is not None:
             torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)  # pyright: ignore[reportPrivateImportUsage]
-        return torch.nn.utils.get_total_norm(gradients).item()
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.config.clip, norm)
+        return norm.item()
 
     def _count(self, fault: str | None) -> None:
         if self.loss_scale is not None:

@@ -104,7 +104,7 @@ def deepspeed_settings(config: EngineConfig, *, batch_size: int, ranks: int, pre
         "zero_optimization": zero,
         # PyTorch's fused AdamW is as fast as DeepSpeed's for the CPU, whose rounding depends on what came before it.
         "zero_force_ds_cpu_optimizer": False,
-        "gradient_clipping": config.clip,
+        "gradient_clipping": config.clip if config.zero_stage > 0 else 0.0,  # under ZeRO 0 the engine does it
         "torch_autocast": {"enabled": precision != "fp32", "dtype": str(DTYPES[precision]).removeprefix("torch.")},
         "steps_per_print": 10**9,  # progress is ours to print
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch, CaptionedImages, Tokenize, held_out
+from data.quarantine import Quarantine
 from ldm.commands import IN_TRAINING
 from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, dump, load_config
 from ldm.ema import Snapshot
@@ -72,7 +73,14 @@ def open_session(
     watch = Watch(world, meeting_store(world), hang_seconds=config.engine.hang_seconds)
     run = Run(config.run, is_main=world.is_main, config_text=dump(config))
     tokenize = tokenizer(config) if tokenizer is not None else None
-    images = CaptionedImages(config.data, seed=config.run.seed, tokenize=tokenize, rank=world.rank, ranks=world.ranks)
+    images = CaptionedImages(
+        config.data,
+        seed=config.run.seed,
+        tokenize=tokenize,
+        rank=world.rank,
+        ranks=world.ranks,
+        quarantine=Quarantine(config.run.path / "bad_samples.jsonl", rank=world.rank),
+    )
     validation = held_out(config.validation, image_size=config.data.image_size, tokenize=tokenize)
     return Session(config, world, run, images, validation, stop, watch)
 
@@ -109,7 +117,8 @@ class Training:
         while not last:
             self.session.watch.moved(engine.step + 1)
             started = time.monotonic()
-            batch = next(batches)
+            with self.session.watch.elsewhere():  # how long it may take is the data's to know
+                batch = next(batches)
             self._waited += time.monotonic() - started
             lr, before = engine.lr, len(self._since)
             update = engine.update(self._parts(batch), wishes=[self.session.stop.requested, run.out_of_time])

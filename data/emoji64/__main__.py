@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from data.order import keyed_hash
+from data.keyed import keyed_hash
 from data.samples import over_white
 from data.write import write_shards
 

@@ -28,7 +28,10 @@ from data.emoji64.__main__ import (
     phrase,
     read_emoji,
 )
-from data.shards import Shard, expand_shards
+from data.manifest import entries_for, entry_of, manifest_text
+from data.samples import read_captions
+from data.shards import RawSample, Shard
+from data.sources import expand
 
 FOLDER = Path(data.emoji64.__file__).parent
 COUNTS = {"train": 6793, "val": 379, "unseen": 400}
@@ -60,8 +63,8 @@ class Sample:
 def committed() -> list[Sample]:
     found: list[Sample] = []
     for split in COUNTS:
-        for path in expand_shards(str(FOLDER / split / "*.tar.gz")):
-            shard = Shard(path)
+        for source in expand(str(FOLDER / split / "*.tar.gz")):
+            shard = Shard(Path(source.location))
             for index in range(len(shard)):
                 members = shard[index].members
                 found.append(Sample(split, members["txt"].decode(), members["webp"], json.loads(members["json"])))
@@ -77,6 +80,22 @@ def test_counts_and_size(committed: list[Sample]):
     for split, count in COUNTS.items():
         assert sum(json.loads((FOLDER / split / "sizes.json").read_text()).values()) == count
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 30e6
+
+
+def test_the_manifests_are_those_of_the_shards():
+    """As the builder writes them, and read without opening one shard."""
+    for split, count in COUNTS.items():
+        sources = expand(str(FOLDER / split / "*.tar.gz"))
+        entries = {source.name: entry_of(Path(source.location)) for source in sources}
+        assert (FOLDER / split / "manifest.json").read_text() == manifest_text(entries)
+        assert sum(entry.count for entry in entries_for(sources) if entry) == count
+
+
+def test_every_caption_is_kept_as_it_is(committed: list[Sample]):
+    """What the shipped model was trained on: nothing that captions are cleaned of stands in these."""
+    for sample in committed:
+        members = {"txt": sample.caption.encode(), "json": json.dumps(sample.record).encode()}
+        assert read_captions(RawSample("s", "k", members)) == sample.record["captions"]
 
 
 def test_every_picture_is_64_x_64_rgb(committed: list[Sample]):
@@ -305,7 +324,7 @@ def test_two_builds_give_the_same_bytes(packages: Path, tmp_path: Path, monkeypa
     assert build(packages, tmp_path / "a") == {"train": 40, "val": 2, "unseen": 6}
     build(packages, tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert len(files(tmp_path / "a")) == (8 + 1 + 1) * 2 + 3
+    assert len(files(tmp_path / "a")) == (8 + 1 + 1) * 2 + 3 * 2
     shard = Shard(tmp_path / "a/unseen/00000.tar.gz")
     assert len(shard) == 6
     members = shard[0].members

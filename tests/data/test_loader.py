@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from loading import BAD, SIZES, first, images, same
 
 from data import DataError
-from data.loader import Batch, CaptionedImages, DataConfig, HeldOutConfig, held_out
-from data.samples import BadSample, BadSampleError
+from data.config import HeldOutConfig
+from data.loader import held_out
+from data.quarantine import BadSample, BadSampleError
 from data.shards import RawSample
-
-SIZES = [3, 5, 2, 4]
-BAD = [(1, 0), (1, 1), (3, 2)]
-
-
-def images(shards: str, **settings: object) -> CaptionedImages:
-    """A loader of the tiny shards; DataConfig's settings and the loader's own are told apart by name."""
-    own = {name: settings.pop(name) for name in ("seed", "rank", "ranks", "tokenize", "on_bad") if name in settings}
-    config = DataConfig(**{"shards": (shards,), "image_size": 8, "batch_size": 8, "lanes": 4} | settings)  # pyright: ignore[reportArgumentType]
-    return CaptionedImages(config, **{"seed": 7} | own)  # pyright: ignore[reportArgumentType]
-
-
-def first(loader: CaptionedImages, count: int, position: int = 0) -> list[Batch]:
-    return list(itertools.islice(loader.stream(position), count))
-
-
-def same(a: Batch, b: Batch) -> bool:
-    plain = (a.captions, a.positions, a.samples) == (b.captions, b.positions, b.samples)
-    return plain and torch.equal(a.pixels, b.pixels)
 
 
 def test_pixels_captions_and_samples_belong_together(tiny_shards: Callable[..., str]):
@@ -120,9 +102,20 @@ def test_by_default_bad_samples_are_printed(tiny_shards: Callable[..., str], cap
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_shard_of_bad_samples_alone_is_an_error(tiny_shards: Callable[..., str], prefetch: int):
+def test_where_a_shard_holds_no_good_sample_the_next_of_its_lane_stands_in(
+    tiny_shards: Callable[..., str], prefetch: int
+):
     shards = tiny_shards([2, 2], bad=[(1, 0), (1, 1)])
-    with pytest.raises(DataError, match=r"no sample of shard .*00001\.tar can be used"):
+    batches = first(images(shards, batch_size=2, lanes=2, prefetch=prefetch, on_bad=lambda bad: None), 6)
+    assert {shard for batch in batches for shard, _ in batch.samples} == {0}
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_where_nothing_can_stand_in_is_an_error(tiny_shards: Callable[..., str], prefetch: int):
+    shards = tiny_shards([2, 1], bad=[(0, 0), (0, 1), (1, 0)])
+    with pytest.raises(
+        DataError, match=r"no sample of shard .*0000\d\.tar can be used, .* \(the image does not decode"
+    ):
         first(images(shards, batch_size=2, lanes=2, prefetch=prefetch, on_bad=lambda bad: None), 3)
 
 
@@ -149,7 +142,7 @@ def test_a_shard_that_vanishes_stops_the_stream(tiny_shards: Callable[..., str],
     loader = images(tiny_shards(SIZES), prefetch=2)
     for path in (tmp_path / "shards").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match=r"00\d*\.tar can no longer be read"):
+    with pytest.raises(DataError, match=r"shard \S*\.tar can be used, .*00\d*\.tar cannot be read"):
         first(loader, 1)
 
 
@@ -233,3 +226,33 @@ def test_held_out_pictures_of_which_none_can_be_used_are_an_error(tiny_shards: C
     loader = images(tiny_shards([2], bad=[(0, 0), (0, 1)]), batch_size=2, lanes=1, on_bad=lambda bad: None)
     with pytest.raises(DataError, match="none of the 2 samples of .* can be used"):
         list(loader.once(2))
+
+
+# --- keys, parts ---
+
+
+def test_keys_name_each_sample_for_people(tiny_shards: Callable[..., str]):
+    for batch in first(images(tiny_shards(SIZES)), 4):
+        assert batch.keys == [f"{shard:05d}.tar:{shard:05d}{index:04d}" for shard, index in batch.samples]
+
+
+def test_a_batch_is_split_into_equal_parts_that_follow_one_another(tiny_shards: Callable[..., str]):
+    def tokenize(captions: list[str]) -> torch.Tensor:
+        return torch.tensor([[ord(character) for character in caption[:3]] for caption in captions])
+
+    whole = images(tiny_shards(SIZES), tokenize=tokenize).batch(3)
+    for parts in (1, 2, 4, 8):
+        found = whole.split(parts)
+        assert [len(part.pixels) for part in found] == [8 // parts] * parts
+        assert torch.equal(torch.cat([part.pixels for part in found]), whole.pixels)
+        tokens = [part.tokens for part in found if part.tokens is not None]
+        assert whole.tokens is not None and torch.equal(torch.cat(tokens), whole.tokens)
+        for name in ("captions", "positions", "samples", "keys"):
+            assert [value for part in found for value in getattr(part, name)] == getattr(whole, name)
+    for parts in (0, 3, 16):
+        with pytest.raises(ValueError, match=f"a batch of 8 cannot be split into {parts} equal parts"):
+            whole.split(parts)
+
+
+def test_a_batch_without_tokens_is_split_too(tiny_shards: Callable[..., str]):
+    assert [part.tokens for part in images(tiny_shards(SIZES)).batch(0).split(2)] == [None, None]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import unicodedata
+import zlib
 from collections.abc import Callable
 
 import pytest
 import torch
+from hostile import peak
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.samples import BadSample, BadSampleError, decode_pixels, read_captions
+from data.quarantine import BadSample, BadSampleError
+from data.samples import CONTROLS, decode_pixels, read_captions
 from data.shards import RawSample
 
 
@@ -213,3 +218,166 @@ def test_a_format_that_pillow_hands_to_other_programs_is_not_opened():
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
     with pytest.raises(BadSampleError, match="does not decode"):
         decode_pixels(RawSample("s.tar", "k", {"png": eps}), 8)
+
+
+def png(width: int, height: int, *, depth: int, colour: int, rows: bytes) -> bytes:
+    """A PNG of any kind; Pillow writes no 16-bit colour, and no picture that its header alone makes huge."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("colour", "values", "expected"),
+    [
+        (0, (77,), (77, 77, 77)),
+        (2, (10, 20, 30), (10, 20, 30)),
+        (4, (40, 255), (40, 40, 40)),
+        (4, (40, 0), (255, 255, 255)),
+        (6, (10, 20, 30, 255), (10, 20, 30)),
+        (6, (10, 20, 30, 0), (255, 255, 255)),
+    ],
+)
+def test_16_bits_a_channel(colour: int, values: tuple[int, ...], expected: tuple[int, ...]):
+    pixel = b"".join(struct.pack(">H", value * 257) for value in values)
+    data = png(8, 8, depth=16, colour=colour, rows=(b"\0" + pixel * 8) * 8)
+    assert colour_of(decode_pixels(raw(png=data), 8)) == expected
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_few_bits_of_grey(depth: int):
+    rows = (b"\0" + b"\xff" * depth) * 8
+    assert colour_of(decode_pixels(raw(png=png(8, 8, depth=depth, colour=0, rows=rows)), 8)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "white"),
+    [(1, (0, 0)), (2, (0, 7)), (3, (7, 7)), (4, (7, 0)), (5, (0, 0)), (6, (0, 7)), (7, (7, 7)), (8, (7, 0))],
+)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_each_orientation_of_exif_in_each_format(orientation: int, white: tuple[int, int], format: str):
+    """A white corner goes where the orientation says; row and column of it as shown."""
+    picture = Image.new("RGB", (16, 16), "black")
+    picture.paste((255, 255, 255), (0, 0, 8, 8))
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    picture.save(buffer, format, exif=exif, quality=100)
+    pixels = decode_pixels(raw(png=buffer.getvalue()), 16)[0]
+    corners = {(row, column): pixels[row * 15 // 7, column * 15 // 7] > 0.5 for row in (0, 7) for column in (0, 7)}
+    assert [corner for corner, is_white in corners.items() if is_white] == [white]
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "BMP", "PPM", "PCX", "ICO", "TGA"])
+def test_only_three_formats_are_opened_whatever_the_name(image_bytes: Callable[..., bytes], format: str):
+    with pytest.raises(BadSampleError, match=r"does not decode \(no WEBP, PNG, JPEG\)"):
+        decode_pixels(raw(jpg=image_bytes((1, 2, 3), size=(16, 16), format=format)), 8)
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"8BPS\0\1" + bytes(60), b"PK\3\4" + bytes(60), bytes(100)])
+def test_other_files_are_no_pictures(data: bytes):
+    with pytest.raises(BadSampleError, match=r"does not decode \(no WEBP, PNG, JPEG\)"):
+        decode_pixels(raw(png=data), 8)
+
+
+@pytest.mark.parametrize("size", [(8001, 8000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
+def test_a_huge_picture_is_refused_by_its_header(size: tuple[int, int]):
+    with pytest.raises(BadSampleError, match="pixels"):
+        before = peak(reset=True)
+        try:
+            decode_pixels(raw(png=png(*size, depth=8, colour=2, rows=b"")), 8)
+        finally:
+            assert peak() - before < 2**25
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
+def test_extreme_shapes_are_cropped_like_others(image_bytes: Callable[..., bytes], size: tuple[int, int]):
+    assert colour_of(decode_pixels(raw(png=image_bytes((9, 8, 7), size=size)), 8)) == (9, 8, 7)
+
+
+def test_the_first_picture_of_an_animation_is_taken():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for format in ("PNG", "WEBP"):
+        buffer = io.BytesIO()
+        frames[0].save(buffer, format, save_all=True, append_images=frames[1:], lossless=True)
+        assert colour_of(decode_pixels(raw(png=buffer.getvalue()), 8)) == (255, 0, 0)
+
+
+def test_an_error_without_words_is_told_by_its_kind(image_bytes: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch):
+    """Pillow's plug-ins assert and index as they please."""
+
+    def fails(image: Image.Image) -> Image.Image:
+        raise AssertionError
+
+    monkeypatch.setattr("data.samples.over_white", fails)
+    with pytest.raises(BadSampleError, match=r"does not decode \(AssertionError\)"):
+        decode_pixels(raw(png=image_bytes((1, 2, 3))), 8)
+
+
+def test_reasons_are_the_same_in_every_process():
+    """They are listed once each: no address in memory may stand in them."""
+    told = set()
+    for _ in range(2):
+        with pytest.raises(BadSampleError) as caught:
+            decode_pixels(raw(png=bytes(bytearray(b"no picture"))), 8)
+        told.add(str(caught.value))
+    assert len(told) == 1 and "0x" not in told.pop()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cafe\u0301", "caf\u00e9"),
+        ("a\tcat\r\nsat", "a cat  sat"),
+        ("nul\0byte\x1b[31m\x9b", "nul byte [31m"),
+        ("\u200d\U0001f469\u200d\U0001f680", "\u200d\U0001f469\u200d\U0001f680"),  # joiners make emoji
+        ("\u202eright to left", "\u202eright to left"),
+    ],
+)
+def test_captions_are_composed_and_without_controls(text: str, expected: str):
+    for members in ({"txt": text.encode()}, {"json": json.dumps({"caption": text}).encode()}):
+        assert read_captions(raw(**members)) == [expected]
+
+
+def test_controls_are_those_of_unicode():
+    found = {code for code in range(0x110000) if unicodedata.category(chr(code)) == "Cc"}
+    assert found == CONTROLS.keys()
+
+
+def test_two_ways_to_write_a_caption_are_one():
+    assert read_captions(raw(txt=b"caf\xc3\xa9", json=b'{"caption": "cafe\\u0301"}')) == ["caf\u00e9"]
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ({"txt": b"x" * (64 * 1024 + 1)}, "a caption takes 65,537 bytes, more than 65,536"),
+        ({"txt": "é".encode() * (32 * 1024 + 1)}, "a caption takes 65,538 bytes"),
+        ({"json": json.dumps({"captions": ["a", "x" * 70_000]}).encode()}, "a caption takes 70,000 bytes"),
+        ({"txt": b"\0\1\2"}, "no caption"),
+        ({"txt": "a cat".encode("utf-16")}, "does not parse"),
+        ({"txt": b"\xed\xa0\x80"}, "does not parse"),  # half a character as bytes
+        ({"txt": b"\xc0\xaf"}, "does not parse"),  # a longer form of /
+        ({"json": b"[" * 100_000}, "does not parse"),
+        ({"json": b'{"n": ' + b"9" * 5000 + b"}"}, "does not parse"),
+        ({"json": '{"caption": "a cat"}'.encode("utf-16")}, "does not parse"),
+        ({"json": b'{"caption": {"en": "a cat"}}'}, "not text"),
+        ({"json": b'{"captions": {"en": "a cat"}}'}, "not text"),
+        ({"json": b'{"caption": true}'}, "not text"),
+        ({"json": b"null"}, "does not parse"),
+        ({"json": b""}, "does not parse"),
+    ],
+)
+def test_captions_that_are_rejected(members: dict[str, bytes], told: str):
+    with pytest.raises(BadSampleError, match=told):
+        read_captions(raw(**members))
+
+
+def test_the_longest_caption_is_read():
+    assert read_captions(raw(txt=b"x" * 64 * 1024)) == ["x" * 64 * 1024]
+
+
+def test_a_byte_order_mark_before_json_is_passed_over():
+    assert read_captions(raw(json=b'\xef\xbb\xbf{"caption": "a cat"}')) == ["a cat"]

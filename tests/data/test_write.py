@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import tarfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from webdataset.compat import WebDataset
 
-from data.shards import Shard, expand_shards
+from data.shards import Shard
+from data.sources import expand
 from data.write import KEY_DIGITS_IN_SHARD, write_shards
 
 SAMPLES: list[tuple[bytes, str, dict[str, Any]]] = [
@@ -29,9 +31,18 @@ def test_the_layout_is_that_of_img2dataset(tmp_path: Path):
         "00002.tar.gz",
         "00002_stats.json",
     ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "sizes.json"]  # and nothing partial
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *names,
+        "manifest.json",
+        "sizes.json",
+    ]  # and nothing partial
     sizes = {"00000.tar.gz": 3, "00001.tar.gz": 2, "00002.tar.gz": 2}
     assert json.loads((tmp_path / "sizes.json").read_text()) == sizes
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert {name: entry["count"] for name, entry in manifest.items()} == sizes
+    for name, entry in manifest.items():
+        content = (tmp_path / name).read_bytes()
+        assert (entry["size"], entry["sha256"]) == (len(content), sha256(content).hexdigest())
     stats = json.loads((tmp_path / "00001_stats.json").read_text())
     assert (stats["count"], stats["successes"], stats["status_dict"]) == (2, 2, {"success": 2})
     with tarfile.open(tmp_path / "00001.tar.gz") as tar:
@@ -40,7 +51,7 @@ def test_the_layout_is_that_of_img2dataset(tmp_path: Path):
 
 def test_what_is_written_is_read(tmp_path: Path):
     write_shards(SAMPLES, tmp_path, shards=3)
-    shards = [Shard(path) for path in expand_shards(str(tmp_path / "*.tar.gz"))]
+    shards = [Shard(Path(source.location)) for source in expand(str(tmp_path / "*.tar.gz"))]
     read = {}
     for shard in shards:
         for index in range(len(shard)):
@@ -53,7 +64,7 @@ def test_what_is_written_is_read(tmp_path: Path):
 
 def test_webdataset_reads_the_same(tmp_path: Path):
     write_shards(SAMPLES, tmp_path, shards=2)
-    paths = expand_shards(str(tmp_path / "{00000..00001}.tar.gz"))
+    paths = [Path(source.location) for source in expand(str(tmp_path / "{00000..00001}.tar.gz"))]
     ours = [(raw.key, raw.members) for path in paths for raw in map(Shard(path).__getitem__, range(len(Shard(path))))]
     theirs = WebDataset([str(path) for path in paths], shardshuffle=False)
     assert ours == [(s["__key__"], {k: s[k] for k in ("webp", "txt", "json")}) for s in theirs]

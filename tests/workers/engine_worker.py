@@ -31,7 +31,9 @@ def network(hidden: int) -> nn.Module:
 
 
 class Chain(nn.Module):
-    """A list of blocks and a head."""
+    """A list of blocks, a head and a buffer."""
+
+    shift: Tensor
 
     def __init__(self, blocks: nn.ModuleList, head: nn.Module) -> None:
         super().__init__()

@@ -1,0 +1,201 @@
+"""Copying what is not on this machine: with several tries, never waiting for ever, whole files only."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from data import DataError
+from data.sources import PIPE, MissingPackageError, Source, file_system, told
+
+CACHED = re.compile(r"[0-9a-f]{64}\.shard")
+PARTIAL = ".partial"
+ABANDONED_AFTER = 3600.0  # seconds for which nothing was written to a partial file
+ABSENT = (403, 404, 410)  # a bucket that may not be listed answers 403 for what it does not hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a place is waited for."""
+
+    tries: int = 3
+    timeout: float = 30.0  # seconds in which nothing comes
+    pause: float = 1.0  # seconds before the second try, four times as many before each next one
+
+
+PATIENCE = Patience()
+
+
+class Absent(Exception):
+    """There is no such file: trying again is of no use."""
+
+
+class Cache:
+    """Whole copies of remote shards in a folder, the longest unused removed where they take more than `most` bytes.
+
+    The `keep` last used always stay. A folder of None is a temporary one, removed with this object. Several threads
+    and processes may share a folder: a copy appears under its name only when whole, and names are digests of places.
+    """
+
+    def __init__(self, folder: Path | None, *, most: int, keep: int, patience: Patience = PATIENCE) -> None:
+        self.most, self.keep, self.patience = most, keep, patience
+        self._temporary = tempfile.TemporaryDirectory(prefix="shards-") if folder is None else None
+        self.folder = Path(self._temporary.name) if self._temporary is not None else folder or Path()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(f"*{PARTIAL}"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
+                    path.unlink()
+
+    def path(self, source: Source) -> Path:
+        return self.folder / f"{sha256(source.location.encode()).hexdigest()}.shard"
+
+    def get(self, source: Source, size: int | None = None) -> Path:
+        """A whole copy, of `size` bytes if that is known; copied now unless it is there. Raises DataError."""
+        path = self.path(source)
+        if not (path.exists() and size in (None, path.stat().st_size)):
+            with_tries(lambda: self._copy(source, path, size), source, self.patience)
+            self._make_room()
+        with suppress(OSError):  # another process may have removed it just now: then opening it says so
+            os.utime(path)
+        return path
+
+    def drop(self, source: Source) -> None:
+        self.path(source).unlink(missing_ok=True)
+
+    def _copy(self, source: Source, path: Path, size: int | None) -> None:
+        handle, name = tempfile.mkstemp(suffix=PARTIAL, dir=self.folder)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            copy(source, partial, self.patience.timeout)
+            if size not in (None, partial.stat().st_size):
+                raise OSError(f"{partial.stat().st_size:,} bytes came, {size:,} are expected")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _make_room(self) -> None:
+        found: list[tuple[float, int, Path]] = []
+        for path in self.folder.iterdir():
+            with suppress(OSError):
+                if CACHED.fullmatch(path.name):
+                    found.append((path.stat().st_mtime, path.stat().st_size, path))
+        found.sort(reverse=True)
+        taken = sum(size for _, size, _ in found)
+        for _, size, path in reversed(found[self.keep :]):
+            if taken > self.most:
+                path.unlink(missing_ok=True)
+                taken -= size
+
+
+def read_text(source: Source, patience: Patience = PATIENCE) -> str | None:
+    """A small file's text, None if there is none. Raises DataError if its place cannot be reached."""
+    if source.is_local:
+        path = Path(source.location)
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text"
+        try:
+            with_tries(lambda: copy(source, path, patience.timeout), source, patience)
+        except Absent:
+            return None
+        return path.read_text(encoding="utf-8", errors="replace")
+
+
+def with_tries(work: Callable[[], None], source: Source, patience: Patience) -> None:
+    """Do it, again after a pause if it fails. Raises DataError after the last try, Absent at once."""
+    for number in range(patience.tries):
+        try:
+            return work()
+        except (Absent, MissingPackageError):
+            raise
+        except Exception as error:  # whatever the protocol's package raises, the place cannot be read
+            if number + 1 == patience.tries:
+                why = source.without_secrets(told(error))
+                raise DataError(
+                    f"{source.shown} cannot be read, in {patience.tries} tries ({why}): is its place in reach?"
+                ) from error
+            time.sleep(patience.pause * 4**number)
+
+
+def copy(source: Source, path: Path, timeout: float) -> None:
+    """One try. Raises Absent, TimeoutError if nothing comes for `timeout` seconds, and what the protocol raises."""
+    if source.is_pipe:
+        _run(source.location.removeprefix(PIPE), path, timeout)
+    else:
+        _download(source, path, timeout)
+
+
+def _download(source: Source, path: Path, timeout: float) -> None:
+    failed: list[Exception] = []
+    files = file_system(source, timeout=timeout)
+
+    def work() -> None:
+        try:
+            files.get_file(files._strip_protocol(source.location), str(path))
+        except Exception as error:
+            failed.append(error)
+
+    # In a thread that may be left behind, since not every protocol lets a read be given up.
+    thread = threading.Thread(target=work, daemon=True, name="download")
+    thread.start()
+
+    def ended(seconds: float) -> bool:
+        thread.join(seconds)
+        return not thread.is_alive()
+
+    _watch(path, ended, timeout)
+    if failed:
+        status = getattr(failed[0], "status", None)
+        if isinstance(failed[0], (FileNotFoundError, PermissionError)) or status in ABSENT:
+            raise Absent(source.without_secrets(told(failed[0]))) from failed[0]
+        raise failed[0]
+
+
+def _run(command: str, path: Path, timeout: float) -> None:
+    with path.open("wb") as out, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=errors,
+            start_new_session=True,  # so that what it starts can be ended with it
+        )
+
+        def ended(seconds: float) -> bool:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+            return process.returncode is not None
+
+        try:
+            _watch(path, ended, timeout)
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if process.returncode:
+            errors.seek(0)
+            last = errors.read(1 << 16).decode(errors="replace").strip().rpartition("\n")[2]
+            raise OSError(f"it ended with code {process.returncode}: {last}")
+
+
+def _watch(path: Path, ended: Callable[[float], bool], timeout: float) -> None:
+    """Wait until it has ended; TimeoutError if the file does not grow for that long."""
+    size, since = -1, time.monotonic()
+    while not ended(min(0.5, timeout / 4)):
+        now = path.stat().st_size if path.exists() else -1
+        if now != size:
+            size, since = now, time.monotonic()
+        elif time.monotonic() - since > timeout:
+            raise TimeoutError(f"nothing came for {timeout:g} s")

@@ -1,0 +1,180 @@
+"""What shards should hold: manifest.json beside them, {"00000.tar": {"count", "size", "sha256"}}.
+
+    python -m data.manifest FOLDER                            writes FOLDER/manifest.json
+    python -m data.manifest "s3://bucket/{00000..00099}.tar" --out manifest.json       for data.manifest
+
+With --out the names in it are whole locations; that is for shards beside which nothing can be written, and for pipes
+(pipe:COMMAND), beside which nothing stands. A sizes.json, {"00000.tar": count}, is read where there is no manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from data import DataError
+from data.fetch import PATIENCE, Absent, Cache, Patience, read_text
+from data.shards import Shard
+from data.sources import Source, expand, told
+
+NAME = "manifest.json"
+SIZES = "sizes.json"
+SUFFIXES = ("*.tar", "*.tar.gz", "*.tgz")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a shard should hold. None: not known."""
+
+    count: int  # samples
+    size: int | None = None  # bytes
+    sha256: str | None = None
+
+
+def entry_of(path: Path) -> Entry:
+    """What a shard that is whole holds. Raises DataError if it is not whole."""
+    return Entry(len(Shard(path)), path.stat().st_size, digest(path))
+
+
+def digest(path: Path) -> str:
+    found = sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def mismatch(path: Path, entry: Entry) -> str:
+    """What shows that a file is not the one of its entry, or ""."""
+    size = path.stat().st_size
+    if entry.size is not None and size != entry.size:
+        return f"it takes {size:,} bytes, the manifest says {entry.size:,}"
+    return "its sha256 is not that of the manifest" if entry.sha256 not in (None, digest(path)) else ""
+
+
+def manifest_text(entries: Mapping[str, Entry]) -> str:
+    return json.dumps({name: asdict(entry) for name, entry in entries.items()}, indent=1, sort_keys=True) + "\n"
+
+
+def entries_for(
+    sources: Sequence[Source], *, manifest: str | None = None, patience: Patience = PATIENCE
+) -> list[Entry | None]:
+    """For each shard its entry: of the file `manifest` under its location, else of the files beside it; None if none.
+
+    Raises DataError for a manifest that does not parse, cannot be reached or, being named, does not exist.
+    """
+    named: dict[str, Entry] = {}
+    if manifest is not None:
+        found = _read(Source(manifest), patience)
+        if found is None:
+            raise DataError(f"data.manifest: there is no {Source(manifest).shown}: python -m data.manifest writes one")
+        named = found
+    beside: dict[Source | None, dict[str, Entry]] = {}
+    entries: list[Entry | None] = []
+    for source in sources:
+        if source.location in named:
+            entries.append(named[source.location])
+            continue
+        place = source.beside(NAME)
+        if place not in beside:
+            beside[place] = _read_beside(source, patience)
+        entries.append(beside[place].get(source.name))
+    return entries
+
+
+def _read_beside(source: Source, patience: Patience) -> dict[str, Entry]:
+    sizes, manifest = source.beside(SIZES), source.beside(NAME)
+    if sizes is None or manifest is None:
+        return {}
+    return (_read(sizes, patience) or {}) | (_read(manifest, patience) or {})
+
+
+def _read(source: Source, patience: Patience) -> dict[str, Entry] | None:
+    text = read_text(source, patience)
+    if text is None:
+        return None
+    try:
+        return {name: _parsed(value) for name, value in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{source.shown} is no JSON object of shards ({told(error)}): write it again with python -m data.manifest"
+        ) from error
+
+
+def _parsed(value: Any) -> Entry:
+    entry = Entry(value) if isinstance(value, int) else Entry(**value)
+    types = (type(entry.count), type(entry.size), type(entry.sha256))
+    if types[0] is not int or types[1] not in (int, type(None)) or types[2] not in (str, type(None)) or entry.count < 0:
+        raise ValueError(f"{value!r} is neither a number of samples nor count, size and sha256")
+    return entry
+
+
+def write(sources: Iterable[Source], out: Path | None) -> list[str]:
+    """Write the manifests of these shards; returns a line for each that is not whole, and stands in none."""
+    from tqdm import tqdm
+
+    entries: dict[Path, dict[str, Entry]] = {}
+    failed: list[str] = []
+    with tqdm(list(sources), unit="shard", disable=None) as progress:
+        for source in progress:
+            try:
+                place = out or _beside(source)
+                entries.setdefault(place, {})[source.location if out else source.name] = _entry_at(source)
+            except (DataError, Absent) as error:
+                failed.append(told(error))
+    for place, own in entries.items():
+        partial = place.with_name(place.name + ".partial")
+        partial.write_text(manifest_text(own))
+        partial.replace(place)
+        print(f"{place}: {len(own)} shards, {sum(entry.count for entry in own.values())} samples")
+    return failed
+
+
+def _beside(source: Source) -> Path:
+    if not source.is_local:
+        raise ValueError(f"beside {source.shown} nothing can be written: give --out FILE, and name it as data.manifest")
+    return Path(source.location).parent / NAME
+
+
+def _entry_at(source: Source) -> Entry:
+    if source.is_local:
+        return entry_of(Path(source.location))
+    cache = Cache(None, most=0, keep=1)
+    return entry_of(cache.get(source))
+
+
+def _suffixes(folder: Path) -> list[str]:
+    return [suffix for suffix in SUFFIXES if any(folder.glob(suffix))] or [SUFFIXES[0]]  # the last is told as missing
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.manifest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shards", nargs="+", help="folders, or patterns as in data.shards")
+    parser.add_argument("--out", type=Path, help="one file for all of them, with whole locations as names")
+    args = parser.parse_args(words)
+    try:
+        sources: list[Source] = []
+        for pattern in args.shards:
+            if Path(pattern).is_dir():
+                sources += expand([str(Path(pattern) / suffix) for suffix in _suffixes(Path(pattern))])
+            else:
+                sources += expand(pattern, allow_pipe=True)  # whoever types a command here means it
+        failed = write(sources, args.out)
+    except (ValueError, OSError, DataError) as error:
+        print(f"error: {told(error)}", file=sys.stderr)
+        return 3 if isinstance(error, DataError) else 2
+    for line in failed:
+        print(f"error: {line}", file=sys.stderr)
+    return 3 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Where shards are: on this machine, behind a URL, or at the end of a shell command."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from data import DataError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+PIPE = "pipe:"
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+WEB = ("http", "https")
+PACKAGES = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
+
+
+class MissingPackageError(ValueError):
+    """A protocol's package is not installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One shard's place: a path, a URL, or pipe:COMMAND."""
+
+    location: str
+
+    @property
+    def is_pipe(self) -> bool:
+        return self.location.startswith(PIPE)
+
+    @property
+    def is_local(self) -> bool:
+        return not self.is_pipe and URL.match(self.location) is None
+
+    @property
+    def protocol(self) -> str:
+        return self.location.partition("://")[0].lower()
+
+    @property
+    def name(self) -> str:
+        """Its file's name; a pipe has none, so all of it."""
+        return self.location if self.is_pipe else self._path.rpartition("/")[2]
+
+    @property
+    def shown(self) -> str:
+        """Its location without what may be secret: a URL's user, password and query."""
+        if self.is_pipe or self.is_local:
+            return self.location
+        parts = urlsplit(self.location)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], self._url_path, "", ""))
+
+    def without_secrets(self, text: str) -> str:
+        """A text, such as an error's, that may quote the location: what `shown` leaves out is left out there too."""
+        if self.is_pipe or self.is_local:
+            return text
+        parts = urlsplit(self.location)
+        for secret in (self.location, f"?{parts.query}" if parts.query else "", parts.password or ""):
+            text = text.replace(secret, self.shown if secret == self.location else "") if secret else text
+        return text
+
+    def beside(self, name: str) -> Source | None:
+        """Another file in its folder; None for a pipe, which stands in none."""
+        if self.is_pipe:
+            return None
+        if self.is_local:
+            return Source(str(Path(self.location).parent / name))
+        parts = urlsplit(self.location)
+        folder = self._url_path.rpartition("/")[0]
+        return Source(urlunsplit((parts.scheme, parts.netloc, f"{folder}/{name}", parts.query, "")))
+
+    @property
+    def _path(self) -> str:
+        return self.location if self.is_local else self._url_path
+
+    @property
+    def _url_path(self) -> str:
+        """A URL's path: on the web without the query; elsewhere ? and # may stand in names."""
+        parts = urlsplit(self.location)
+        if self.protocol in WEB:
+            return parts.path
+        return self.location.partition("://")[2].removeprefix(parts.netloc)
+
+
+def expand(patterns: str | Sequence[str], *, allow_pipe: bool = False) -> list[Source]:
+    """The shards named by brace ranges ("{00000..00007}.tar"), globs or a list of either, in a fixed order.
+
+    Raises DataError for a pattern that names no file, ValueError for a pipe where none is allowed, and for a URL
+    whose protocol needs a package that is not installed.
+    """
+    import braceexpand
+
+    found: list[Source] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for name in braceexpand.braceexpand(pattern):
+            own = _matching(Source(name), allow_pipe=allow_pipe)
+            if not own:
+                raise DataError(f"no shard matches {name!r} (from {pattern!r}): give paths of .tar files")
+            found.extend(own)
+    return found
+
+
+def _matching(source: Source, *, allow_pipe: bool) -> list[Source]:
+    if source.is_pipe:
+        if not allow_pipe:
+            raise ValueError(f"{source.location!r} runs a shell command: say data.allow_pipe=true if that is meant")
+        return [source]
+    if source.is_local:
+        return [Source(path) for path in sorted(glob.glob(source.location))]
+    wild = r"[*\[]" if source.protocol in WEB else r"[*?\[]"  # on the web ? begins the query
+    files = file_system(source)
+    if not re.search(wild, source.location):
+        return [source]
+    try:
+        return [Source(files.unstrip_protocol(str(path))) for path in sorted(files.glob(source.location))]
+    except Exception as error:  # each protocol has its own
+        raise DataError(f"{source.shown} cannot be listed ({told(error)}): give a brace range instead") from error
+
+
+def file_system(source: Source, *, timeout: float = 30.0) -> AbstractFileSystem:
+    """fsspec's for the source's protocol. Raises ValueError if there is none, or its package is missing."""
+    import fsspec
+
+    options: dict[str, Any] = {}
+    try:
+        if source.protocol in WEB:
+            import aiohttp
+
+            # aiohttp's own limit is five minutes for all of a file, however fast it comes.
+            limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+            options = {"client_kwargs": {"timeout": limits}}
+        return fsspec.filesystem(source.protocol, **options)
+    except ImportError as error:
+        package = PACKAGES.get(source.protocol, "fsspec's for it")
+        raise MissingPackageError(
+            f"{source.protocol}:// needs the package {package}: pip install {package}, or latent-foundry[remote]"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{source.shown}: {source.protocol}:// is no protocol that fsspec knows ({error})") from error
+
+
+def told(error: BaseException) -> str:
+    """An error in one short line, which is never empty."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

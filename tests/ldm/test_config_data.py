@@ -1,0 +1,54 @@
+"""The data section of a run's YAML: mixtures are parsed and named, and reaching shards otherwise is no other run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ldm.config import TrainConfig, check_continues, dump, load_config, parse
+
+DIT = Path(__file__).parents[2] / "configs" / "emoji64_dit.yaml"
+SETS = "data.sets=[{name: a, shards: [a/*.tar], weight: 3}, {name: b, shards: 'pipe:cat b.tar'}]"
+
+
+def test_several_sets_are_parsed_and_come_back_equal():
+    config = load_config(TrainConfig, DIT, ["data.shards=[]", SETS])
+    assert [(one.name, one.shards, one.weight) for one in config.data.sets] == [
+        ("a", ("a/*.tar",), 3.0),
+        ("b", "pipe:cat b.tar", 1.0),
+    ]
+    assert parse(TrainConfig, yaml.safe_load(dump(config)), source="dump") == config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([SETS], "data: give data.shards, or data.sets to mix several: one of the two"),
+        (
+            ["data.shards=[]", SETS.replace("weight: 3", "weight: 0")],
+            "the weight of set a is 0.0, expected more than 0",
+        ),
+        (["data.shards=[]", SETS.replace("weight: 3", "wieght: 3")], "data.sets.0.wieght; did you mean weight?"),
+        (["data.shard=x"], "unknown key data.shard; did you mean shards?"),
+        (["validation.max_bad_fraction=2"], "max_bad_fraction (2.0) must be a share from 0 to 1"),
+    ],
+)
+def test_a_mistake_is_named(words: list[str], message: str):
+    with pytest.raises(ValueError) as caught:
+        load_config(TrainConfig, DIT, words)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["manifest=m.json", "allow_pipe=true", "cache=kept", "cache_gb=3", "max_bad_fraction=0.5"],
+)
+def test_a_run_goes_on_however_its_shards_are_reached(word: str):
+    check_continues(dump(load_config(TrainConfig, DIT)), dump(load_config(TrainConfig, DIT, [f"data.{word}"])))
+
+
+def test_a_run_does_not_go_on_with_another_mixture():
+    began = dump(load_config(TrainConfig, DIT, ["data.shards=[]", SETS]))
+    for other in (SETS.replace("weight: 3", "weight: 4"), SETS.replace("name: b", "name: c")):
+        with pytest.raises(ValueError, match="data.sets was .* when this run began"):
+            check_continues(began, dump(load_config(TrainConfig, DIT, ["data.shards=[]", other])))
