@@ -6,7 +6,7 @@ PROMPTS := --prompt "a noto emoji of Santa Claus, medium skin tone" --prompt "a 
 	--prompt "a noto emoji of flag of Japan" --prompt "a twemoji emoji of dog face" \
 	--prompt "a noto emoji of woman surfing, dark skin tone" --prompt "a twemoji emoji of fire engine"
 
-.PHONY: demo test pictures mutation clean
+.PHONY: demo test pictures mutation reliability clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,13 @@ mutation: $(VENV)/installed-dev
 		tests/ldm/samplers/test_single_step.py tests/ldm/samplers/test_grids.py
 	$(MUTATE) --target ldm/samplers --tests tests/ldm/samplers tests/ldm/diffusion/test_derivation.py \
 		tests/ldm/test_variational.py
+
+# What docs/reliability.md tells of, in full: two hours.
+reliability: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/reliability_data.py --plans 10000 --shards 2000
+	$(BIN)/python benchmarks/reliability_checkpoints.py --damages 1000 --points
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reliability.py --kills 200 --signals 50 --hangs 10 --ranks 2 --disks 10
+	$(BIN)/python benchmarks/engine_overhead.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,6 @@
 """What a run survives, counted: real processes on real DeepSpeed, killed, stopped, asked to leave.
 
-    python benchmarks/reliability.py --kills 200 --signals 50 --hangs 10
+    python benchmarks/reliability.py --kills 200 --signals 50 --hangs 10 --ranks 2 --disks 10
 
 Each kind prints one line; the exit code is 1 if anything was lost. docs/reliability.md holds the figures.
 """
@@ -8,6 +8,8 @@ Each kind prints one line; the exit code is 1 if anything was lost. docs/reliabi
 from __future__ import annotations
 
 import argparse
+import errno
+import json
 import random
 import shutil
 import signal
@@ -19,9 +21,11 @@ from pathlib import Path
 
 from faults import PEER_ERROR, Job, final_state, import_everything, order, start
 
+from ldm.checkpoints import Checkpoints, fault
+
 SETTINGS = [(ranks, stage) for stage in (0, 2, 3) for ranks in (1, 2)]
 LONGEST = 120.0  # seconds for one start
-KILLS_A_RUN = 5
+KILLS_A_RUN = 8
 
 
 def finish(job: Job) -> list[int | None]:
@@ -149,9 +153,72 @@ def hangs(count: int, folder: Path, seed: int) -> bool:
     return told["good"] == count and slowest <= 11
 
 
+def ranks(count: int, folder: Path, seed: int) -> bool:
+    """1 -> 2 -> 1 ranks: the same samples in the same order, and after 50 steps more the same loss."""
+    good = True
+    for stage in (2, 3)[:count]:
+        words = ["run.log_every=1", "run.checkpoint_every=20"]
+        whole, _ = undisturbed(folder, 1, stage, [*words, "run.steps=90"])
+        run = folder / f"moved_{stage}"
+        for number, steps in ((1, 20), (2, 40), (1, 90)):
+            own = [*words, f"engine.zero_stage={stage}", f"run.steps={steps}"]
+            job = start(folder, run.name, ranks=number, words=own)
+            if finish(job) != [0] * number:
+                sys.exit(job.log.read_text()[-3000:])
+        same = order(run, 1) | order(run, 2) == order(whole, 1)
+        pairs = list(zip(losses(run), losses(whole), strict=True))
+        off = max(abs(mine - other) / other for mine, other in pairs)
+        print(f"ranks 1 -> 2 -> 1, ZeRO {stage}: order {'equal' if same else 'NOT equal'}, loss off by {off:.1e} "
+              f"at most over {len(pairs)} steps")  # fmt: skip
+        good &= same and off <= 1e-6
+    return good
+
+
+def losses(run: Path) -> list[float]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def disks(count: int, folder: Path, seed: int) -> bool:
+    """A full disk: on either rank, at random saves, training goes on and ends as without; at all saves, it stops with
+    code 4 and the checkpoint before is whole."""
+    draw, good = random.Random(seed + 3), 0
+    whole, _ = undisturbed(folder, 2, 2, [])
+    for number in range(count):
+        victim, failing = draw.randrange(2), {draw.randrange(1, 8)}
+        job = start(folder, f"full_{number}", ranks=2, words=["engine.zero_stage=2"],
+                    before=lambda rank, own=victim, bad=failing: fill_disk(bad if rank == own else set()))  # fmt: skip
+        codes = finish(job)
+        told = job.log.read_text()
+        good += codes == [0, 0] and "could not be written" in told and not different(folder / job.log.stem, whole, 2)
+        shutil.rmtree(folder / job.log.stem)
+    job = start(folder, "full", ranks=2, words=["engine.zero_stage=2"],
+                before=lambda rank: fill_disk(set(range(3, 99)) if rank == 1 else set()))  # fmt: skip
+    codes = finish(job)
+    newest = Checkpoints(folder / "full/checkpoints", keep=1).all()[-1]
+    stopped = codes == [4, 4] and newest.name == "step_0000010" and fault(newest) is None
+    print(f"full disks: {good} of {count} cost only that checkpoint; for good: codes {codes}, {newest.name} is "
+          f"{'whole' if stopped else 'NOT as it should be'}")  # fmt: skip
+    return good == count and stopped
+
+
+def fill_disk(saves: set[int]) -> None:
+    """Let the numbered saves of this process, counted from 1, find no room."""
+    import ldm.checkpoints.saver as saver
+
+    plain, counted = saver.write_fragments, iter(range(1, 10**6))
+
+    def failing(*arguments: object) -> None:
+        if next(counted) in saves:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(*arguments)
+
+    saver.write_fragments = failing
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("kills", "signals", "hangs"):
+    for name in ("kills", "signals", "hangs", "ranks", "disks"):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None, help="where runs are made; default: a temporary folder")
@@ -159,7 +226,7 @@ def main() -> int:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="reliability-"))
     import_everything()
     good = True
-    for kind in (kills, signals, hangs):
+    for kind in (kills, signals, hangs, ranks, disks):
         count = getattr(args, kind.__name__)
         if count:
             good &= kind(count, folder / kind.__name__, args.seed)
