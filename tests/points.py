@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,10 +23,23 @@ from torch import Tensor
 
 from ldm.checkpoints import Checkpoints, Fragments, Saver, Span, Status, fault
 
+
+class Point(NamedTuple):
+    """A call: which, of which file or folder, and the how manieth of its kind."""
+
+    call: str
+    target: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.call} {self.target}" + f" ({self.number})" * (self.number > 1)
+
+
 RANKS, KEEP, NEW = 2, 2, 3  # step NEW is saved beside two older ones, the first of which is then removed
 # full: the disk is, as soon as the call is made; half: when half of it is done. death: of the process.
 How = Literal["full", "half", "death before", "death half-way", "death after"]
 HOWS: tuple[How, ...] = ("full", "half", "death before", "death half-way", "death after")
+RANK_1_FAILS = Point("save_file", "rank_00001.safetensors", 1)
 PATH_CALLS = ("open", "read_text", "read_bytes", "write_text", "rename", "replace", "unlink", "mkdir")
 HALVES = ("write_text", "save_file", "rmtree")
 CALLS: tuple[tuple[Any, str], ...] = (
@@ -41,24 +54,12 @@ class Death(BaseException):
     """The process that made a call is no more; nothing catches it."""
 
 
-class Point(NamedTuple):
-    """A call: which, of which file or folder, and the how manieth of its kind."""
-
-    call: str
-    target: str
-    number: int
-
-    def __str__(self) -> str:
-        return f"{self.call} {self.target}" + f" ({self.number})" * (self.number > 1)
-
-
 class Calls:
-    """While it is entered, the calls under a folder are listed, and one of them goes wrong."""
+    """While it is entered, the calls under a folder are listed, and some of them go wrong."""
 
-    def __init__(self, folder: Path, at: Point | None = None, how: How = "full") -> None:
-        self.folder, self.at, self.how = folder, at, how
+    def __init__(self, folder: Path, faults: Mapping[Point, How] | None = None) -> None:
+        self.folder, self.faults = folder, dict(faults or {})
         self.points: list[Point] = []
-        self.met = False
         self._counts: Counter[tuple[str, str]] = Counter()
         self._dead: set[int] = set()  # threads
         self._local, self._lock, self._stack = threading.local(), threading.Lock(), ExitStack()
@@ -102,14 +103,16 @@ class Calls:
             self.points.append(point)
         if name == "fsync":  # what the system's cache loses is another matter, and waiting for the disk takes long
             real = _nothing
-        if point != self.at:
+        how = self.faults.get(point)
+        if how is None:
             return real(*arguments, **named)
-        self.met = True
-        if self.how in ("half", "death half-way"):
+        if how in ("half", "death half-way"):
             _half(name, target, real, arguments)
-        if self.how == "death after":
+        if how == "death after":
             real(*arguments, **named)
-        if self.how in ("full", "half"):
+        if how in ("full", "half"):
+            if named.get("ignore_errors"):
+                return None
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
         self._dead.add(threading.get_ident())
         raise Death
@@ -201,6 +204,13 @@ def points_of_a_save(folder: Path) -> list[Point]:
     return sorted(calls.points)
 
 
+def points_of_giving_up(folder: Path) -> list[Point]:
+    """Those that a save makes only after rank 1 could not write: nothing of it is to stay."""
+    with copy_of(folder) as scratch, in_haste(), Calls(scratch, {RANK_1_FAILS: "half"}) as calls:
+        assert not save(make_savers(scratch), NEW)
+    return sorted(set(calls.points) - set(points_of_a_save(folder)))
+
+
 def ways(point: Point) -> tuple[How, ...]:
     """How it can go wrong: only what writes or removes much can do half of it."""
     return HOWS if point.call in HALVES else tuple(how for how in HOWS if "half" not in how)
@@ -216,15 +226,15 @@ def copy_of(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch)
 
 
-def broken_promise(folder: Path, point: Point, how: How) -> str | None:
-    """What does not hold after a save to a copy of the prepared folder went wrong at one point. None: all does."""
+def broken_promise(folder: Path, faults: Mapping[Point, How]) -> str | None:
+    """What does not hold after a save to a copy of the prepared folder went wrong. None: all does."""
     with copy_of(folder) as scratch:
         savers, told = make_savers(scratch), False
-        with in_haste(), Calls(scratch, point, how) as calls, suppress(Death):
+        with in_haste(), Calls(scratch, faults) as calls, suppress(Death):
             told = save(savers, NEW)
-        if not calls.met:
+        if not faults.keys() <= set(calls.points):
             return "the call was not made"
-        died = how.startswith("death")
+        died = any(how.startswith("death") for how in faults.values())
         return _after(scratch, told) or _later(scratch, make_savers(scratch) if died else savers, clear=died)
 
 

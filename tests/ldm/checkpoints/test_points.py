@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from points import Calls, Point, broken_promise, in_haste, make_savers, points_of_a_save, prepare_folder, save, ways
+from points import (
+    RANK_1_FAILS,
+    Calls,
+    broken_promise,
+    in_haste,
+    make_savers,
+    points_of_a_save,
+    points_of_giving_up,
+    prepare_folder,
+    save,
+    ways,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +62,19 @@ def test_a_save_that_goes_wrong_anywhere_costs_nothing_but_itself(folder: Path):
         f"{point}: {how}": wrong
         for point in points_of_a_save(folder)
         for how in ways(point)
-        if (wrong := broken_promise(folder, point, how)) is not None
+        if (wrong := broken_promise(folder, {point: how})) is not None
     }
     assert not broken
+
+
+def test_giving_a_save_up_may_go_wrong_too(folder: Path):
+    points = points_of_giving_up(folder)
+    assert [str(point) for point in points] == ["rmtree step_0000003.partial"]
+    for how in ways(points[0]):
+        assert broken_promise(folder, {RANK_1_FAILS: "half", points[0]: how}) is None, how
 
 
 def test_what_would_be_lost_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """A save that gave a checkpoint its name before its manifest would break the promise above."""
     monkeypatch.setattr("ldm.checkpoints.folders.seal", lambda partial, digests, name: None)
-    assert broken_promise(folder, Point("save_file", "rank_00001.safetensors", 1), "full") is not None
+    assert broken_promise(folder, {RANK_1_FAILS: "full"}) is not None
