@@ -241,12 +241,12 @@ def test_memory_is_taken_once(folder: Path):
         places.append({key: copy.data_ptr() for key, copy in saver._copies.items()})
         saver.end(abandon=False)
     assert places[0] == places[1] and len(places[0]) == 4
-    (folder / "step_0000003.partial").mkdir()
-    changed = {"weights/matrix": torch.ones(7, dtype=torch.float64)}
-    saver.begin(3, changed, {}, {})
-    saver.end(abandon=False)
-    assert saver.error is None and saver._copies.keys() == changed.keys()
-    assert saver._copies["weights/matrix"].dtype == torch.float64
+    for step, changed in {3: torch.ones(300, dtype=torch.float64), 4: torch.ones(7, dtype=torch.float64)}.items():
+        (folder / f"step_{step:07d}.partial").mkdir()
+        saver.begin(step, {"weights/matrix": changed}, {}, {})
+        saver.end(abandon=False)
+        (copy,) = saver._copies.values()
+        assert saver.error is None and copy.dtype == changed.dtype and torch.equal(copy, changed)
 
 
 def test_no_save_begins_before_the_last_has_ended(folder: Path, monkeypatch: pytest.MonkeyPatch):
