@@ -199,8 +199,6 @@ class Watch:
                 self._tell(store)
                 self._found = self._found or self._listen(store)
             except Exception:  # the store went with rank 0, or with the launcher
-                if self._stopped.is_set():
-                    return
                 self._found = self._found or "rank 0, where all ranks meet, is gone"
             self._talked = time.monotonic()
 

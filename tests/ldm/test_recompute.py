@@ -169,6 +169,17 @@ def test_blocks_are_whole_blocks_and_none_lies_in_another():
 
 
 @REENTRANT
+def test_the_way_that_is_asked_for_is_taken(reentrant: bool, monkeypatch: pytest.MonkeyPatch):
+    """They differ only in what they allow others to do to weights between the passes, as ZeRO 3 does."""
+    taken = []
+    monkeypatch.setattr("ldm.recompute.checkpoint", lambda *_, use_reentrant, **__: taken.append(use_reentrant))
+    block = Block()
+    recompute_blocks(nn.Sequential(nn.ModuleList([block])), reentrant=reentrant)
+    block(torch.ones(8), scale=torch.ones(()))
+    assert taken == [reentrant]
+
+
+@REENTRANT
 def test_where_nothing_is_learned_nothing_is_said(reentrant: bool):
     """PyTorch's older way warns of gradients that nobody asked for."""
     network, inputs = dit()

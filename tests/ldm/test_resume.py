@@ -179,6 +179,15 @@ def test_what_one_rank_finds_is_true_for_all(tmp_path: Path):
     assert choose(run, Two(0, 2, torch.device("cpu"))) == run.checkpoints.path(20)
 
 
+def test_each_rank_reads_a_part(tmp_path: Path):
+    """The second of two files is rank 1's to read, which here is said to have found nothing wrong."""
+    run = make_run(tmp_path, 10, 20)
+    (run.checkpoints.path(20) / "state.json").write_text("[]")
+    assert choose(run, Two(0, 2, torch.device("cpu"))) == run.checkpoints.path(20)
+    damage(run, 20)
+    assert choose(run, Two(0, 2, torch.device("cpu"))) == run.checkpoints.path(10)
+
+
 def test_only_the_main_rank_sets_aside_and_the_others_say_what_they_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
