@@ -114,6 +114,7 @@ def test_offloading_says_what_goes_to_the_cpu():
     assert not any(key.startswith("offload") for key in kept)
     assert optimizer.keys() - kept.keys() == {"offload_optimizer"}
     assert parameters.keys() - kept.keys() == {"offload_optimizer", "offload_param"}
+    assert settings_of()["zero_force_ds_cpu_optimizer"] is False  # or DeepSpeed refuses any other than its own
     assert parameters["offload_param"]["device"] == optimizer["offload_optimizer"]["device"] == "cpu"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.generators import generator_states, restore_generators
+from ldm.generators import generator_states, restore_generators, seed_generators
 
 DRAWS: dict[str, Callable[[], object]] = {
     "cpu": lambda: torch.randn(7).tolist() + torch.randperm(5).tolist(),
@@ -61,6 +61,17 @@ def test_only_what_there_is_a_state_of_is_restored(name: str):
     again = draw_all()
     assert again[name] == first[name]
     assert all(again[other] not in (first[other], second[other]) for other in DRAWS if other != name)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 + 7, 2**63 - 1])
+def test_a_seed_starts_all_of_them(seed: int):
+    """From where they always start with it, and not from where another does."""
+    seed_generators(seed)
+    first = draw_all()
+    seed_generators(seed)
+    assert draw_all() == first
+    seed_generators(seed + 1 if seed < 2**63 - 1 else 5)
+    assert all(draw_all()[name] != first[name] for name in DRAWS)
 
 
 def test_a_state_is_a_copy():

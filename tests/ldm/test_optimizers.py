@@ -189,15 +189,6 @@ def test_moments_and_the_number_of_steps_are_all_that_is_remembered(kind: Kind):
     assert_same(weights_of(twin), weights_of(network))
 
 
-def test_an_optimiser_that_counts_in_whole_numbers_is_given_one():
-    """As DeepSpeed's for the CPU, which is none of PyTorch's AdamW."""
-    home = nn.Parameter(torch.ones(3))
-    state = prepare_state(torch.optim.SGD([home], lr=1.0), home)
-    assert state["step"] == 0 and isinstance(state["step"], int)
-    set_step(state, 7)
-    assert state["step"] == 7 and isinstance(state["step"], int)
-
-
 def test_a_state_that_counts_nothing_is_not_given_a_number():
     state = {"momentum_buffer": torch.ones(2)}
     set_step(state, 7)

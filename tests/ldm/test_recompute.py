@@ -102,7 +102,8 @@ class Named(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.scale = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.first: nn.Module = nn.Linear(8, 8)
+        self.scale: nn.Module = nn.Linear(8, 8)
         self.blocks = nn.ModuleList([Block() for _ in range(4)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,7 +176,7 @@ def test_the_way_that_is_asked_for_is_taken(reentrant: bool, monkeypatch: pytest
     monkeypatch.setattr("ldm.recompute.checkpoint", lambda *_, use_reentrant, **__: taken.append(use_reentrant))
     block = Block()
     recompute_blocks(nn.Sequential(nn.ModuleList([block])), reentrant=reentrant)
-    block(torch.ones(8), scale=torch.ones(()))
+    block(torch.ones(8, requires_grad=True), scale=torch.ones(()))
     assert taken == [reentrant]
 
 
@@ -198,3 +199,12 @@ def test_where_nothing_is_learned_nothing_is_said(reentrant: bool):
 def test_a_network_without_blocks_is_refused(network: Any):
     with pytest.raises(ValueError, match=f"engine.recompute: {type(network).__name__} has no list of blocks"):
         recompute_blocks(network, reentrant=False)
+
+
+@REENTRANT
+def test_the_first_block_learns_though_its_input_does_not(reentrant: bool):
+    """PyTorch's older way gives no gradient to a block none of whose inputs has one."""
+    network = Named()
+    network.first, network.scale = nn.Identity(), nn.Identity()
+    recompute_blocks(network, reentrant=reentrant)
+    assert len(run(network, (torch.randn(32, 8),)).gradients) == len(list(network.parameters())) == 8
