@@ -28,11 +28,11 @@ class EngineConfig:
     hang_seconds: float = 300.0  # a rank that neither moves nor answers for so long has hung: all stop
 
     def __post_init__(self) -> None:
-        if self.clip < 0:
+        if not self.clip >= 0:
             raise ValueError(f"engine.clip is {self.clip}, expected a norm above 0, or 0 for none")
         if self.accumulation < 1:
             raise ValueError(f"engine.accumulation must be at least 1, not {self.accumulation}")
-        if self.hang_seconds <= 0:
+        if not self.hang_seconds > 0:
             raise ValueError(f"engine.hang_seconds must be above 0, not {self.hang_seconds}")
         needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < needed:

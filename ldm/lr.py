@@ -4,12 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal, assert_never, get_args
 
-LRSchedule = Literal["constant", "cosine", "wsd"]
+LRSchedule = Literal["constant", "cosine", "wsd", "inverse_sqrt"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LRConfig:
-    """wsd: warm-up, stable, linear decay to 0 over the last decay_fraction of the steps (1.0: all)."""
+    """wsd: warm-up, stable, linear decay to 0 over the last decay_fraction of the steps (1.0: all).
+
+    inverse_sqrt: after warm-up as 1 / sqrt(step), whatever the number of steps: a run can be made longer at any time.
+    """
 
     schedule: LRSchedule = "constant"
     lr: float
@@ -44,10 +47,17 @@ def cosine_decay(step: int, total_steps: int, warmup_steps: int) -> float:
     return (1 + math.cos(math.pi * min(1.0, max(0.0, progress)))) / 2
 
 
+def inverse_sqrt_decay(step: int, warmup_steps: int) -> float:
+    """sqrt(w / (step + 1)) from step w = warmup_steps on: 1 where warm-up ends. Vaswani et al. 2017 (arXiv 1706.03762),
+    eq. 3, divided by its peak."""
+    reached = max(1, warmup_steps)
+    return math.sqrt(reached / max(step + 1, reached))
+
+
 def lr_at(config: LRConfig, step: int, total_steps: int) -> float:
     """Learning rate of the optimiser step with this index, counted from 0.
 
-    Decays reach 0 at total_steps, one after the last. Where warm-up and decay overlap, the lower holds.
+    Decays to 0 reach it at total_steps, one after the last. Where warm-up and decay overlap, the lower holds.
     """
     match config.schedule:
         case "constant":
@@ -56,6 +66,8 @@ def lr_at(config: LRConfig, step: int, total_steps: int) -> float:
             decay = cosine_decay(step, total_steps, config.warmup_steps)
         case "wsd":
             decay = linear_decay(step, total_steps, config.decay_fraction)
+        case "inverse_sqrt":
+            decay = inverse_sqrt_decay(step, config.warmup_steps)
         case _:
             assert_never(config.schedule)
     return config.lr * min(warmup(step, config.warmup_steps), decay)

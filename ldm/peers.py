@@ -99,13 +99,13 @@ class Judge:
             return f"{named(gone)} died"
         silent = [rank for rank, seen in watched.items() if now - seen.beaten > self.hang_seconds]
         if silent:
-            return f"{named(silent)} has not answered for {now - watched[silent[0]].beaten:.0f} s"
+            return f"{having(silent)} not answered for {now - watched[silent[0]].beaten:.0f} s"
         patience = max(self.hang_seconds, LONGEST_STEPS * self.longest_step)
         if not watched or any(seen.beat.phase != STEP or now - seen.moved <= patience for seen in watched.values()):
             return None
         least = min(seen.beat.progress for seen in watched.values())
         stuck = [rank for rank, seen in watched.items() if seen.beat.progress == least]
-        return f"{named(stuck)} has not moved for {now - watched[stuck[0]].moved:.0f} s"
+        return f"{having(stuck)} not moved for {now - watched[stuck[0]].moved:.0f} s"
 
     def quiet(self, now: float, seconds: float) -> list[int]:
         """The ranks that have not been heard of for so long."""
@@ -117,6 +117,10 @@ class Judge:
 
 def named(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def having(ranks: list[int]) -> str:
+    return f"{named(ranks)} {'has' if len(ranks) == 1 else 'have'}"
 
 
 def process_lives(pid: int) -> bool:
@@ -144,6 +148,7 @@ class Watch:
         self._talked = time.monotonic()
         self._found: str | None = None
         self._stopped = threading.Event()
+        self._telling = threading.Lock()
         self._threads: list[threading.Thread] = []
         if store is not None:
             self._threads = [
@@ -206,9 +211,10 @@ class Watch:
                 self._end(self._found)
 
     def _tell(self, store: Store) -> None:
-        self._count += 1
-        beat = Beat(self._count, self._progress, self._step, self._phase, os.getpid(), self.judge.host)
-        store.set(f"beat/{self.world.rank}", str(beat))
+        with self._telling:  # or the last beat, "done", might be overtaken by the one before
+            self._count += 1
+            beat = Beat(self._count, self._progress, self._step, self._phase, os.getpid(), self.judge.host)
+            store.set(f"beat/{self.world.rank}", str(beat))
 
     def _listen(self, store: Store) -> str | None:
         if store.check([VERDICT]):

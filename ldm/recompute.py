@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 def recompute_blocks(network: nn.Module, *, reentrant: bool) -> list[nn.Module]:
     """Make the blocks of a network, which are the entries of its lists of modules, forget their activations.
 
-    The innermost lists count, so that no block recomputes another. reentrant: PyTorch's older way, which looks at no
-    tensor's shape again: ZeRO 3 empties weights between the two passes. Returns the blocks. Raises ValueError if
-    there are none.
+    The innermost lists count, so that no block recomputes another; a single layer in a list, as attention has for its
+    output's name, is no block. reentrant: PyTorch's older way, which looks at no tensor's shape again: ZeRO 3 empties
+    weights between the two passes. Returns the blocks. Raises ValueError if there are none.
     """
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [block for own in lists for block in own if not any(isinstance(m, nn.ModuleList) for m in block.modules())]
+    entries = [entry for own in network.modules() if isinstance(own, nn.ModuleList) for entry in own]
+    candidates = {e: None for e in entries if not isinstance(e, nn.ModuleList) and any(True for _ in e.children())}
+    blocks = [block for block in candidates if not any(m in candidates for m in block.modules() if m is not block)]
     if not blocks:
         raise ValueError(f"engine.recompute: {type(network).__name__} has no list of blocks to recompute: leave it out")
     for block in blocks:
@@ -32,6 +33,10 @@ def recompute_blocks(network: nn.Module, *, reentrant: bool) -> list[nn.Module]:
 def _recomputed(forward: Callable[..., Any], reentrant: bool, *inputs: Any, **named: Any) -> Any:
     if not reentrant:
         return checkpoint(forward, *inputs, use_reentrant=False, **named)
-    if not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in (*inputs, *named.values())):
         return forward(*inputs, **named)  # the older way would cut such a block's weights off from the gradient
-    return checkpoint(partial(forward, **named), *inputs, use_reentrant=True)
+
+    def positional(*values: Any) -> Any:  # the older way looks for gradients among these alone
+        return forward(*values[: len(inputs)], **dict(zip(named, values[len(inputs) :], strict=True)))
+
+    return checkpoint(positional, *inputs, *named.values(), use_reentrant=True)

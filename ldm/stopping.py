@@ -18,6 +18,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.name: str | None = None  # of the signal that came
         self._deferred = False
+        self._interrupted = False  # by SIGINT
 
     def listen(self) -> None:
         """Take over the signals of this process; to be called by its main thread."""
@@ -39,10 +40,10 @@ class StopRequest:
 
     def interruptible(self, work: Callable[[], None]) -> bool:
         """Within `deferred`: do what may be given up, unless a signal came before. Returns whether it was done."""
-        if self.requested:
-            return False
-        self._deferred = False
         try:
+            self._deferred = False  # first, so that no signal falls between the question and the work
+            if self.requested:
+                return False
             work()
             return True
         except Stopped:
@@ -51,9 +52,10 @@ class StopRequest:
             self._deferred = True
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
-        again = self.name == signal.SIGINT.name
+        again = number == signal.SIGINT and self._interrupted
+        self._interrupted |= number == signal.SIGINT
         self.name = signal.Signals(number).name
-        if number == signal.SIGINT and again:
+        if again:
             raise KeyboardInterrupt
         if not self._deferred:
             raise Stopped

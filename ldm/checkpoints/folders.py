@@ -49,10 +49,11 @@ class Checkpoints:
         partial.rename(path)
         to_disk(self.folder)
         self._good.add(path)
-        with whole_file(self.folder / LATEST) as latest:
-            latest.write_text(path.name + "\n")
-            to_disk(latest)
-        to_disk(self.folder)
+        with contextlib.suppress(OSError):  # the checkpoint is there, whatever is said of it
+            with whole_file(self.folder / LATEST) as latest:
+                latest.write_text(path.name + "\n")
+                to_disk(latest)
+            to_disk(self.folder)
         return path
 
     def prune(self) -> None:
@@ -77,7 +78,9 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove what a save that was cut off, or a removal, has left."""
         for leftover in self.folder.glob("*.partial"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            with contextlib.suppress(OSError):  # it is only room that is not won
+                linked = leftover.is_symlink() or not leftover.is_dir()
+                leftover.unlink() if linked else shutil.rmtree(leftover)
 
 
 def step_of(path: Path) -> int:

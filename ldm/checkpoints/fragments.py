@@ -64,7 +64,7 @@ class Fragments:
                 else:
                     self._whole[key] = file
         for places in self._places.values():
-            places.sort(key=lambda place: place[0])
+            places.sort(key=lambda place: place[:2])
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -34,7 +34,7 @@ def to_disk(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> Digest:
     """Write a file and wait until it is on the disk."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    path.write_text(_text(value))
     to_disk(path)
     return Digest.of(path)
 
@@ -52,17 +52,19 @@ def seal(folder: Path, digests: Mapping[str, Digest], *, name: str) -> None:
 def sealed(folder: Path) -> dict[str, Digest]:
     """The digests that a folder was sealed with. Raises ValueError, naming what is wrong, if there are none."""
     try:
-        listed = json.loads((folder / MANIFEST).read_bytes())
-        digest = listed.pop("sha256")
+        written = (folder / MANIFEST).read_bytes()
+        listed = json.loads(written)
+        whole = written == _text(listed).encode() and not (folder / MANIFEST).is_symlink()
+        digest, name = listed.pop("sha256"), listed["name"]
         files = {str(file): Digest(int(d["size"]), str(d["sha256"])) for file, d in listed["files"].items()}
     except FileNotFoundError as error:
         raise ValueError(f"{MANIFEST} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} is damaged") from error
-    if digest != _of_list(listed):
+    if not whole or digest != _of_list(listed):
         raise ValueError(f"{MANIFEST} is damaged: its list is not the one that was written")
-    if listed["name"] != folder.name:
-        raise ValueError(f"it was written as {listed['name']}")
+    if name != folder.name:
+        raise ValueError(f"it was written as {name}")
     return files
 
 
@@ -99,6 +101,10 @@ def _wrong(path: Path, expected: Digest) -> str | None:
     if found != expected.sha256:
         return f"{path.name} has sha256 {found[:12]}, expected {expected.sha256[:12]}"
     return None
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
 
 
 def _of_list(listed: Mapping[str, Any]) -> str:

@@ -63,7 +63,7 @@ class Saver:
         size: bytes that all ranks together are about to write; if the disk has fewer, it says so before it is full.
         """
         partial = self._partial_path(step)
-        shutil.rmtree(partial, ignore_errors=True)
+        self.checkpoints.clear()  # a rank that was still writing when a save was given up may have left its file
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.checkpoints.folder).free
         if free < size:
@@ -108,7 +108,7 @@ class Saver:
         for key, tensor in tensors.items():
             copy = self._copies.get(key)
             if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)  # contiguous
                 self._copies[key] = copy
             copy.copy_(tensor, non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors.values()):
