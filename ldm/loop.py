@@ -184,6 +184,7 @@ class Training:
             return
         record = {"samples_seen": self.engine.position * self.batch_size, "config": self.run.config_text}
         record |= {"state": self.state.state_dict()} if self.state is not None else {}
+        record |= {"rewound_to": self.run.rewound_to} if self.run.rewound_to is not None else {}
         with self.session.watch.elsewhere():
             self._tell_save(self.engine.finish_save())  # of the checkpoint before, if it still is being written
             self._tell_save(self.engine.save(record))
@@ -201,7 +202,7 @@ class Training:
         """A checkpoint that fails stops nothing until several in a row have."""
         if saved is None:
             return
-        if not saved.failed:
+        if not saved.failed or saved.path.exists():  # what failed after it had its name is a folder's tidiness
             self._failed_saves = 0
             return
         self._failed_saves += 1

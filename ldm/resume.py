@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints import NAME, Checkpoints, fault, step_of
+from ldm.checkpoints import NAME, STATE, Checkpoints, fault, step_of
 from ldm.config import check_continues
 from ldm.engine import Engine
 from ldm.resumption import CheckpointError
@@ -27,6 +28,7 @@ def resume(run: Run, engine: Engine, world: World) -> dict[str, Any] | None:
         run.checkpoints.trust(chosen)
         ranks = "" if record["ranks"] == world.ranks else f", which {record['ranks']} ranks wrote"
         run.tell(f"resumed from {chosen}{ranks}")
+        run.rewound_to = rewound_to(run, chosen, record)
         if engine.step > run.config.steps:
             raise ValueError(
                 f"run.steps is {run.config.steps}, but {chosen} has taken {engine.step}: "
@@ -54,6 +56,13 @@ def choose(run: Run, world: World) -> Path | None:
     return newest_good(run, others, world)
 
 
+def rewound_to(run: Run, chosen: Path, record: dict[str, Any]) -> str | None:
+    """The checkpoint that this run was last sent back to, for its later ones to tell."""
+    asked = Path(run.config.resume)
+    sent_back = chosen.parent == run.checkpoints.folder and chosen.name == asked.name
+    return asked.name if sent_back else record.get("rewound_to")
+
+
 def newest_good(run: Run, checkpoints: Checkpoints, world: World) -> Path:
     """The newest that is as it was written; damaged ones that are newer are set aside, and named."""
     damaged: list[Path] = []
@@ -77,15 +86,30 @@ def set_aside(run: Run, checkpoints: Checkpoints, damaged: list[Path], world: Wo
 
 
 def rewound(run: Run, path: Path, world: World) -> Path:
-    """A checkpoint of this run itself, whose later ones are set aside: they are of a past that did not happen."""
+    """A checkpoint of this run itself, whose later ones are set aside: they are of a past that did not happen.
+
+    Where the later ones already came after that, the same command was started again: it goes on from the newest.
+    """
+    named = NAME.fullmatch(path.name) is not None
+    later = [other for other in run.checkpoints.all() if named and step_of(other) > step_of(path)]
+    if later and told_of_rewinding(later[-1]) == path.name:
+        run.tell(f"this run was sent back to {path.name} before, and goes on from its newest checkpoint")
+        return newest_good(run, run.checkpoints, world)
     checked(path, world)
-    later = [other for other in run.checkpoints.all() if step_of(other) > step_of(path)]
     world.agree(False)  # every rank has looked
     if world.is_main:
         for other in later:
             run.tell(f"{other.name} is now {run.checkpoints.set_aside(other, 'aside').name}")
     world.agree(False)
     return path
+
+
+def told_of_rewinding(checkpoint: Path) -> str | None:
+    """To which checkpoint its run had been sent back; None too, if it cannot be read."""
+    try:
+        return json.loads((checkpoint / STATE).read_text()).get("rewound_to")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def checked(path: Path, world: World) -> Path:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import Checkpoints, Fragments, Saver, Span, Status
-from ldm.checkpoints.saver import POLL_SECONDS, STATE
+from ldm.checkpoints import STATE, Checkpoints, Fragments, Saver, Span, Status
+from ldm.checkpoints.saver import POLL_SECONDS
 from ldm.ema import EMA
 from ldm.generators import generator_states, restore_generators
 from ldm.partitions import Partition

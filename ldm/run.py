@@ -56,6 +56,7 @@ class Run:
         self._losses: list[float] = []
         self._locked: int | None = None  # the folder's descriptor, while this process keeps it
         self._steps_timed = 0  # steps since then
+        self.rewound_to: str | None = None  # the checkpoint that this run was sent back to by run.resume
         self.checkpoints = Checkpoints(config.path / "checkpoints", keep=config.keep_checkpoints)
         found = self.checkpoints.all()
         if found and config.resume == "never":

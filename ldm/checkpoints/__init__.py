@@ -3,10 +3,11 @@
 from ldm.checkpoints.folders import NAME, Checkpoints, step_of
 from ldm.checkpoints.fragments import Fragments, Span
 from ldm.checkpoints.manifest import Digest, fault, seal, sealed
-from ldm.checkpoints.saver import Saver, Status
+from ldm.checkpoints.saver import STATE, Saver, Status
 
 __all__ = [
     "NAME",
+    "STATE",
     "Checkpoints",
     "Digest",
     "Fragments",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ldm.checkpoints import Digest, fault, step_of
-from ldm.resume import choose
+from ldm.resume import choose, rewound_to
 from ldm.resumption import CheckpointError
 from ldm.run import Run, RunConfig
 from ldm.world import World
@@ -33,15 +35,18 @@ class TwoOfWhichOneSees(Two):
 def make_run(tmp_path: Path, *steps: int, name: str = "trial", resume: str | Path = "auto", main: bool = True) -> Run:
     """A run with checkpoints of these steps, as it is when its process has started again."""
     config = RunConfig(name=name, folder=str(tmp_path), steps=100)
-    checkpoints = Run(config, is_main=True, config_text="").checkpoints
     for step in steps:
-        partial = checkpoints.folder / f"step_{step:07d}.partial"
-        partial.mkdir(parents=True)
-        (partial / "rank_00000.safetensors").write_bytes(f"tensors of step {step}".encode())
-        (partial / "state.json").write_text("{}")
-        checkpoints.commit(partial, {path.name: Digest.of(path) for path in partial.iterdir()})
+        add_checkpoint(Run(config, is_main=True, config_text=""), step, {})
     again = RunConfig(name=name, folder=str(tmp_path), steps=100, resume=str(resume))
     return Run(again, is_main=main, config_text="")
+
+
+def add_checkpoint(run: Run, step: int, record: dict[str, Any]) -> None:
+    partial = run.checkpoints.folder / f"step_{step:07d}.partial"
+    partial.mkdir(parents=True)
+    (partial / "rank_00000.safetensors").write_bytes(f"tensors of step {step}".encode())
+    (partial / "state.json").write_text(json.dumps(record))
+    run.checkpoints.commit(partial, {path.name: Digest.of(path) for path in partial.iterdir()})
 
 
 def damage(run: Run, *steps: int) -> None:
@@ -113,6 +118,22 @@ def test_a_checkpoint_of_its_own_is_known_by_any_path(tmp_path: Path, monkeypatc
     monkeypatch.chdir(run.checkpoints.folder)
     assert choose(make_run(tmp_path, resume="step_0000010"), ALONE) == run.checkpoints.path(10)
     assert names(run) == {"step_0000010", "step_0000020.aside"}
+
+
+def test_the_same_command_again_does_not_go_back_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A launcher that starts a run again after each failure repeats run.resume, too."""
+    run = make_run(tmp_path, 10)
+    add_checkpoint(run, 20, {"rewound_to": "step_0000010"})
+    asked = make_run(tmp_path, resume=run.checkpoints.path(10))
+    assert choose(asked, ALONE) == run.checkpoints.path(20)
+    assert names(run) == {"step_0000010", "step_0000020"}
+    assert "was sent back to step_0000010 before, and goes on from its newest" in capsys.readouterr().out
+    shutil.rmtree(run.checkpoints.path(10))  # which may have been removed since, as too old
+    assert choose(asked, ALONE) == run.checkpoints.path(20)
+    # What the next checkpoints tell: still the same, or where the run is sent back to now.
+    assert rewound_to(asked, run.checkpoints.path(20), {"rewound_to": "step_0000010"}) == "step_0000010"
+    assert rewound_to(asked, run.checkpoints.path(10), {}) == "step_0000010"
+    assert rewound_to(make_run(tmp_path), run.checkpoints.path(20), {}) is None
 
 
 @pytest.mark.parametrize("asked", ["step_0000020", "step_0000050", "latest", "step_0000030.aside"])
