@@ -199,6 +199,9 @@ class Watch:
                 self._tell(store)
                 self._found = self._found or self._listen(store)
             except Exception:  # the store went with rank 0, or with the launcher
+                first = self.judge.seen.get(0)
+                if first is not None and first.beat.phase == DONE:
+                    return  # it has ended well, and this rank is about to
                 self._found = self._found or "rank 0, where all ranks meet, is gone"
             self._talked = time.monotonic()
 

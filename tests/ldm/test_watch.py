@@ -182,6 +182,16 @@ def test_rank_0_may_be_done_first(ends: Ends):
     assert not ends.codes
 
 
+def test_rank_0_may_end_well_before_the_others_say_that_they_are_done(ends: Ends):
+    """Its store is gone then, but it was done: nobody is to blame."""
+    store = MemoryStore({"beat/0": str(Beat(9, 9, 9, DONE, os.getpid(), socket.gethostname()))})
+    watch = ends.watch(1, store)
+    until(lambda: 0 in watch.judge.seen)
+    store.gone = True
+    until(lambda: not watch._threads[0].is_alive())
+    assert watch._found is None and not ends.codes
+
+
 def test_being_done_is_the_last_that_is_told(ends: Ends):
     """A beat from before that arrived after it would be taken for the last of a rank that died."""
     held, release = threading.Event(), threading.Event()

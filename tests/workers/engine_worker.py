@@ -110,6 +110,7 @@ def outcome(engine: Engine, folder: Path | None) -> dict[str, Any]:
         found[name] = {key: tensor.double().flatten().tolist()[:4000] for key, tensor in weights.items()}
     found["shapes"] = {key: list(tensor.shape) for key, tensor in averages["ema"].items()}
     found["held"] = sum(shadow.numel() for shadow in engine.ema.shadow.values())  # of the average, by this rank
+    found["compiled"] = engine._engine.module._compiled_call_impl is not None
     output = engine(torch.zeros(2, INPUTS))
     found["dtypes"] = [str(output.dtype), str({shadow.dtype for shadow in engine.ema.shadow.values()})]
     return found

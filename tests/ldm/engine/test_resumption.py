@@ -19,6 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "offload3": {"stage": 3, "engine": {"offload": "parameters"}},
     "recompute2": {"stage": 2, "engine": {"recompute": True}},
     "recompute3": {"stage": 3, "engine": {"recompute": True}},
+    "compiled": {"stage": 2, "engine": {"compile": True}},
     "foreground": {"stage": 0, "engine": {"save_in_background": False}},
 }
 
@@ -44,8 +45,9 @@ def test_a_resumed_run_is_bit_for_bit_the_one_that_was_never_stopped(name, kinds
 
 
 def test_how_memory_is_saved_changes_no_number_by_much(kinds, one):
-    for name in ("offload", "offload3", "recompute2", "recompute3"):
+    for name in ("offload", "offload3", "recompute2", "recompute3", "compiled"):
         assert kinds[name]["losses"] == pytest.approx(one["zero0"]["losses"], abs=1e-5)
+    assert kinds["compiled"]["compiled"] and not kinds["offload"]["compiled"]
     assert kinds["muon"]["losses"] != pytest.approx(one["zero0"]["losses"], abs=1e-3)
     assert kinds["muon"]["losses"][-1] < kinds["muon"]["losses"][0]
 
