@@ -23,7 +23,7 @@ from faults import PEER_ERROR, Job, final_state, import_everything, order, start
 
 from ldm.checkpoints import Checkpoints, fault
 
-SETTINGS = [(ranks, stage) for stage in (0, 2, 3) for ranks in (1, 2)]
+SETTINGS = [(ranks, stage) for stage in (0, 2, 3) for ranks in (1, 2)]  # of the kills
 LONGEST = 120.0  # seconds for one start
 KILLS_A_RUN = 8
 
@@ -55,10 +55,12 @@ def different(run: Path, whole: Path, ranks: int) -> list[str]:
 def kills(count: int, folder: Path, seed: int) -> bool:
     """kill -9 at random times, one rank or all; the same command again, until it has ended."""
     draw, told, survivors = random.Random(seed), Counter(), []
-    wholes = {setting: undisturbed(folder, *setting, []) for setting in SETTINGS}
+    wholes: dict[tuple[int, int], tuple[Path, float]] = {}
     number = 0
     while told["kills"] < count:
         setting = SETTINGS[number % len(SETTINGS)]
+        if setting not in wholes:
+            wholes[setting] = undisturbed(folder, *setting, [])
         (ranks, stage), (whole, seconds) = setting, wholes[setting]
         name, number = f"killed_{number}", number + 1
         for attempt in range(1000):
@@ -220,9 +222,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("kills", "signals", "hangs", "ranks", "disks"):
         parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--setting", type=int, nargs=2, metavar=("RANKS", "STAGE"), help="of all kills; default: six")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None, help="where runs are made; default: a temporary folder")
     args = parser.parse_args()
+    if args.setting:
+        SETTINGS[:] = [tuple(args.setting)]
     folder = args.folder or Path(tempfile.mkdtemp(prefix="reliability-"))
     import_everything()
     good = True

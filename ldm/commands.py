@@ -74,13 +74,23 @@ def run_command(
         alone |= code == PEER_ERROR  # rank 0 may be the one that is gone
         if rank == "0" or alone:
             where = "" if rank == "0" else f"rank {rank}: "
-            print(f"error: {where}{' '.join(str(error).split())}", file=sys.stderr)
+            lost = "another rank ended: " if is_broken_connection(error) else ""
+            print(f"error: {where}{lost}{' '.join(str(error).split())}", file=sys.stderr)
         return code
     except BaseException as error:
         if type(error).__name__ != "Stopped":
             raise
         print("stopped by a signal before training began: nothing is lost", flush=True)
     return 0
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether an error is that of a message between ranks, because one of them is no more."""
+    told = str(error).lower()
+    signs = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+    return type(error).__name__ in ("DistNetworkError", "DistBackendError", "DistStoreError") or (
+        isinstance(error, RuntimeError) and any(sign in told for sign in signs)
+    )
 
 
 def _notes(error: Exception) -> list[str]:
@@ -93,4 +103,6 @@ def _exit_code(error: Exception) -> int | None:
     codes |= {"NonFiniteError": NON_FINITE_ERROR, "FloatingPointError": NON_FINITE_ERROR}
     if type(error).__name__ in codes:
         return codes[type(error).__name__]
+    if is_broken_connection(error):
+        return PEER_ERROR
     return USER_ERROR if isinstance(error, (ValueError, OSError)) else None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.loader import Batch, CaptionedImages, Tokenize, held_out
 from data.quarantine import Quarantine
-from ldm.commands import IN_TRAINING
+from ldm.commands import IN_TRAINING, is_broken_connection
 from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, dump, load_config
 from ldm.ema import Snapshot
 from ldm.engine import Engine, Update, start_process
@@ -282,12 +282,3 @@ def in_training(engine: Engine, watch: Watch) -> Iterator[None]:
             raise watch.lost() from error
         error.add_note(f"{IN_TRAINING}, rank {engine.world.rank}, step {engine.step + 1}")
         raise
-
-
-def is_broken_connection(error: Exception) -> bool:
-    """Whether an error is that of a message between ranks, because one of them is no more."""
-    told = str(error).lower()
-    signs = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and any(sign in told for sign in signs)
-    )

@@ -9,7 +9,9 @@ import pytest
 from data import DataError
 from ldm.commands import IN_TRAINING, OneLineParser, hyphenated, run_command, training_arguments
 from ldm.engine import NonFiniteError
+from ldm.peers import PeerError
 from ldm.resumption import CheckpointError
+from ldm.stopping import Stopped
 
 
 def fail(error: Exception, *, note: str = "") -> int:
@@ -87,3 +89,34 @@ def test_options_are_not_abbreviated(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--outd", "x"])
     assert capsys.readouterr().err == "error: unknown option --outd, did you mean --outdir?\n"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PeerError("rank 1 died"), "rank 1 died"),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:7"),
+            "another rank ended: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:7",
+        ),
+    ],
+)
+def test_the_end_of_another_rank_is_said_by_every_rank(error, told, rank, capsys, monkeypatch):
+    """Rank 0, which speaks for all otherwise, may be the one that ended."""
+    monkeypatch.setenv("RANK", rank)
+    assert fail(error) == 5
+    assert capsys.readouterr().err == f"error: {'' if rank == '0' else 'rank 1: '}{told}\n"
+
+
+def test_another_runtime_error_is_a_fault_of_ours():
+    with pytest.raises(RuntimeError):
+        fail(RuntimeError("shapes differ"))
+
+
+def test_a_signal_before_training_is_no_error(capsys):
+    def main(args: argparse.Namespace) -> None:
+        raise Stopped
+
+    assert run_command(main, argparse.ArgumentParser(), []) == 0
+    assert capsys.readouterr().out == "stopped by a signal before training began: nothing is lost\n"
