@@ -1,6 +1,6 @@
 """What a run survives, counted: real processes on real DeepSpeed, killed, stopped, asked to leave.
 
-    python benchmarks/reliability.py --kills 200 --signals 50 --hangs 10 --ranks 2 --disks 10
+    python benchmarks/reliability.py --kills 200 --points 200 --signals 50 --hangs 10 --ranks 2 --disks 10
 
 Each kind prints one line; the exit code is 1 if anything was lost. docs/reliability.md holds the figures.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -18,10 +19,15 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any, NoReturn
 
-from faults import PEER_ERROR, Job, final_state, import_everything, order, start
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests")]
 
-from ldm.checkpoints import Checkpoints, fault
+from faults import PEER_ERROR, Job, final_state, import_everything, order, start  # noqa: E402
+from points import Calls, How, Point  # noqa: E402
+
+from ldm.checkpoints import Checkpoints, fault  # noqa: E402
 
 SETTINGS = [(ranks, stage) for stage in (0, 2, 3) for ranks in (1, 2)]  # of the kills
 LONGEST = 120.0  # seconds for one start
@@ -218,9 +224,69 @@ def fill_disk(saves: set[int]) -> None:
     saver.write_fragments = failing
 
 
+class RealCalls(Calls):
+    """Death is the process's own; every call is written down at once."""
+
+    def __init__(self, folder: Path, faults: dict[Point, How], listing: Path) -> None:
+        super().__init__(folder, faults)
+        self.listing = listing
+
+    def _call(self, name: str, target: Path, *call: Any) -> Any:
+        with self.listing.open("a") as file:
+            file.write(f"{name}\t{target.name}\t{self._counts[name, target.name] + 1}\n")
+        return super()._call(name, target, *call)
+
+    def die(self) -> NoReturn:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("alive")
+
+
+def calls_of_second_save(listing: Path) -> list[Point]:
+    """Of one rank, whose saves each begin with the same call."""
+    found = [line.split("\t") for line in listing.read_text().splitlines()]
+    listed = [Point(call, target, int(number)) for call, target, number in found]
+    begins = [n for n, point in enumerate(listed) if point.call == "save_file"]
+    return listed[begins[1] : begins[2]]
+
+
+def points(count: int, folder: Path, seed: int) -> bool:
+    """At the calls of the file system that a save makes, on either rank: kill -9 before it or after it, or a full disk.
+    The run, started again if it must be, ends as without it."""
+    words = ["engine.zero_stage=2", "run.steps=15"]
+    whole, _ = undisturbed(folder, 2, 2, words)
+
+    def run(name: str, victim: int, faults: dict[Point, How]) -> tuple[list[int | None], Job]:
+        def before(rank: int) -> None:
+            own = faults if rank == victim else {}
+            RealCalls(folder / name / "checkpoints", own, folder / f"{name}_{rank}.txt").__enter__()
+
+        job = start(folder, name, ranks=2, words=words, before=before)
+        return finish(job), job
+
+    run("listed", -1, {})
+    of_ranks = [calls_of_second_save(folder / f"listed_{rank}.txt") for rank in range(2)]
+    hows: tuple[How, ...] = ("death before", "death after", "full")
+    cases = [(rank, point, how) for rank, own in enumerate(of_ranks) for point in own for how in hows]
+    random.Random(seed + 4).shuffle(cases)
+    good = 0
+    for number, (rank, point, how) in enumerate(cases[:count]):
+        codes, job = run(f"point_{number}", rank, {point: how})
+        if codes != [0, 0]:
+            codes = finish(start(folder, job.log.stem, ranks=2, words=words))
+        wrong = different(folder / job.log.stem, whole, 2) if codes == [0, 0] else [f"codes {codes}"]
+        good += not wrong
+        if wrong:
+            print(f"rank {rank}, {point}, {how}: {wrong}\n{job.log.read_text()[-1500:]}", flush=True)
+        shutil.rmtree(folder / job.log.stem)
+    done = min(count, len(cases))
+    calls = sum(map(len, of_ranks))
+    print(f"save points: {calls} calls on two ranks, {done} faults of {len(cases)}: {good} runs ended as without them")
+    return good == done
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("kills", "signals", "hangs", "ranks", "disks"):
+    for name in ("kills", "points", "signals", "hangs", "ranks", "disks"):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--setting", type=int, nargs=2, metavar=("RANKS", "STAGE"), help="of all kills; default: six")
     parser.add_argument("--seed", type=int, default=0)
@@ -231,7 +297,7 @@ def main() -> int:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="reliability-"))
     import_everything()
     good = True
-    for kind in (kills, signals, hangs, ranks, disks):
+    for kind in (kills, points, signals, hangs, ranks, disks):
         count = getattr(args, kind.__name__)
         if count:
             good &= kind(count, folder / kind.__name__, args.seed)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 from unittest.mock import patch
 
 import safetensors.torch
@@ -114,6 +114,9 @@ class Calls:
             if named.get("ignore_errors"):
                 return None
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        self.die()
+
+    def die(self) -> NoReturn:
         self._dead.add(threading.get_ident())
         raise Death
 
