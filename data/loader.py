@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import islice
+from typing import Any
 
 import torch
 from PIL import ImageFile
@@ -114,6 +117,12 @@ class CaptionedImages:
         self.bad_samples: dict[tuple[int, int], BadSample] = {}
         self._missing: set[tuple[int, int]] = set()  # those of the bad samples that are not there at all
         self.ledger, self._bad_share = Ledger(self.store.sizes), BadShare()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the order of samples depends on beside the configuration: how many there are in each shard, in order."""
+        sizes = self.store.sizes
+        digest = hashlib.sha256(json.dumps(list(sizes)).encode()).hexdigest()
+        return {"shards": len(sizes), "samples": sum(sizes), "sha256": digest}
 
     def __len__(self) -> int:
         """Samples in all shards: one epoch of each set."""

@@ -72,7 +72,7 @@ def run_command(
         rank = os.environ.get("RANK", "0")
         alone = code in (USER_ERROR, DATA_ERROR) and any(note.startswith(IN_TRAINING) for note in _notes(error))
         alone |= code == PEER_ERROR  # rank 0 may be the one that is gone
-        if rank == "0" or alone:
+        if os.environ.get("LOCAL_RANK", rank) == "0" or alone:  # once on each machine: its files are its own
             where = "" if rank == "0" else f"rank {rank}: "
             lost = "another rank ended: " if is_broken_connection(error) else ""
             print(f"error: {where}{lost}{' '.join(str(error).split())}", file=sys.stderr)
@@ -80,7 +80,7 @@ def run_command(
     except BaseException as error:
         if type(error).__name__ != "Stopped":
             raise
-        print("stopped by a signal before training began: nothing is lost", flush=True)
+        print("stopped by a signal outside of training: nothing is lost", flush=True)
     return 0
 
 

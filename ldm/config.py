@@ -222,7 +222,7 @@ def check_continues(then: str, now: str) -> None:
         if before.get(key) != after.get(key) and not free:
             raise ValueError(
                 f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now: "
-                "set it back, or give another run.name"
+                "set it back, or begin anew under another run.name"
             )
 
 

@@ -15,6 +15,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +97,9 @@ def _join() -> None:
                 f"port {os.environ['MASTER_PORT']} is taken, by another training perhaps: start this one with "
                 "deepspeed --master_port N, or torchrun --standalone"
             ) from error
+    # From here on ldm.peers says what takes too long: one rank may draw for minutes, for which the others wait.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before PyTorch 2.14
+    set_timeout(timedelta(days=7), dist.group.WORLD)
 
 
 class Engine:
@@ -116,6 +120,7 @@ class Engine:
         self.step = 0  # optimiser steps taken
         self.position = 0  # global batches used: one more than steps for each that was skipped
         self.skipped_in_a_row = 0
+        self.resumed = False  # whether a checkpoint was loaded
         self.precision = resolved_precision(config.precision, world.device)
         self.loss_scale = LossScale() if self.precision == "fp16" else None
         settings = deepspeed_settings(config, batch_size=batch_size, ranks=world.ranks, precision=self.precision)
@@ -263,11 +268,12 @@ class Engine:
         """
         average = self.ema if length is None else self.power_emas[length]
         starts = {piece.span.name: piece.span.start for piece in self._partition.owned}
-        whole = {
-            name: self.world.whole(average.shadow.get(name), starts.get(name, 0), shape)
-            for name, shape in self._partition.shapes.items()
-        }
-        return whole | self._resumption.kept_whole() if self.world.is_main else {}
+        found: dict[str, Tensor] = {}
+        for name, shape in self._partition.shapes.items():
+            whole = self.world.whole(average.shadow.get(name), starts.get(name, 0), shape)
+            if self.world.is_main:
+                found[name] = whole.cpu()  # one at a time on the device
+        return found | self._resumption.kept_whole() if self.world.is_main else {}
 
     def save(self, record: dict[str, Any]) -> Saved | None:
         """Write a checkpoint of this step, beside the training if config.save_in_background. Every rank must call it.
@@ -276,7 +282,8 @@ class Engine:
         """
         counters = {"step": self.step, "position": self.position, "skipped_in_a_row": self.skipped_in_a_row}
         scale = {"loss_scale": self.loss_scale.record()} if self.loss_scale is not None else {}
-        saved = self._resumption.begin(self.step, record | counters | scale | {"zero_stage": self.config.zero_stage})
+        how = {"zero_stage": self.config.zero_stage, "precision": self.precision}
+        saved = self._resumption.begin(self.step, record | counters | scale | how)
         return saved if saved is not None or self.config.save_in_background else self.finish_save()
 
     def finish_save(self) -> Saved | None:
@@ -289,7 +296,7 @@ class Engine:
         Raises CheckpointError if it is damaged, or another network's.
         """
         record = self._resumption.load(folder)
-        self.step, self.position = record["step"], record["position"]
+        self.step, self.position, self.resumed = record["step"], record["position"], True
         self.skipped_in_a_row = record["skipped_in_a_row"]
         if self.loss_scale is not None and "loss_scale" in record:
             self.loss_scale = LossScale(**record["loss_scale"])

@@ -33,9 +33,11 @@ class LatentEncoder:
             return self._encode(batch.pixels)
         missing = [row for row, sample in enumerate(batch.samples) if sample not in self._kept]
         if missing:
-            found = self._encode(batch.pixels[missing])
-            for row, moments in zip(missing, torch.cat([found.mean, found.logvar], dim=1), strict=True):
-                self._kept[batch.samples[row]] = moments
+            # The whole batch: with fewer pictures at once they would be rounded otherwise, and how many are missing
+            # depends on when this process began.
+            found = self._encode(batch.pixels)
+            moments = torch.cat([found.mean, found.logvar], dim=1)
+            self._kept |= {batch.samples[row]: moments[row].clone() for row in missing}
         return DiagonalGaussian.from_moments(torch.stack([self._kept[sample] for sample in batch.samples]))
 
     @torch.no_grad()

@@ -17,7 +17,8 @@ from data.quarantine import Quarantine
 from ldm.commands import IN_TRAINING, is_broken_connection
 from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, dump, load_config
 from ldm.ema import Snapshot
-from ldm.engine import Engine, Update, start_process
+from ldm.engine import Engine, NonFiniteError, Update, start_process
+from ldm.generators import generator_states, restore_generators
 from ldm.interop.snapshots import write_snapshot
 from ldm.peers import Watch, meeting_store
 from ldm.resume import resume
@@ -103,6 +104,7 @@ class Training:
         self._since: list[dict[str, Tensor]] = []  # what else losses has returned since the last line of progress
         self._waited = 0.0  # seconds for data, since then
         self._failed_saves = 0
+        self._saved_step = engine.step if engine.resumed else -1  # the last that is in a checkpoint, or about to be
 
     def go(self) -> None:
         """Take optimiser steps until the configuration, the clock or a signal ends it."""
@@ -130,7 +132,7 @@ class Training:
                 self._tell_skip(update, batch)
             last = engine.step == run.config.steps or any(update.wished)
             if update.fault is None or last:
-                self._after_step(last)
+                self._after_step(last, draw=not update.wished[0])
         batches.close()
         self._finish_save()
 
@@ -169,20 +171,22 @@ class Training:
             blamed += f"; its samples are in {path}"
         self.run.tell(f"step {step}: {update.fault}{blamed}: batch {position} is skipped, nothing has moved")
 
-    def _after_step(self, last: bool) -> None:
-        """Snapshots, checkpoint and sample, where they are due; their time counts in no rate."""
+    def _after_step(self, last: bool, *, draw: bool) -> None:
+        """Snapshots, checkpoint and, draw: sample, where they are due; their time counts in no rate."""
         step, config = self.engine.step, self.run.config
         if step % config.snapshot_every == 0 or last:  # before the checkpoint, which promises them
             snapshots(self.engine, self.run)
         if step % config.checkpoint_every == 0 or last:
             self._save()
-        if step % config.sample_every == 0 or last:
+        if draw and (step % config.sample_every == 0 or last):
             self._sample()
 
     def _save(self) -> None:
-        if self.run.checkpoints.path(self.engine.step).exists():  # stopped before the first step since it was loaded
+        if self.engine.step == self._saved_step:  # stopped at a step that was skipped, or before the first one
             return
-        record = {"samples_seen": self.engine.position * self.batch_size, "config": self.run.config_text}
+        self._saved_step = self.engine.step
+        record: dict[str, Any] = {"samples_seen": self.engine.position * self.batch_size}
+        record |= {"config": self.run.config_text, "data": self.images.fingerprint()}
         record |= {"state": self.state.state_dict()} if self.state is not None else {}
         record |= {"rewound_to": self.run.rewound_to} if self.run.rewound_to is not None else {}
         with self.session.watch.elsewhere():
@@ -202,10 +206,11 @@ class Training:
         """A checkpoint that fails stops nothing until several in a row have."""
         if saved is None:
             return
-        if not saved.failed or saved.path.exists():  # what failed after it had its name is a folder's tidiness
+        if not saved.failed:
             self._failed_saves = 0
             return
         self._failed_saves += 1
+        self._saved_step = -1
         before = self.run.checkpoints.all()
         intact = f"{before[-1].name} is intact" if before else "there is none before it"
         reason = f"rank {self.world.rank}: {saved.reason}" if saved.reason else "another rank says why"
@@ -224,8 +229,18 @@ class Training:
         with self.session.watch.elsewhere():
             weights = self.engine.averaged_weights()
             if self.world.is_main:
-                self.session.stop.interruptible(lambda: self.sample(step, weights))
+                self.session.stop.interruptible(lambda: self._show(step, weights))
         self.run.restart_clock()
+
+    def _show(self, step: int, weights: dict[str, Tensor]) -> None:
+        """What is shown leaves no trace in training: neither in the generators, nor where it cannot be written."""
+        states = generator_states()
+        try:
+            self.sample(step, weights)
+        except OSError as error:
+            self.run.tell(f"what step {step} can do could not be written ({' '.join(str(error).split())})")
+        finally:
+            restore_generators(states)
 
 
 def train(
@@ -245,7 +260,7 @@ def train(
     checkpoint and comes back from there.
     """
     run, stop, world = session.run, session.stop, session.world
-    record = resume(run, engine, world)
+    record = resume(run, engine, world, data=session.images.fingerprint())
     if state is not None and record is not None:
         state.load_state_dict(record["state"])
     with stop.deferred(), in_training(engine, session.watch):
@@ -268,7 +283,10 @@ def snapshots(engine: Engine, run: Run) -> None:
     for length in engine.optim.ema_lengths:
         weights = engine.averaged_weights(length)
         if run.is_main:
-            write_snapshot(weights, run.config.path, Snapshot(engine.step, length))
+            try:
+                write_snapshot(weights, run.config.path, Snapshot(engine.step, length))
+            except OSError as error:
+                run.tell(f"the snapshot of step {engine.step} could not be written ({' '.join(str(error).split())})")
     run.restart_clock()
 
 
@@ -279,6 +297,10 @@ def in_training(engine: Engine, watch: Watch) -> Iterator[None]:
         yield
     except Exception as error:
         if engine.world.ranks > 1 and is_broken_connection(error):
-            raise watch.lost() from error
+            raise watch.lost(error) from error
+        if isinstance(
+            error, NonFiniteError | CheckpointError
+        ):  # all ranks meet it, and none is to be blamed for leaving
+            watch.done()
         error.add_note(f"{IN_TRAINING}, rank {engine.world.rank}, step {engine.step + 1}")
         raise

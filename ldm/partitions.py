@@ -62,9 +62,9 @@ class Partition:
             yield piece.span.name, piece.of(piece.home)
 
     def moments(self, piece: Piece) -> dict[str, Tensor]:
-        """What the optimiser remembers of a piece, by its names for it: 1-D views."""
+        """What the optimiser remembers of a piece, by its names for it, without its count of steps: 1-D views."""
         state = self.optimizer.state[piece.home]
-        return {k: piece.of(v) for k, v in state.items() if isinstance(v, Tensor) and v.shape == piece.home.shape}
+        return {name: piece.of(value) for name, value in state.items() if name != "step"}
 
     @torch.no_grad()
     def load(self, read: Read, step: int) -> None:

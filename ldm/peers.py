@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ldm.commands import PEER_ERROR
@@ -24,7 +25,9 @@ from ldm.world import World
 
 BEAT_SECONDS = 0.5
 LONGEST_STEPS = 5  # a step that takes so many times as long as the longest so far hangs, if hang_seconds are over too
+ELSEWHERE_TIMES = 10  # so many times longer may what is no step take, while another rank waits for it
 STEP, ELSEWHERE, DONE = "step", "elsewhere", "done"  # what a rank is at: only a step is expected to end soon
+SUSPENDED_SECONDS = 5.0  # without a turn for a thread that wants one twice a second
 VERDICT = "verdict"
 REMEDY = "start again, and training goes on from the last checkpoint"
 
@@ -101,11 +104,14 @@ class Judge:
         if silent:
             return f"{having(silent)} not answered for {now - watched[silent[0]].beaten:.0f} s"
         patience = max(self.hang_seconds, LONGEST_STEPS * self.longest_step)
-        if not watched or any(seen.beat.phase != STEP or now - seen.moved <= patience for seen in watched.values()):
+        limits = {STEP: patience, ELSEWHERE: ELSEWHERE_TIMES * patience}
+        training = any(seen.beat.phase == STEP for seen in watched.values())
+        if not training or any(now - seen.moved <= limits[seen.beat.phase] for seen in watched.values()):
             return None
         least = min(seen.beat.progress for seen in watched.values())
-        stuck = [rank for rank, seen in watched.items() if seen.beat.progress == least]
-        return f"{having(stuck)} not moved for {now - watched[stuck[0]].moved:.0f} s"
+        away = [rank for rank, seen in watched.items() if seen.beat.phase == ELSEWHERE]  # the others wait for them
+        stuck = away or [rank for rank, seen in watched.items() if seen.beat.progress == least]
+        return f"{having(stuck)} not moved for {now - watched[stuck[0]].moved:.0f} s (engine.hang_seconds)"
 
     def quiet(self, now: float, seconds: float) -> list[int]:
         """The ranks that have not been heard of for so long."""
@@ -121,6 +127,14 @@ def named(ranks: list[int]) -> str:
 
 def having(ranks: list[int]) -> str:
     return f"{named(ranks)} {'has' if len(ranks) == 1 else 'have'}"
+
+
+def this_host() -> str:
+    """A name of those among whom a process's number means the same: of a machine's start, and of its container."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # a system without /proc
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return "/".join(parts).replace(" ", "-")
 
 
 def process_lives(pid: int) -> bool:
@@ -143,7 +157,7 @@ class Watch:
 
     def __init__(self, world: World, store: Store | None, *, hang_seconds: float) -> None:
         self.world, self.store, self.hang_seconds = world, store, hang_seconds
-        self.judge = Judge(hang_seconds, socket.gethostname())
+        self.judge = Judge(hang_seconds, this_host())
         self._progress, self._step, self._phase, self._count = 0, 0, ELSEWHERE, 0
         self._talked = time.monotonic()
         self._found: str | None = None
@@ -186,12 +200,13 @@ class Watch:
         for thread in self._threads:
             thread.join(4 * BEAT_SECONDS)
 
-    def lost(self, *, within: float = 4.0) -> PeerError:
+    def lost(self, error: Exception, *, within: float = 4.0) -> PeerError:
         """After a message between ranks that failed: wait for the verdict, which ends this process. Should none come,
         it returns the error to raise."""
         self.judge.hang_seconds = min(self.hang_seconds, 4 * BEAT_SECONDS)  # somebody is gone: look closer
         time.sleep(within)
-        return PeerError(f"another rank ended at step {self._step}: {REMEDY}")
+        short = " ".join(str(error).split())[:200]
+        return PeerError(f"another rank ended, or cannot be reached, at step {self._step} ({short}): {REMEDY}")
 
     def _talk(self, store: Store) -> None:
         while not self._stopped.wait(BEAT_SECONDS):
@@ -206,7 +221,13 @@ class Watch:
             self._talked = time.monotonic()
 
     def _guard(self) -> None:
+        last = time.monotonic()
         while not self._stopped.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            if now - last > SUSPENDED_SECONDS:  # it was this process that stood still (Ctrl-Z): all begins anew
+                self._talked = now
+                self.judge.seen.clear()
+            last = now
             silence = time.monotonic() - self._talked
             if silence > self.hang_seconds:
                 self._found = f"rank 0, where all ranks meet, has not answered for {silence:.0f} s"
@@ -253,6 +274,7 @@ def meeting_store(world: World) -> Store | None:
         return None
     import torch.distributed as dist
 
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10)
-    )
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+    # torchrun's store outlives the processes that it starts again: what their predecessors told is not theirs.
+    return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -9,25 +9,28 @@ from typing import Any
 from ldm.checkpoints import NAME, STATE, Checkpoints, fault, step_of
 from ldm.config import check_continues
 from ldm.engine import Engine
-from ldm.resumption import CheckpointError
+from ldm.resumption import CheckpointError, read_record
 from ldm.run import Run
 from ldm.world import World
 
 
-def resume(run: Run, engine: Engine, world: World) -> dict[str, Any] | None:
+def resume(run: Run, engine: Engine, world: World, *, data: dict[str, Any]) -> dict[str, Any] | None:
     """Load the checkpoint that run.resume asks for, if there is one, and make the run's folder; returns its record.
 
-    Raises CheckpointError if there are checkpoints, but none that can be used: a run never begins again by itself.
+    data: the shards' fingerprint. Raises CheckpointError if there are checkpoints, but none that can be used: a run
+    never begins again by itself; ValueError if configuration or data are not those that it began with.
     """
     run.lock()
     chosen = choose(run, world)
     record = None
     if chosen is not None:
+        check_record(read_record(chosen), run, data)  # first: it says more than a tensor's size
         record = engine.load(chosen)
-        check_continues(then=record["config"], now=run.config_text)
         run.checkpoints.trust(chosen)
         ranks = "" if record["ranks"] == world.ranks else f", which {record['ranks']} ranks wrote"
         run.tell(f"resumed from {chosen}{ranks}")
+        if record["precision"] != engine.precision:
+            run.tell(f"the forward pass runs in {engine.precision} from now on, it was {record['precision']} before")
         run.rewound_to = rewound_to(run, chosen, record)
         if engine.step > run.config.steps:
             raise ValueError(
@@ -38,8 +41,26 @@ def resume(run: Run, engine: Engine, world: World) -> dict[str, Any] | None:
     return record
 
 
+def check_record(record: dict[str, Any], run: Run, data: dict[str, Any]) -> None:
+    """Raises ValueError if what the numbers depend on is not as it was."""
+    check_continues(then=record["config"], now=run.config_text)
+    then = record["data"]
+    if then != data:
+        raise ValueError(
+            f"the data are not those that this run began with: then {then['samples']} samples in {then['shards']} "
+            f"shards, now {data['samples']} in {data['shards']}, or the same in other shares: bring them back, or give "
+            "another run.name"
+        )
+
+
+def listed(checkpoints: Checkpoints, world: World) -> list[Path]:
+    """The checkpoints as the main rank sees them: another's view of a shared folder may be older."""
+    steps = world.from_main([float(step_of(path)) for path in checkpoints.all()] if world.is_main else [])
+    return [checkpoints.path(int(step)) for step in steps]
+
+
 def choose(run: Run, world: World) -> Path | None:
-    own = run.checkpoints.all()
+    own = listed(run.checkpoints, world)
     if run.config.resume in ("auto", "never"):
         return newest_good(run, run.checkpoints, world) if own else None
     asked = Path(run.config.resume)
@@ -51,7 +72,7 @@ def choose(run: Run, world: World) -> Path | None:
     if NAME.fullmatch(asked.name):
         return checked(asked, world)
     others = Checkpoints(asked / "checkpoints", keep=1)
-    if not others.all():
+    if not listed(others, world):
         raise CheckpointError(f"run.resume is {asked}, which is no checkpoint, nor a run that has any: give another")
     return newest_good(run, others, world)
 
@@ -66,7 +87,7 @@ def rewound_to(run: Run, chosen: Path, record: dict[str, Any]) -> str | None:
 def newest_good(run: Run, checkpoints: Checkpoints, world: World) -> Path:
     """The newest that is as it was written; damaged ones that are newer are set aside, and named."""
     damaged: list[Path] = []
-    for path in reversed(checkpoints.all()):
+    for path in reversed(listed(checkpoints, world)):
         reason = damage(path, world)
         if reason is None:
             set_aside(run, checkpoints, damaged, world)
@@ -91,8 +112,8 @@ def rewound(run: Run, path: Path, world: World) -> Path:
     Where the later ones already came after that, the same command was started again: it goes on from the newest.
     """
     named = NAME.fullmatch(path.name) is not None
-    later = [other for other in run.checkpoints.all() if named and step_of(other) > step_of(path)]
-    if later and told_of_rewinding(later[-1]) == path.name:
+    later = [other for other in listed(run.checkpoints, world) if named and step_of(other) > step_of(path)]
+    if world.agree(world.is_main and bool(later) and told_of_rewinding(later[-1]) == path.name):
         run.tell(f"this run was sent back to {path.name} before, and goes on from its newest checkpoint")
         return newest_good(run, run.checkpoints, world)
     checked(path, world)

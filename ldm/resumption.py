@@ -82,7 +82,9 @@ class Resumption:
             return None
         self._saver.end(abandon=failed > 0)
         error = self._saver.error
-        return Saved(self._writing, failed > 0, None if error is None else _told(error))
+        # What fails after the checkpoint has its name is no failure; the main rank knows, for its thread gives it.
+        lost = failed > 0 and not self.world.agree(self.world.is_main and self._writing.exists())
+        return Saved(self._writing, lost, None if error is None else _told(error))
 
     def finish(self) -> Saved | None:
         """Wait until the checkpoint that is being written, if one is, is there or has failed."""
@@ -153,6 +155,15 @@ class Resumption:
             restore_generators(states)
         else:
             torch.manual_seed(record["position"] * 1_000_003 + self.world.rank)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a checkpoint tells of itself. Raises CheckpointError if it is another program's."""
+    with _readable(folder):
+        record = json.loads((folder / STATE).read_text())
+        if missing := {"config", "data", "step", "position", "ranks", "precision"} - record.keys():
+            raise ValueError(f"its {STATE} says nothing of {', '.join(sorted(missing))}")
+        return record
 
 
 def _told(error: Exception) -> str:

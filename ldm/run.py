@@ -156,9 +156,7 @@ class Run:
     def skipped(self, rank: int, *, step: int, position: int, fault: str | None, keys: Sequence[str]) -> Path:
         """Write down a batch of which nothing was learned: every rank in a file of its own. Returns its path."""
         path = self.config.path / "skipped" / f"rank_{rank:05d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step, "batch": position, "fault": fault, "samples": list(keys)}) + "\n")
+        self._append(path, {"step": step, "batch": position, "fault": fault, "samples": list(keys)})
         return path
 
     def tell(self, line: str) -> None:
@@ -168,8 +166,16 @@ class Run:
     def record(self, *, step: int, **measures: Any) -> None:
         """Append one line to metrics.jsonl."""
         if self.is_main:
-            with self.metrics_path.open("a") as file:
-                file.write(json.dumps({"time": round(time.time(), 1), "step": step} | measures) + "\n")
+            self._append(self.metrics_path, {"time": round(time.time(), 1), "step": step} | measures)
+
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        """A line that cannot be written is told, and lost: training is worth more."""
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            print(f"{path} could not be written ({error.strerror})", flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -58,4 +58,5 @@ class StopRequest:
         if again:
             raise KeyboardInterrupt
         if not self._deferred:
+            self._deferred = True  # a launcher sends another signal soon, which must not disturb what this one begins
             raise Stopped

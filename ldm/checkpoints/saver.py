@@ -69,13 +69,18 @@ class Saver:
         if free < size:
             raise OSError(f"{partial} needs {size / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are free")
         partial.mkdir()
+        to_disk(self.checkpoints.folder.parent)
 
     def begin(self, step: int, tensors: Mapping[str, Tensor], spans: Mapping[str, Span], record: Mapping[str, Any]):
         """Copy the tensors, and start to write them. record: what the main rank writes beside them, as JSON."""
         assert self.status is Status.IDLE, "the last checkpoint is still being written"
         self._partial = self._partial_path(step)
-        self._copy(tensors)
         self._abandoned.clear()
+        try:
+            self._copy(tensors)
+        except (RuntimeError, MemoryError) as error:  # no memory for a copy: no checkpoint, which all are to know
+            self.status, self.error = Status.FAILED, error
+            return
         self.status, self.error = Status.WRITING, None
         arguments = (dict(spans), json.loads(json.dumps(record)))
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)

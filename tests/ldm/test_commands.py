@@ -119,4 +119,4 @@ def test_a_signal_before_training_is_no_error(capsys):
         raise Stopped
 
     assert run_command(main, argparse.ArgumentParser(), []) == 0
-    assert capsys.readouterr().out == "stopped by a signal before training began: nothing is lost\n"
+    assert capsys.readouterr().out == "stopped by a signal outside of training: nothing is lost\n"

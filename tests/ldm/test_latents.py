@@ -34,7 +34,18 @@ def test_a_picture_that_is_kept_is_not_encoded_again(monkeypatch):
     monkeypatch.setattr(network, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
     for samples in ([0, 1, 2], [1, 3], [0, 3]):
         encoder.moments(batch(samples))
-    assert seen == [3, 1]
+    assert seen == [3, 2]
+
+
+def test_what_is_kept_depends_on_no_visit_before():
+    """A run that is resumed in the middle of an epoch meets its pictures again in other company."""
+    network = vae()
+    whole, resumed = (LatentEncoder(network, keep=True, bf16=False) for _ in range(2))
+    for samples in ([0, 1, 2, 3], [4, 5, 6, 7]):
+        whole.moments(batch(samples))
+    resumed.moments(batch([4, 5, 6, 7]))
+    mixed = batch([0, 5, 6, 7])
+    assert torch.equal(whole.moments(mixed).mean, resumed.moments(mixed).mean)
 
 
 def test_the_noise_moves_the_latents_by_the_posteriors_deviation():

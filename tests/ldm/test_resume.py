@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from ldm.checkpoints import Digest, fault, step_of
-from ldm.resume import choose, rewound_to
+from ldm.config import TrainConfig, dump, load_config
+from ldm.resume import check_record, choose, rewound_to
 from ldm.resumption import CheckpointError
 from ldm.run import Run, RunConfig
 from ldm.world import World
@@ -23,6 +25,9 @@ class Two(World):
     """This rank of two, in a world whose other rank finds nothing wrong, or something."""
 
     other_finds = False
+
+    def from_main(self, numbers: Sequence[float]) -> list[float]:
+        return list(numbers) if self.is_main else [10.0, 20.0]
 
     def agree(self, wish: bool) -> bool:
         return wish or self.other_finds
@@ -218,3 +223,20 @@ def test_only_the_main_rank_sets_aside_and_the_others_say_what_they_found(
     assert names(run) == {"step_0000010", "step_0000020"} and fault(run.checkpoints.path(20)) is not None
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 1 and told[0].startswith(f"rank 1: {run.checkpoints.path(20)}: state.json has sha256 ")
+
+
+FEW = {"shards": 2, "samples": 9, "sha256": "abc"}
+
+
+def test_other_data_than_the_run_began_with_are_refused(tmp_path: Path):
+    run = make_run(tmp_path)
+    run.config_text = dump_of_a_run()
+    record = {"config": run.config_text, "data": FEW}
+    check_record(record, run, FEW)
+    for other in ({"samples": 10}, {"sha256": "abd"}):
+        with pytest.raises(ValueError, match="the data are not those that this run began with: then 9 samples in 2"):
+            check_record(record, run, FEW | other)
+
+
+def dump_of_a_run() -> str:
+    return dump(load_config(TrainConfig, Path(__file__).parents[2] / "configs/demo.yaml"))

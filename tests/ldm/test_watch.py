@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from ldm.commands import PEER_ERROR
-from ldm.peers import DONE, ELSEWHERE, REMEDY, STEP, Beat, PeerError, Watch
+from ldm.peers import DONE, ELSEWHERE, REMEDY, STEP, Beat, PeerError, Watch, this_host
 from ldm.world import World
 
 # os._exit, which does not return, is played by an exception.
@@ -99,7 +98,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
 
 
 def beat(*, count: int = 1, phase: str = STEP, pid: int) -> str:
-    return str(Beat(count, 1, 1, phase, pid, socket.gethostname()))
+    return str(Beat(count, 1, 1, phase, pid, this_host()))
 
 
 def test_a_single_process_watches_nobody():
@@ -184,7 +183,7 @@ def test_rank_0_may_be_done_first(ends: Ends):
 
 def test_rank_0_may_end_well_before_the_others_say_that_they_are_done(ends: Ends):
     """Its store is gone then, but it was done: nobody is to blame."""
-    store = MemoryStore({"beat/0": str(Beat(9, 9, 9, DONE, os.getpid(), socket.gethostname()))})
+    store = MemoryStore({"beat/0": str(Beat(9, 9, 9, DONE, os.getpid(), this_host()))})
     watch = ends.watch(1, store)
     until(lambda: 0 in watch.judge.seen)
     store.gone = True
@@ -235,6 +234,7 @@ def test_a_rank_says_where_it_is(ends: Ends):
 def test_after_a_broken_message_the_watch_looks_closer():
     watch = Watch(World(1, 2, torch.device("cpu")), None, hang_seconds=300)
     watch.moved(9)
-    error = watch.lost(within=0)
-    assert isinstance(error, PeerError) and str(error) == f"another rank ended at step 9: {REMEDY}"
+    error = watch.lost(RuntimeError("Connection\nclosed"), within=0)
+    expected = f"another rank ended, or cannot be reached, at step 9 (Connection closed): {REMEDY}"
+    assert isinstance(error, PeerError) and str(error) == expected
     assert watch.judge.hang_seconds <= 2

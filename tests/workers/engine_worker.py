@@ -31,20 +31,21 @@ def network(hidden: int) -> nn.Module:
 
 
 class Chain(nn.Module):
-    """A list of blocks, a head and a buffer."""
+    """A list of blocks, a head, a single number, as CLIP has one, and a buffer."""
 
     shift: Tensor
 
     def __init__(self, blocks: nn.ModuleList, head: nn.Module) -> None:
         super().__init__()
         self.blocks, self.head = blocks, head
+        self.scale = nn.Parameter(torch.ones(1))  # DeepSpeed shares no tensor without a dimension
         self.register_buffer("shift", torch.zeros(OUTPUTS))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
         x = self.head(x)
-        return x + self.shift.to(x.dtype)
+        return x * self.scale.to(x.dtype) + self.shift.to(x.dtype)
 
 
 def batch_at(position: int) -> tuple[Tensor, Tensor]:
