@@ -71,6 +71,8 @@ def start_process() -> World:
     # DeepSpeed compiles with ninja, which pip has put beside this python; an environment need not be activated.
     os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # DeepSpeed would set up shared memory for drawing on CPUs, 66 MB a rank, which stays when a process is killed.
+    os.environ.pop("LOCAL_SIZE", None)
     if os.environ["RANK"] == "0":
         print("starting DeepSpeed (which compiles a helper the first time: half a minute)", flush=True)
     _join()
@@ -91,6 +93,8 @@ def _join() -> None:
 
         logger.setLevel("ERROR")
         try:
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+                _meet_again()
             deepspeed.init_distributed(verbose=False)
         except dist.DistNetworkError as error:
             raise ValueError(
@@ -100,6 +104,20 @@ def _join() -> None:
     # From here on ldm.peers says what takes too long: one rank may draw for minutes, for which the others wait.
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before PyTorch 2.14
     set_timeout(timedelta(days=7), dist.group.WORLD)
+
+
+def _meet_again() -> None:
+    """Under torchrun, which starts processes again while its store lives on: there PyTorch would find the addresses of
+    those that have died."""
+    environment = os.environ
+    hosts = environment["RANK"] == "0" and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=hosts)
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore(f"attempt_{environment['TORCHELASTIC_RESTART_COUNT']}", store),
+        rank=int(environment["RANK"]),
+        world_size=int(environment["WORLD_SIZE"]),
+    )
 
 
 class Engine:
