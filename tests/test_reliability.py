@@ -1,8 +1,10 @@
 """A sample of benchmarks/reliability.py, on real processes: `make reliability` counts hundreds."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -33,3 +35,33 @@ def test_who_is_asked_to_stop_saves_and_a_rank_that_hangs_is_named(tmp_path: Pat
 def test_a_full_disk_costs_one_checkpoint(tmp_path: Path):
     told = reliability(tmp_path, "--disks", "1")
     assert "full disks: 1 of 1 cost only that checkpoint; for good: codes [4, 4]" in told
+
+
+def rank_of(process: Path) -> str | None:
+    """The rank of one of this test's processes, by /proc/PID; None for others."""
+    try:
+        variables = (process / "environ").read_text().split("\0")
+    except OSError:
+        return None
+    found = dict(variable.partition("=")[::2] for variable in variables)
+    return found.get("RANK") if found.get("OF_THE_TEST") == str(os.getpid()) and "RANK" in found else None
+
+
+def test_torchrun_starts_ranks_again_and_the_run_goes_on(tmp_path: Path):
+    words = (ROOT / "benchmarks/faults.py").read_text().partition('TINY = """')[2].partition('"""')[0].split()
+    words += [f"run.folder={tmp_path}", "run.name=again", "engine.zero_stage=2", "run.steps=200"]
+    words += ["validation.shards=data/emoji64/val/00000.tar.gz"]
+    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "--max-restarts", "1", "ldm/train.py", "--config", "configs/demo.yaml", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OF_THE_TEST": str(os.getpid())}
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        while "step 10/" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        victim = next(path for path in Path("/proc").iterdir() if path.name.isdigit() and rank_of(path) == "1")
+        os.kill(int(victim.name), signal.SIGKILL)
+        assert process.wait(200) == 0, log.read_text()[-4000:]
+    told = log.read_text()
+    assert "error: rank 1 died" in told and told.count("resumed from") == 1 and "step 200/200" in told
