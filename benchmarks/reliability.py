@@ -114,7 +114,9 @@ def signals(count: int, folder: Path, seed: int) -> bool:
         job = start(folder, name, ranks=2, words=words)
         time.sleep(draw.uniform(0.0, seconds * 0.9))
         sent, began = draw.choice([signal.SIGTERM, signal.SIGINT]), time.monotonic()
-        for rank in draw.choice([[0], [1], [0, 1]]):
+        asked = draw.choice([[0], [1], [0, 1]])
+        met = job.log.exists() and "M parameters" in job.log.read_text()
+        for rank in asked if met else [0, 1]:  # before they have met, no rank can tell another
             job.kill(rank, sent)
         codes = job.wait(LONGEST)
         took = time.monotonic() - began

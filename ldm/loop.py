@@ -184,13 +184,13 @@ class Training:
     def _save(self) -> None:
         if self.engine.step == self._saved_step:  # stopped at a step that was skipped, or before the first one
             return
-        self._saved_step = self.engine.step
         record: dict[str, Any] = {"samples_seen": self.engine.position * self.batch_size}
         record |= {"config": self.run.config_text, "data": self.images.fingerprint()}
         record |= {"state": self.state.state_dict()} if self.state is not None else {}
         record |= {"rewound_to": self.run.rewound_to} if self.run.rewound_to is not None else {}
         with self.session.watch.elsewhere():
             self._tell_save(self.engine.finish_save())  # of the checkpoint before, if it still is being written
+            self._saved_step = self.engine.step
             self._tell_save(self.engine.save(record))
         self.run.restart_clock()
 

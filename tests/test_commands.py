@@ -272,6 +272,22 @@ def test_a_mistake_is_one_line_and_a_code(workshop, words, code, message):
         assert not (workshop / "runs" / "mistake").exists()
 
 
+def test_batches_that_are_skipped_are_written_down_with_their_samples(workshop):
+    """From a rate at which the second loss is infinite; and nothing that is not finite is saved."""
+    words = ["optim.lr=1e30", "run.name=hopeless", "engine.clip=0", "run.checkpoint_every=1"]
+    finished = start(["ldm/train.py", "--config", str(workshop / "dit.yaml"), *words])
+    assert finished.returncode == 6
+    run = workshop / "runs/hopeless"
+    lines = [json.loads(line) for line in (run / "skipped/rank_00000.jsonl").read_text().splitlines()]
+    assert [line["batch"] for line in lines] == list(range(1, 10))  # the tenth ends the run
+    assert all(line["step"] == 2 and line["fault"] in ("the loss is inf", "the loss is nan") for line in lines)
+    assert all(len(line["samples"]) == 8 and ".tar.gz:" in line["samples"][0] for line in lines)
+    assert "step 2: the loss is" in finished.stdout and "on rank 0; its samples are in" in finished.stdout
+    for checkpoint in (run / "checkpoints").glob("step_*"):
+        for tensor in load_file(checkpoint / "rank_00000.safetensors").values():
+            assert not tensor.is_floating_point() or tensor.isfinite().all()
+
+
 def test_a_run_with_checkpoints_is_not_silently_started_again(workshop):
     finished = start(["ldm/train.py", "--config", str(workshop / "dit.yaml"), "run.resume=never"])
     assert finished.returncode == 2

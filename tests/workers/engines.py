@@ -16,12 +16,13 @@ def work(folder: Path, runs: dict[str, dict[str, Any]], *, ranks: int = 1) -> di
     """Run engine_worker.py in `ranks` processes, which do the named runs one after the other."""
     out = folder / f"out_{ranks}.json"
     out.unlink(missing_ok=True)
-    launcher = [sys.executable]
+    launcher, port = [sys.executable], free_port()
     if ranks > 1:
         deepspeed = Path(sys.executable).parent / "deepspeed"
-        launcher = [str(deepspeed), "--num_gpus", str(ranks), "--master_port", free_port()]
+        launcher = [str(deepspeed), "--num_gpus", str(ranks), "--master_port", port]
     command = [*launcher, str(WORKER), json.dumps({"out": str(out), "runs": runs})]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert out.exists(), finished.stdout[-2000:] + finished.stderr[-4000:]
+    assert not list(Path("/dev/shm").glob(f"*_{port}_*")), "shared memory is left behind"
     return json.loads(out.read_text())
