@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # in this order: tests/ has folders of the packages' names
 
 from faults import PEER_ERROR, Job, final_state, import_everything, order, start  # noqa: E402
 from points import Calls, How, Point  # noqa: E402

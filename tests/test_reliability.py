@@ -1,6 +1,7 @@
 """A sample of benchmarks/reliability.py, on real processes: `make reliability` counts hundreds."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,9 +23,10 @@ def reliability(folder: Path, *words: str) -> str:
 
 
 def test_two_ranks_that_are_killed_end_bit_for_bit_as_without(tmp_path: Path):
-    """Under ZeRO 2, at random times: the seed's third kill takes one rank alone, and the other ends by itself."""
-    told = reliability(tmp_path, "--kills", "3", "--setting", "2", "2")
-    assert "1 runs, 1 ended bit for bit as without them" in told and "wrong codes 0" in told
+    """Under ZeRO 2, at random times, one of them or both."""
+    told = reliability(tmp_path, "--kills", "2", "--setting", "2", "2")
+    assert re.search(r"kills: \d+ in (\d+) runs, \1 ended bit for bit as without them", told), told
+    assert "wrong codes 0" in told
 
 
 def test_who_is_asked_to_stop_saves_and_a_rank_that_hangs_is_named(tmp_path: Path):
