@@ -45,7 +45,10 @@ def rank_of(process: Path) -> str | None:
         variables = (process / "environ").read_text().split("\0")
     except OSError:
         return None
-    found = dict(variable.partition("=")[::2] for variable in variables)
+    found: dict[str, str] = {}
+    for variable in variables:
+        name, _, value = variable.partition("=")
+        found[name] = value
     return found.get("RANK") if found.get("OF_THE_TEST") == str(os.getpid()) and "RANK" in found else None
 
 
