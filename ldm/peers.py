@@ -254,11 +254,8 @@ class Watch:
 
     def _end(self, verdict: str) -> None:
         """End this process, whose training thread waits for a message that will not come."""
-        print(
-            f"error: {verdict}, training being at step {self._step} (told by rank {self.world.rank}): {REMEDY}",
-            file=sys.stderr,
-            flush=True,
-        )
+        told = f"error: {verdict}, training being at step {self._step} (told by rank {self.world.rank}): {REMEDY}\n"
+        print(told, end="", file=sys.stderr, flush=True)  # in one piece, though ranks speak at the same time
         for rank in self.judge.quiet(time.monotonic(), self.judge.hang_seconds):
             beat = self.judge.seen[rank].beat
             if beat.host == self.judge.host and beat.pid != os.getpid():

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -22,6 +24,7 @@ def reliability(folder: Path, *words: str) -> str:
     return finished.stdout
 
 
+@pytest.mark.slow
 def test_two_ranks_that_are_killed_end_bit_for_bit_as_without(tmp_path: Path):
     """Under ZeRO 2, at random times, one of them or both."""
     told = reliability(tmp_path, "--kills", "2", "--setting", "2", "2")
@@ -29,11 +32,13 @@ def test_two_ranks_that_are_killed_end_bit_for_bit_as_without(tmp_path: Path):
     assert "wrong codes 0" in told
 
 
+@pytest.mark.slow
 def test_who_is_asked_to_stop_saves_and_a_rank_that_hangs_is_named(tmp_path: Path):
     told = reliability(tmp_path, "--signals", "1", "--hangs", "1")
     assert "1 left with everything saved" in told and "1 named and ended" in told
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_one_checkpoint(tmp_path: Path):
     told = reliability(tmp_path, "--disks", "1")
     assert "full disks: 1 of 1 cost only that checkpoint; for good: codes [4, 4]" in told

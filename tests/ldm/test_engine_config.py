@@ -72,7 +72,8 @@ def settings_of(*, batch_size: int = 64, ranks: int = 1, precision: Any = "fp32"
 @pytest.mark.parametrize("stage", range(4))
 def test_the_stage_and_the_clip_are_passed_on(stage: Any):
     found = settings_of(zero_stage=stage, clip=0.5)
-    assert found["zero_optimization"] == {"stage": stage} and found["gradient_clipping"] == 0.5
+    assert found["zero_optimization"] == {"stage": stage}
+    assert found["gradient_clipping"] == (0.5 if stage > 0 else 0.0)  # under ZeRO 0 the engine clips
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
