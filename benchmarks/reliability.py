@@ -58,6 +58,27 @@ def different(run: Path, whole: Path, ranks: int) -> list[str]:
     return wrong + (["order"] if order(run, ranks) != order(whole, ranks) else [])
 
 
+def kill_at_random(job: Job, draw: random.Random, seconds: float, told: Counter[str], survivors: list[float]) -> bool:
+    """Kill one rank or all within so many seconds, and see what becomes of the others. Returns whether it had ended."""
+    time.sleep(draw.uniform(0.0, seconds))
+    if all(code == 0 for code in job.wait(0.02)):
+        return True
+    ranks = len(job.pids)
+    victims = [draw.randrange(ranks)] if draw.random() < 0.5 else list(range(ranks))
+    killed_at = time.monotonic()
+    for rank in victims:
+        job.kill(rank, signal.SIGKILL)
+    told["kills"] += 1
+    codes = job.wait(10)
+    # Before all ranks have met nobody can know of the others: that is for a launcher, as which this acts here.
+    met = "M parameters" in job.log.read_text().rpartition("starting DeepSpeed")[2]
+    if len(victims) < ranks and met:
+        survivors.append(time.monotonic() - killed_at)
+        told["wrong codes"] += any(code not in (PEER_ERROR, 0, -9) for code in codes)
+    job.end()
+    return False
+
+
 def kills(count: int, folder: Path, seed: int) -> bool:
     """kill -9 at random times, one rank or all; the same command again, until it has ended."""
     draw, told, survivors = random.Random(seed), Counter(), []
@@ -69,25 +90,10 @@ def kills(count: int, folder: Path, seed: int) -> bool:
             wholes[setting] = undisturbed(folder, *setting, [])
         (ranks, stage), (whole, seconds) = setting, wholes[setting]
         name, number = f"killed_{number}", number + 1
-        for attempt in range(1000):
+        for attempt in range(KILLS_A_RUN + 1):
             job = start(folder, name, ranks=ranks, words=[f"engine.zero_stage={stage}"])
-            if attempt >= KILLS_A_RUN:
+            if attempt == KILLS_A_RUN or kill_at_random(job, draw, seconds, told, survivors):
                 break
-            time.sleep(draw.uniform(0.0, seconds))
-            if all(code == 0 for code in job.wait(0.02)):
-                break
-            victims = [draw.randrange(ranks)] if draw.random() < 0.5 else list(range(ranks))
-            killed_at = time.monotonic()
-            for rank in victims:
-                job.kill(rank, signal.SIGKILL)
-            told["kills"] += 1
-            codes = job.wait(10)
-            # Before all ranks have met nobody can know of the others: that is for a launcher, as which this acts here.
-            met = "M parameters" in job.log.read_text().rpartition("starting DeepSpeed")[2]
-            if len(victims) < ranks and met:
-                survivors.append(time.monotonic() - killed_at)
-                told["wrong codes"] += any(c not in (PEER_ERROR, 0, -9) for c in codes)
-            job.end()
         codes = finish(job)
         wrong = different(folder / name, whole, ranks) if codes == [0] * ranks else [f"codes {codes}"]
         left = [path.name for path in (folder / name).rglob("*.partial")]

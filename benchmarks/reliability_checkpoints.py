@@ -31,7 +31,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from damages import DAMAGES, LATEST_DAMAGES  # noqa: E402
+from checkpoint_damages import DAMAGES, LATEST_DAMAGES  # noqa: E402
 from points import (  # noqa: E402
     NEW,
     RANK_1_FAILS,

@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from itertools import islice
+from functools import cached_property
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ class CaptionedImages:
         self._missing: set[tuple[int, int]] = set()  # those of the bad samples that are not there at all
         self.ledger, self._bad_share = Ledger(self.store.sizes), BadShare()
 
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What the order of samples depends on beside the configuration: how many there are in each shard, in order."""
         sizes = self.store.sizes
@@ -204,9 +206,7 @@ class CaptionedImages:
     def _assemble(self, number: int) -> tuple[list[Visit], Batch]:
         visits = self.order.batch(number, rank=self.rank, ranks=self.ranks)
         streams = [islice(self.order.shards_from(visit), 2) for visit in {one.shard: one for one in visits}.values()]
-        for shard in [
-            shard for pair in zip(*streams, strict=True) for shard in pair
-        ]:  # all present, then all next ones
+        for shard in chain.from_iterable(zip(*streams, strict=True)):  # all present, then all next ones
             self.store.make_ready(shard)
         samples = [self._load_or_next(visit) for visit in visits]
         captions = [self._caption(sample, visit) for sample, visit in zip(samples, visits, strict=True)]

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.quarantine import BadSample, BadSampleError
+from data.quarantine import BadSampleError
 from data.shards import IMAGE_EXTENSIONS, RawSample
-
-__all__ = ["BadSample", "BadSampleError"]
 
 IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
 MOST_PIXELS = 64_000_000

@@ -75,13 +75,18 @@ def run_command(
         if os.environ.get("LOCAL_RANK", rank) == "0" or alone:  # once on each machine: its files are its own
             where = "" if rank == "0" else f"rank {rank}: "
             lost = "another rank ended: " if is_broken_connection(error) else ""
-            print(f"error: {where}{lost}{' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {where}{lost}{one_line(error)}", file=sys.stderr)
         return code
     except BaseException as error:
         if type(error).__name__ != "Stopped":
             raise
         print("stopped by a signal outside of training: nothing is lost", flush=True)
     return 0
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without line breaks."""
+    return " ".join(str(error).split())
 
 
 def is_broken_connection(error: BaseException) -> bool:

@@ -185,7 +185,7 @@ class Training:
         if self.engine.step == self._saved_step:  # stopped at a step that was skipped, or before the first one
             return
         record: dict[str, Any] = {"samples_seen": self.engine.position * self.batch_size}
-        record |= {"config": self.run.config_text, "data": self.images.fingerprint()}
+        record |= {"config": self.run.config_text, "data": self.images.fingerprint}
         record |= {"state": self.state.state_dict()} if self.state is not None else {}
         record |= {"rewound_to": self.run.rewound_to} if self.run.rewound_to is not None else {}
         with self.session.watch.elsewhere():
@@ -236,9 +236,8 @@ class Training:
         """What is shown leaves no trace in training: neither in the generators, nor where it cannot be written."""
         states = generator_states()
         try:
-            self.sample(step, weights)
-        except OSError as error:
-            self.run.tell(f"what step {step} can do could not be written ({' '.join(str(error).split())})")
+            with self.run.told_if_not_written(f"what step {step} can do"):
+                self.sample(step, weights)
         finally:
             restore_generators(states)
 
@@ -260,7 +259,7 @@ def train(
     checkpoint and comes back from there.
     """
     run, stop, world = session.run, session.stop, session.world
-    record = resume(run, engine, world, data=session.images.fingerprint())
+    record = resume(run, engine, world, data=session.images.fingerprint)
     if state is not None and record is not None:
         state.load_state_dict(record["state"])
     with stop.deferred(), in_training(engine, session.watch):
@@ -283,10 +282,8 @@ def snapshots(engine: Engine, run: Run) -> None:
     for length in engine.optim.ema_lengths:
         weights = engine.averaged_weights(length)
         if run.is_main:
-            try:
+            with run.told_if_not_written(f"the snapshot of step {engine.step}"):
                 write_snapshot(weights, run.config.path, Snapshot(engine.step, length))
-            except OSError as error:
-                run.tell(f"the snapshot of step {engine.step} could not be written ({' '.join(str(error).split())})")
     run.restart_clock()
 
 

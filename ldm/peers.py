@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ldm.commands import PEER_ERROR
+from ldm.commands import PEER_ERROR, one_line
 from ldm.world import World
 
 BEAT_SECONDS = 0.5
@@ -205,7 +205,7 @@ class Watch:
         it returns the error to raise."""
         self.judge.hang_seconds = min(self.hang_seconds, 4 * BEAT_SECONDS)  # somebody is gone: look closer
         time.sleep(within)
-        short = " ".join(str(error).split())[:200]
+        short = one_line(error)[:200]
         return PeerError(f"another rank ended, or cannot be reached, at step {self._step} ({short}): {REMEDY}")
 
     def _talk(self, store: Store) -> None:

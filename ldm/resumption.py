@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints import STATE, Checkpoints, Fragments, Saver, Span, Status
 from ldm.checkpoints.saver import POLL_SECONDS
+from ldm.commands import one_line
 from ldm.ema import EMA
 from ldm.generators import generator_states, restore_generators
 from ldm.partitions import Partition
@@ -46,6 +48,8 @@ class Resumption:
         self.world, self.partition, self.averages, self.module = world, partition, averages, module
         self._saver = Saver(checkpoints, rank=world.rank, ranks=world.ranks) if checkpoints is not None else None
         self._writing = Path()
+        packages = ("latent-foundry", "torch", "deepspeed")
+        self._about = {"ranks": world.ranks, "versions": {name: version(name) for name in packages}}
 
     def kept_whole(self) -> dict[str, Tensor]:
         """The network's buffers, which no rank shares out."""
@@ -67,7 +71,7 @@ class Resumption:
                 reason = _told(error)
         if self.world.agree(reason is not None):
             return Saved(self._writing, True, reason)
-        self._saver.begin(step, tensors, spans, record | self._about())
+        self._saver.begin(step, tensors, spans, record | self._about)
         return None
 
     def report(self) -> list[float]:
@@ -131,12 +135,6 @@ class Resumption:
             tensors |= {f"buffers/{name}": buffer for name, buffer in self.kept_whole().items()}
         return tensors, spans
 
-    def _about(self) -> dict[str, Any]:
-        from importlib.metadata import version
-
-        packages = ("latent-foundry", "torch", "deepspeed")
-        return {"ranks": self.world.ranks, "versions": {name: version(name) for name in packages}}
-
     def _check(self, fragments: Fragments, folder: Path) -> None:
         held = fragments.sizes("weights")
         wanted = {name: shape.numel() for name, shape in self.partition.shapes.items()}
@@ -167,7 +165,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _told(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 @contextlib.contextmanager

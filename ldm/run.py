@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import Checkpoints
+from ldm.commands import one_line
 from ldm.whole import whole_file
 
 DATA_WAIT = "data_wait"  # the share of the time in which training waited for data
@@ -158,6 +159,14 @@ class Run:
         path = self.config.path / "skipped" / f"rank_{rank:05d}.jsonl"
         self._append(path, {"step": step, "batch": position, "fault": fault, "samples": list(keys)})
         return path
+
+    @contextlib.contextmanager
+    def told_if_not_written(self, what: str) -> Iterator[None]:
+        """Within, something is written that training can do without."""
+        try:
+            yield
+        except OSError as error:
+            self.tell(f"{what} could not be written ({one_line(error)})")
 
     def tell(self, line: str) -> None:
         if self.is_main:

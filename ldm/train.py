@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ldm.commands import run_command, training_arguments
@@ -53,7 +54,7 @@ def main(args: Namespace) -> None:
     run.tell(describe_attention(world.device, length, torch.bfloat16 if engine.bf16 else torch.float32))
     history = LossHistory() if config.model.objective.time_sampling == "importance" else None
     losses = training_losses(config, engine, model, history)
-    train(session, engine, losses, lambda step, weights: preview(session, model, step, weights), state=history)
+    train(session, engine, losses, partial(preview, session, model), state=history)
 
 
 def training_losses(

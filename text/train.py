@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ldm.commands import run_command, training_arguments
@@ -47,13 +48,7 @@ def main(args: Namespace) -> None:
         loss = loss_function(image.float(), text.float(), scale.float().clamp(max=MAX_LOGIT_SCALE))
         return {"loss": loss, "scale": scale.detach()}
 
-    train(
-        session,
-        engine,
-        losses,
-        lambda step, weights: validate(session, step, weights),
-        finish=lambda weights: finish(session, weights),
-    )
+    train(session, engine, losses, partial(validate, session), finish=partial(finish, session))
 
 
 def averaged_network(session: Session[TextTrainConfig], weights: dict[str, Tensor]) -> nn.Module:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from argparse import Namespace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ldm.commands import run_command, training_arguments
@@ -52,13 +53,7 @@ def main(args: Namespace) -> None:
         reconstruction, posterior = engine(pixels, noise.to(world.device))
         return loss_function(reconstruction, pixels, posterior)
 
-    train(
-        session,
-        engine,
-        losses,
-        lambda step, weights: validate(session, step, weights),
-        finish=lambda weights: finish(session, weights),
-    )
+    train(session, engine, losses, partial(validate, session), finish=partial(finish, session))
 
 
 def averaged_network(session: Session[VAETrainConfig], weights: dict[str, Tensor]) -> AutoencoderKL:

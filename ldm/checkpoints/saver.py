@@ -71,7 +71,9 @@ class Saver:
         partial.mkdir()
         to_disk(self.checkpoints.folder.parent)
 
-    def begin(self, step: int, tensors: Mapping[str, Tensor], spans: Mapping[str, Span], record: Mapping[str, Any]):
+    def begin(
+        self, step: int, tensors: Mapping[str, Tensor], spans: Mapping[str, Span], record: Mapping[str, Any]
+    ) -> None:
         """Copy the tensors, and start to write them. record: what the main rank writes beside them, as JSON."""
         assert self.status is Status.IDLE, "the last checkpoint is still being written"
         self._partial = self._partial_path(step)

@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from damages import (
+from checkpoint_damages import (
     LATEST_DAMAGES,
     a_block_is_zero,
     a_file_is_a_folder,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from damages import DAMAGES, one_bit_flips
+from checkpoint_damages import DAMAGES, one_bit_flips
 
 from ldm.checkpoints import Digest, fault, seal, sealed
 from ldm.checkpoints.manifest import MANIFEST

@@ -16,32 +16,34 @@ STAGES = range(4)
 NAN = {"3": "input", "6": "gradient"}  # of what the batch at a position is spoiled
 
 
-@pytest.fixture(scope="package")
-def one(folder: Path) -> dict[str, Any]:
-    """Runs on one rank."""
+def of_all_stages(folder: Path, ranks: str) -> dict[str, dict[str, Any]]:
+    """Runs that are the same training on any number of ranks."""
     runs: dict[str, dict[str, Any]] = {}
     for stage in STAGES:
         runs[f"zero{stage}"] = {"stage": stage, "batches": 10}
-        runs[f"spoiled{stage}"] = {"stage": stage, "batches": 12, "spoiled": NAN}
         runs[f"parts{stage}"] = {"stage": stage, "batches": 12, "spoiled": NAN, "engine": {"accumulation": 2}}
-        runs[f"saved{stage}"] = {"stage": stage, "batches": 10, "save": str(folder / f"one_{stage}")}
+        runs[f"saved{stage}"] = {"stage": stage, "batches": 10, "save": str(folder / f"{ranks}_{stage}")}
+    return runs
+
+
+@pytest.fixture(scope="package")
+def one(folder: Path) -> dict[str, Any]:
+    """Runs on one rank."""
+    runs = of_all_stages(folder, "one")
+    runs |= {f"spoiled{stage}": {"stage": stage, "batches": 12, "spoiled": NAN} for stage in STAGES}
     runs["bf16"] = {"stage": 0, "batches": 10, "engine": {"precision": "bf16"}}
     runs["clipped"] = {"stage": 0, "batches": 10, "engine": {"clip": 1e-12}}
     runs["start"] = {"stage": 0, "batches": 0}
     runs["hopeless"] = {"stage": 0, "batches": 20, "spoiled": {str(n): "input" for n in range(2, 20)}}
-    runs["ema50"] = {"stage": 0, "batches": 52, "spoiled": NAN}
     return work(folder, runs)
 
 
 @pytest.fixture(scope="package")
 def two(folder: Path) -> dict[str, Any]:
     """Runs on two ranks."""
-    runs: dict[str, dict[str, Any]] = {}
+    runs = of_all_stages(folder, "two")
     for stage in STAGES:
-        runs[f"zero{stage}"] = {"stage": stage, "batches": 10}
         runs[f"ema50_{stage}"] = {"stage": stage, "batches": 52, "spoiled": NAN}
-        runs[f"parts{stage}"] = {"stage": stage, "batches": 12, "spoiled": NAN, "engine": {"accumulation": 2}}
-        runs[f"saved{stage}"] = {"stage": stage, "batches": 10, "save": str(folder / f"two_{stage}")}
         runs[f"half{stage}"] = {"stage": stage, "batches": 5, "save": str(folder / f"half_{stage}")}
     runs |= {f"bf16_{s}": {"stage": s, "batches": 10, "engine": {"precision": "bf16"}} for s in (1, 2, 3)}
     fp16 = {"precision": "fp16"}
