@@ -96,7 +96,7 @@ def bare_step(args: Any, *, average: bool) -> Callable[[], Any]:
     precision = resolved_precision(config.precision, torch.device("cpu"))
     settings = deepspeed_settings(config, batch_size=args.batch, ranks=1, precision=precision)
     net = network()
-    optimizer = build_optimizer(net, OptimConfig(lr=1e-4), zero_stage=args.zero_stage)
+    optimizer = build_optimizer(net, OptimConfig(lr=1e-4))
     engine: Any = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)[0]
     inputs = batch(args.batch)
     shadows = [p.detach().clone() for p in engine.module.parameters()] if average else []

@@ -143,13 +143,7 @@ class Engine:
         self.loss_scale = LossScale() if self.precision == "fp16" else None
         settings = deepspeed_settings(config, batch_size=batch_size, ranks=world.ranks, precision=self.precision)
         self._engine = self._initialize(network, settings)
-        self._partition = partition_of(
-            self._engine.module,
-            self._engine.optimizer,
-            zero_stage=config.zero_stage,
-            rank=world.rank,
-            ranks=world.ranks,
-        )
+        self._partition = partition_of(self._engine.module, self._engine.optimizer, world, zero_stage=config.zero_stage)
         # Each rank averages what it owns: nothing is gathered while training.
         self.ema = EMA(self._partition.own_weights(), WarmedUp(optim.ema_decay))
         self.power_emas = {
@@ -166,7 +160,7 @@ class Engine:
             recompute_blocks(network, reentrant=self.config.zero_stage == 3)
         if self.config.compile:
             network.compile()
-        optimizer = build_optimizer(network, self.optim, zero_stage=self.config.zero_stage)
+        optimizer = build_optimizer(network, self.optim)
         engine: Any = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)[0]
         if self.loss_scale is not None:
             # Its own scaler halves the scale on one rank and not on another, or never: ours is the same on all.

@@ -46,9 +46,9 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(LRConfig):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) or, for matrices, Muon; and the average of the weights.
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) or, for linear layers, Muon; and the average of the weights.
 
-    muon: the momentum of each weight that is a matrix is made orthogonal, and scaled to the size of AdamW's steps
+    muon: the momentum of each linear layer's weight is made orthogonal, and scaled to the size of AdamW's steps
     (Jordan et al. 2024, Liu et al. 2025, arXiv 2502.16982): one lr serves both. All other weights are AdamW's.
     """
 
@@ -104,6 +104,7 @@ def deepspeed_settings(config: EngineConfig, *, batch_size: int, ranks: int, pre
         "zero_optimization": zero,
         # PyTorch's fused AdamW is as fast as DeepSpeed's for the CPU, whose rounding depends on what came before it.
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # Muon is ours, and tested
         "gradient_clipping": config.clip if config.zero_stage > 0 else 0.0,  # under ZeRO 0 the engine does it
         "torch_autocast": {"enabled": precision != "fp32", "dtype": str(DTYPES[precision]).removeprefix("torch.")},
         "steps_per_print": 10**9,  # progress is ours to print

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import Span
-from ldm.optimizers import prepare_state, set_step
+from ldm.muon import Cut
+from ldm.optimizers import MuonAndAdamW, prepare_state, set_step
+from ldm.world import World
 
 Read = Callable[[str, Span], Tensor]  # (group, elements of a weight) -> these elements of the group's tensor
 
@@ -31,18 +34,21 @@ class Piece:
 
     def of(self, tensor: Tensor) -> Tensor:
         """These elements of a tensor like home: a view, 1-D."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.span.stop - self.span.start)
+        return tensor.detach().view(-1).narrow(0, self.offset, self.span.size)
 
 
 class Partition:
     """This rank's pieces of all weights. optimizer: DeepSpeed's, or under ZeRO 0 PyTorch's."""
 
-    def __init__(self, network: nn.Module, optimizer: Any) -> None:
+    def __init__(self, network: nn.Module, optimizer: Any, world: World) -> None:
+        self.world = world
         self.weights = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.shapes: dict[str, torch.Size] = {n: getattr(p, "ds_shape", p.shape) for n, p in self.weights.items()}
         self.zero = optimizer
         self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self.owned, self.held = self._owned(), self._held()
+        if isinstance(self.optimizer, MuonAndAdamW):
+            self._lay_out(self.optimizer)
         for piece in self.held:
             prepare_state(self.optimizer, piece.home)
 
@@ -52,6 +58,9 @@ class Partition:
     def _held(self) -> list[Piece]:
         """What this rank keeps in memory, and must be given when it resumes."""
         return self._owned()
+
+    def _lay_out(self, optimizer: MuonAndAdamW) -> None:
+        """Tell it where the matrices are that it moves, if not where the network has them."""
 
     def weights_changed(self) -> None:
         """Give the network the weights that were written into the pieces. Every rank calls it."""
@@ -80,23 +89,37 @@ class Partition:
 class Replicated(Partition):
     """ZeRO 0: every rank holds all weights; each owns as many elements of each."""
 
-    def __init__(self, network: nn.Module, optimizer: Any, *, rank: int, ranks: int) -> None:
-        self.rank, self.ranks = rank, ranks
-        super().__init__(network, optimizer)
-
     def _held(self) -> list[Piece]:
         return [Piece(Span(name, 0, p.numel()), p, 0) for name, p in self.weights.items()]
 
     def _owned(self) -> list[Piece]:
         found = []
         for name, p in self.weights.items():
-            start, stop = (p.numel() * share // self.ranks for share in (self.rank, self.rank + 1))
+            start, stop = (p.numel() * share // self.world.ranks for share in (self.world.rank, self.world.rank + 1))
             if start < stop:
                 found.append(Piece(Span(name, start, stop), p, start))
         return found
 
 
-class Flattened(Partition):
+class CutUp(Partition):
+    """Each rank's optimiser moves flat tensors, made of its parts of many weights."""
+
+    def _home(self, name: str) -> Tensor:
+        """The one that a weight's part lies in, if this rank has any."""
+        raise NotImplementedError
+
+    def _lay_out(self, optimizer: MuonAndAdamW) -> None:
+        pieces = {piece.span.name: piece for piece in self.owned}
+        cuts: dict[Tensor, list[Cut]] = {}
+        for name, p in self.weights.items():
+            if p in optimizer.matrices:
+                piece, shape = pieces.get(name), self.shapes[name]
+                cut = Cut(shape, piece.span.start, piece.offset, piece.span.size) if piece else Cut(shape, 0, 0, 0)
+                cuts.setdefault(self._home(name), []).append(cut)
+        optimizer.lay_out(cuts, lambda part, cut: self.world.whole(part, cut.start, cut.shape, everywhere=True))
+
+
+class Flattened(CutUp):
     """ZeRO 1 and 2: all weights of a group are one flat tensor, of which each rank's optimiser moves a part."""
 
     def _owned(self) -> list[Piece]:
@@ -106,30 +129,39 @@ class Flattened(Partition):
             if mapping is None:
                 continue
             ours, theirs = mapping.lp_fragment_address, mapping.hp_fragment_address
-            home = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            found.append(Piece(Span(name, ours.start, ours.start + ours.numel), home, theirs.start))
+            found.append(Piece(Span(name, ours.start, ours.start + ours.numel), self._home(name), theirs.start))
         return found
+
+    def _home(self, name: str) -> Tensor:
+        return self.zero.single_partition_of_fp32_groups[self._group_numbers[self.weights[name]]]
+
+    @cached_property
+    def _group_numbers(self) -> dict[nn.Parameter, int]:
+        return {p: number for number, group in enumerate(self.zero.bit16_groups) for p in group}
 
     def weights_changed(self) -> None:
         self.zero.update_lp_params()
 
 
-class Sharded(Partition):
+class Sharded(CutUp):
     """ZeRO 3: each weight is cut into as many equal parts as there are ranks, the last one padded."""
-
-    def __init__(self, network: nn.Module, optimizer: Any, *, rank: int) -> None:
-        self.rank = rank
-        super().__init__(network, optimizer)
 
     def _owned(self) -> list[Piece]:
         found = []
-        for name, p in self.weights.items():
-            group, offset, size = self.zero.grad_position[self.zero.get_param_id(p)]
-            start, numel = self.rank * size, self.shapes[name].numel()
+        for name in self.weights:
+            _, offset, size = self._position(name)
+            start, numel = self.world.rank * size, self.shapes[name].numel()
             stop = min(start + size, numel)
             if start < stop:
-                found.append(Piece(Span(name, start, stop), self.zero.fp32_partitioned_groups_flat[group], offset))
+                found.append(Piece(Span(name, start, stop), self._home(name), offset))
         return found
+
+    def _home(self, name: str) -> Tensor:
+        return self.zero.fp32_partitioned_groups_flat[self._position(name)[0]]
+
+    def _position(self, name: str) -> tuple[int, int, int]:
+        """Number of the flat tensor, first element there, elements of a rank's part."""
+        return self.zero.grad_position[self.zero.get_param_id(self.weights[name])]
 
     def weights_changed(self) -> None:
         """As at the end of DeepSpeed's own step: from the optimiser's weights to the shards, and to small weights,
@@ -140,11 +172,11 @@ class Sharded(Partition):
         self.zero.checkpoint_event_epilogue()
 
 
-def partition_of(network: nn.Module, optimizer: Any, *, zero_stage: int, rank: int, ranks: int) -> Partition:
+def partition_of(network: nn.Module, optimizer: Any, world: World, *, zero_stage: int) -> Partition:
     match zero_stage:
         case 0:
-            return Replicated(network, optimizer, rank=rank, ranks=ranks)
+            return Replicated(network, optimizer, world)
         case 3:
-            return Sharded(network, optimizer, rank=rank)
+            return Sharded(network, optimizer, world)
         case _:
-            return Flattened(network, optimizer)
+            return Flattened(network, optimizer, world)

@@ -61,14 +61,19 @@ class World:
         """Whether any rank wishes so, so that none goes on alone."""
         return self.sums([wish])[0] > 0
 
-    def whole(self, fragment: Tensor | None, start: int, shape: torch.Size) -> Tensor:
+    def whole(self, fragment: Tensor | None, start: int, shape: torch.Size, *, everywhere: bool = False) -> Tensor:
         """A tensor of which each rank owns a run of consecutive elements: whole on the main rank, undefined elsewhere.
 
-        fragment: this rank's elements, from number `start` of the flattened tensor on; None: it owns none.
+        fragment: this rank's elements, of the dtype that all have, from number `start` of the flattened tensor on;
+        None: it owns none, of a float32 tensor. everywhere: whole on every rank.
         """
-        flat = torch.zeros(shape.numel(), device=self.device)
+        dtype = torch.float32 if fragment is None else fragment.dtype
+        flat = torch.zeros(shape.numel(), dtype=dtype, device=self.device)
         if fragment is not None:
             flat[start : start + fragment.numel()] = fragment.to(self.device)
-        if self.ranks > 1:
-            dist.reduce(flat, 0)  # every element is some rank's number plus zeros: exact
+        if self.ranks > 1:  # every element is some rank's number plus zeros: exact
+            if everywhere:
+                dist.all_reduce(flat)
+            else:
+                dist.reduce(flat, 0)
         return flat.view(shape)

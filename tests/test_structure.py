@@ -37,6 +37,7 @@ FLOORS = (
         "ldm.stopping",
         "ldm.generators",
         "ldm.loss_scale",
+        "ldm.muon",
         "ldm.recompute",
     ),
     (

@@ -27,6 +27,10 @@ class Span(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
 
 def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"

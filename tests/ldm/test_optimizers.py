@@ -72,7 +72,7 @@ def test_an_empty_group_is_left_out(shape: tuple[int, ...], decay: float):
 def test_decay_shrinks_the_decayed_weights_alone(kind: Kind):
     network = make_network()
     before = weights_of(network)
-    optimizer = build_optimizer(network, config(kind), zero_stage=0)
+    optimizer = build_optimizer(network, config(kind))
     for p in network.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -85,21 +85,15 @@ def test_decay_shrinks_the_decayed_weights_alone(kind: Kind):
 def test_frozen_weights_are_left_alone(kind: Kind):
     network = make_network()
     network.get_parameter("0.weight").requires_grad_(False)
-    optimizer = build_optimizer(network, config(kind), zero_stage=0)
+    optimizer = build_optimizer(network, config(kind))
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert owned == {id(p) for name, p in network.named_parameters() if name != "0.weight"}
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_muon_needs_whole_matrices(stage: int):
-    with pytest.raises(ValueError, match=f"engine.zero_stage is {stage}: set it to 0, or use adamw"):
-        build_optimizer(make_network(), config("muon"), zero_stage=stage)
 
 
 def test_muon_and_adamw_as_one_are_both_by_themselves():
     network, twin = make_network(), make_network()
     settings = config("muon")
-    both = build_optimizer(network, settings, zero_stage=0)
+    both = build_optimizer(network, settings)
     matrices = [p for p in twin.parameters() if p.ndim == 2]
     muon = torch.optim.Muon(matrices, lr=settings.lr, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     alone = adamw([p for p in twin.parameters() if p.ndim != 2], settings)
@@ -118,7 +112,7 @@ def test_muon_and_adamw_as_one_are_both_by_themselves():
 
 def test_muon_and_adamw_share_groups_and_state_with_nobody_left_out():
     network = make_network()
-    both = build_optimizer(network, config("muon"), zero_stage=0)
+    both = build_optimizer(network, config("muon"))
     assert isinstance(both, MuonAndAdamW)
     assert {id(p) for group in both.param_groups for p in group["params"]} == {id(p) for p in network.parameters()}
     set_gradients(network, 0)
@@ -128,9 +122,14 @@ def test_muon_and_adamw_share_groups_and_state_with_nobody_left_out():
     assert all(p.grad is None for p in network.parameters())
 
 
+def test_muon_where_there_is_nothing_for_it_is_refused():
+    with pytest.raises(ValueError, match="this network has no linear layer to train: use adamw"):
+        build_optimizer(nn.Conv2d(2, 2, 3), config("muon"))
+
+
 def test_muon_alone_where_all_weights_are_matrices():
     network = nn.Linear(3, 4, bias=False)
-    optimizer = build_optimizer(network, config("muon"), zero_stage=0)
+    optimizer = build_optimizer(network, config("muon"))
     set_gradients(network, 0)
     optimizer.step()
     assert optimizer.state[network.weight].keys() == {"momentum_buffer"}
@@ -140,7 +139,7 @@ def test_muon_alone_where_all_weights_are_matrices():
 def test_a_prepared_state_is_that_of_a_fresh_first_step(kind: Kind):
     """A checkpoint of step 0, or of weights that a step has not met, holds what such a step would have made."""
     network, twin = make_network(), make_network()
-    prepared, fresh = (build_optimizer(n, config(kind), zero_stage=0) for n in (network, twin))
+    prepared, fresh = (build_optimizer(n, config(kind)) for n in (network, twin))
     for p in network.parameters():
         prepare_state(prepared, p)
     assert not fresh.state
@@ -157,7 +156,7 @@ def test_a_prepared_state_is_that_of_a_fresh_first_step(kind: Kind):
 @KINDS
 def test_preparing_changes_no_state_that_there_is(kind: Kind):
     network = make_network()
-    optimizer = build_optimizer(network, config(kind), zero_stage=0)
+    optimizer = build_optimizer(network, config(kind))
     set_gradients(network, 0)
     optimizer.step()
     before = {p: copy.deepcopy(optimizer.state[p]) for p in network.parameters()}
@@ -170,12 +169,12 @@ def test_preparing_changes_no_state_that_there_is(kind: Kind):
 def test_moments_and_the_number_of_steps_are_all_that_is_remembered(kind: Kind):
     """As a checkpoint gives them back: into a prepared state, without a look at its other entries."""
     network = make_network()
-    optimizer = build_optimizer(network, config(kind), zero_stage=0)
+    optimizer = build_optimizer(network, config(kind))
     for step in range(STEPS):
         set_gradients(network, step)
         optimizer.step()
     twin = copy.deepcopy(network)
-    resumed = build_optimizer(twin, config(kind), zero_stage=0)
+    resumed = build_optimizer(twin, config(kind))
     for p, other in zip(network.parameters(), twin.parameters(), strict=True):
         state = prepare_state(resumed, other)
         for name, value in optimizer.state[p].items():

@@ -13,6 +13,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 STAGES = range(4)
+MUON = {"optimizer": "muon"}
 NAN = {"3": "input", "6": "gradient"}  # of what the batch at a position is spoiled
 
 
@@ -23,6 +24,8 @@ def of_all_stages(folder: Path, ranks: str) -> dict[str, dict[str, Any]]:
         runs[f"zero{stage}"] = {"stage": stage, "batches": 10}
         runs[f"parts{stage}"] = {"stage": stage, "batches": 12, "spoiled": NAN, "engine": {"accumulation": 2}}
         runs[f"saved{stage}"] = {"stage": stage, "batches": 10, "save": str(folder / f"{ranks}_{stage}")}
+        kept = str(folder / f"{ranks}_muon_{stage}")
+        runs[f"muon{stage}"] = {"stage": stage, "batches": 10, "spoiled": NAN, "optim": MUON, "save": kept}
     return runs
 
 

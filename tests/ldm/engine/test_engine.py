@@ -33,6 +33,17 @@ def test_every_zero_stage_is_the_same_training_on_one_rank_and_on_two(stage, one
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_muon_too_is_the_same_training_where_its_matrices_are_cut_up(stage, one, two):
+    """On two ranks, under ZeRO 1 and 2, rank 0 owns a part of the first matrix and nothing of the second."""
+    expected = one["muon0"]
+    for found in (one[f"muon{stage}"], two[f"muon{stage}"]):
+        assert (found["step"], found["position"]) == (8, 10)
+        near(found, expected, 1e-6)
+    assert expected["losses"] != pytest.approx(one["zero0"]["losses"], abs=1e-3, nan_ok=True)
+    assert expected["losses"][-1] < 0.9 * expected["losses"][0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_each_rank_keeps_its_part_of_the_average(stage, one, two):
     """Half of the elements each, but for what padding and flattening shift: no rank holds all of them."""
     whole = one[f"zero{stage}"]["held"]
