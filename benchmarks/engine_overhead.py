@@ -32,8 +32,9 @@ def main() -> None:
     world = start_process()
     folder = Path(tempfile.mkdtemp(prefix="overhead-"))
     ours, bare = our_step(world, args, folder), bare_step(args, average=False)
-    averaging = bare_step(args, average=True)
-    ways: dict[str, Callable[[], Any]] = {"ours": ours[0], "DeepSpeed": bare, "DeepSpeed and an average": averaging}
+    ways: dict[str, Callable[[], Any]] = {"ours": ours[0], "DeepSpeed": bare}
+    if args.zero_stage < 3:  # where weights are cut up, such a loop finds none
+        ways["DeepSpeed and an average"] = bare_step(args, average=True)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(args.rounds + 1):
         for name, step in ways.items():
@@ -95,6 +96,7 @@ def bare_step(args: Any, *, average: bool) -> Callable[[], Any]:
     config = EngineConfig(zero_stage=args.zero_stage)
     precision = resolved_precision(config.precision, torch.device("cpu"))
     settings = deepspeed_settings(config, batch_size=args.batch, ranks=1, precision=precision)
+    settings["gradient_clipping"] = config.clip  # which the engine does by itself under ZeRO 0
     net = network()
     optimizer = build_optimizer(net, OptimConfig(lr=1e-4))
     engine: Any = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)[0]

@@ -249,9 +249,10 @@ class Engine:
         if self.loss_scale is not None:
             torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)  # pyright: ignore[reportPrivateImportUsage]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self.config.clip > 0:
+        length = norm.item()
+        if 0 < self.config.clip < length:  # to multiply by 1 would cost as much as the norm itself
             torch.nn.utils.clip_grads_with_norm_(trained, self.config.clip, norm)
-        return norm.item()
+        return length
 
     def _count(self, fault: str | None) -> None:
         if self.loss_scale is not None:

@@ -42,8 +42,8 @@ def restore_generators(states: Mapping[str, Tensor]) -> None:
 
 
 def _bytes(value: object) -> Tensor:
-    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
 
 
 def _value(tensor: Tensor) -> list:
-    return json.loads(bytes(tensor.tolist()))
+    return json.loads(tensor.numpy().tobytes())

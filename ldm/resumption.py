@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,8 +120,9 @@ class Resumption:
             self._restore_generators(fragments, record)
         return record
 
-    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Span]]:
-        """This rank's tensors by their names in its file and, of those that are fragments, their places."""
+    @cached_property
+    def _shares(self) -> tuple[dict[str, Tensor], dict[str, Span]]:
+        """All that this rank owns, as views, and their places: the optimiser and the averages work in place."""
         tensors: dict[str, Tensor] = {}
         spans: dict[str, Span] = {}
         for piece in self.partition.owned:
@@ -129,8 +131,12 @@ class Resumption:
             for group, part in parts.items():
                 tensors[f"{group}/{piece.span.name}"] = part
                 spans[f"{group}/{piece.span.name}"] = piece.span
-        for name, state in generator_states().items():
-            tensors[f"generators/{self.world.rank}/{name}"] = state
+        return tensors, spans
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Span]]:
+        """This rank's tensors by their names in its file and, of those that are fragments, their places."""
+        shares, spans = self._shares
+        tensors = shares | {f"generators/{self.world.rank}/{name}": state for name, state in generator_states().items()}
         if self.world.is_main:
             tensors |= {f"buffers/{name}": buffer for name, buffer in self.kept_whole().items()}
         return tensors, spans

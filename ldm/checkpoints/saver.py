@@ -12,9 +12,9 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ldm.checkpoints.copies import Copies
 from ldm.checkpoints.folders import Checkpoints
 from ldm.checkpoints.fragments import Span, rank_file, write_fragments
 from ldm.checkpoints.manifest import Digest, to_disk, write_json
@@ -53,7 +53,8 @@ class Saver:
         self.error: Exception | None = None
         self._thread: threading.Thread | None = None
         self._abandoned = threading.Event()
-        self._copies: dict[str, Tensor] = {}  # kept from save to save: fresh memory is several times slower to fill
+        self._copies = Copies({})
+        self._taken: dict[str, Tensor] = {}
         self._partial = Path()
         atexit.register(self._leave)
 
@@ -79,7 +80,7 @@ class Saver:
         self._partial = self._partial_path(step)
         self._abandoned.clear()
         try:
-            self._copy(tensors)
+            self._copy(tensors, spans)
         except (RuntimeError, MemoryError) as error:  # no memory for a copy: no checkpoint, which all are to know
             self.status, self.error = Status.FAILED, error
             return
@@ -109,17 +110,16 @@ class Saver:
         path = self.checkpoints.path(step)
         return path.with_name(path.name + ".partial")
 
-    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
-        for stale in self._copies.keys() - tensors.keys():
-            del self._copies[stale]
-        for key, tensor in tensors.items():
-            copy = self._copies.get(key)
-            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)  # contiguous
-                self._copies[key] = copy
-            copy.copy_(tensor, non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()
+    def _copy(self, tensors: Mapping[str, Tensor], spans: Mapping[str, Span]) -> None:
+        """Fragments are views of what is trained, the same ones at each save; what else there is is small."""
+        fragments = {key: tensor for key, tensor in tensors.items() if key in spans}
+        if not self._copies.are_of(fragments):
+            self._copies = Copies({})  # the memory of the old ones may be needed for the new ones
+            self._copies = Copies(fragments)
+        self._copies.take()
+        others = Copies({key: tensor for key, tensor in tensors.items() if key not in spans})
+        others.take()
+        self._taken = self._copies.tensors | others.tensors
 
     def _run(self, spans: Mapping[str, Span], record: Mapping[str, Any]) -> None:
         try:
@@ -134,11 +134,11 @@ class Saver:
 
     def _write(self, spans: Mapping[str, Span]) -> Digest:
         """This rank's file, on the disk; the other ranks leave its digest beside it, for the main rank to collect."""
-        for key, copy in self._copies.items():
+        for key, copy in self._taken.items():
             if copy.is_floating_point() and not copy.isfinite().all():
                 raise NonFiniteStateError(f"{key} is not finite, so nothing was saved")
         path = self._partial / rank_file(self.rank)
-        write_fragments(path, self._copies, spans)
+        write_fragments(path, self._taken, spans)
         to_disk(path)
         digest = Digest.of(path)
         if self.rank != 0:
