@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from ldm.checkpoints import Checkpoints
 from ldm.commands import one_line
+from ldm.lock import Taken, lock_folder
 from ldm.whole import whole_file
 
 DATA_WAIT = "data_wait"  # the share of the time in which training waited for data
@@ -55,7 +55,7 @@ class Run:
         self.started = time.monotonic()
         self._since = self.started  # time of the last progress line
         self._losses: list[float] = []
-        self._locked: int | None = None  # the folder's descriptor, while this process keeps it
+        self._locked = False  # whether this process keeps the folder, as far as the file system lets it
         self._steps_timed = 0  # steps since then
         self.rewound_to: str | None = None  # the checkpoint that this run was sent back to by run.resume
         self.checkpoints = Checkpoints(config.path / "checkpoints", keep=config.keep_checkpoints)
@@ -82,19 +82,17 @@ class Run:
 
     def lock(self) -> None:
         """Keep the run's folder, if there is one, for this process until it ends. Raises ValueError if another does."""
-        import fcntl
-
-        if not self.is_main or self._locked is not None or not self.config.path.is_dir():
+        if not self.is_main or self._locked or not self.config.path.is_dir():
             return
-        folder = os.open(self.config.path, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(folder)
+            lock_folder(self.config.path)
+        except Taken as owner:
             raise ValueError(
-                f"another process is training in {self.config.path}: wait for it, or give another run.name"
-            ) from error
-        self._locked = folder
+                f"{owner} is training in {self.config.path}: wait for it, or give another run.name"
+            ) from owner
+        except OSError as error:
+            self.tell(f"{self.config.path} cannot be locked ({one_line(error)}): start no second training in it")
+        self._locked = True
 
     def has_sample(self, step: int) -> bool:
         """Whether what the network could do at this step has been recorded: by a line without a training loss."""

@@ -1,6 +1,5 @@
 """The commands of the README, from the launch to the files they leave, on tiny networks and shards."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from data.shards import Shard
 from ldm import TextToImage
 from ldm.diffusion import EDMPath
+from ldm.lock import lock_folder
 
 
 @pytest.fixture(scope="module")
@@ -307,12 +307,11 @@ def test_a_port_that_is_taken_is_named(workshop):
 
 
 def test_a_second_training_in_the_same_folder_is_refused(workshop):
-    folder = os.open(workshop / "runs" / "dit", os.O_RDONLY)
+    lock = lock_folder(workshop / "runs" / "dit")
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
         finished = start(["ldm/train.py", "--config", str(workshop / "dit.yaml"), "run.steps=12"])
     finally:
-        os.close(folder)
+        os.close(lock)
     assert finished.returncode == 2
-    assert "another process is training in" in finished.stderr
+    assert f"error: process {os.getpid()} on {socket.gethostname()} is training in" in finished.stderr
     assert len(losses(workshop, "dit")) == 10

@@ -36,6 +36,7 @@ FLOORS = (
         "ldm.world",
         "ldm.stopping",
         "ldm.generators",
+        "ldm.lock",
         "ldm.loss_scale",
         "ldm.muon",
         "ldm.recompute",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ def test_the_main_rank_makes_the_folder_when_training_begins(tmp_path: Path):
     run.begin(None)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "trial",
+        "trial/.lock",
         "trial/config.yaml",
         "trial/metrics.jsonl",
         "trial/samples",
@@ -139,8 +142,21 @@ def test_a_folder_is_one_process_own(tmp_path: Path):
     first.lock()
     make_run(tmp_path, is_main=False).begin(None)
     for attempt in (second.lock, lambda: second.begin(None)):
-        with pytest.raises(ValueError, match=r"another process is training in .*trial: wait for it"):
+        with pytest.raises(ValueError, match=rf"process {os.getpid()} on .* is training in .*trial: wait for it"):
             attempt()
+
+
+def test_where_nothing_can_be_locked_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def flock(*_arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    run = make_run(tmp_path)
+    run.begin(None)
+    run.lock()
+    assert capsys.readouterr().out.count("trial cannot be locked ([Errno 37] No locks available)") == 1
 
 
 def test_speed_and_time_left(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]):
