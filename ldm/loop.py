@@ -71,7 +71,7 @@ def open_session(
     stop.listen()
     config = load_config(kind, args.config, args.overrides)
     world = start_process()
-    watch = Watch(world, meeting_store(world), hang_seconds=config.engine.hang_seconds)
+    watch = Watch(world, meeting_store(world), hang_seconds=config.engine.hang_seconds, stop=stop)
     run = Run(config.run, is_main=world.is_main, config_text=dump(config))
     tokenize = tokenizer(config) if tokenizer is not None else None
     images = CaptionedImages(
@@ -268,7 +268,7 @@ def train(
             with session.watch.elsewhere():
                 weights = engine.averaged_weights()
                 complete = not world.is_main or stop.interruptible(lambda: finish(weights))
-    session.watch.done()
+        session.watch.done()  # before signals end this process at once, which the watch may send
     if not complete:
         by = f" by {stop.name}" if stop.requested else ""
         run.tell(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ldm.commands import PEER_ERROR, one_line
+from ldm.stopping import StopRequest
 from ldm.world import World
 
 BEAT_SECONDS = 0.5
@@ -29,6 +30,7 @@ ELSEWHERE_TIMES = 10  # so many times longer may what is no step take, while ano
 STEP, ELSEWHERE, DONE = "step", "elsewhere", "done"  # what a rank is at: only a step is expected to end soon
 SUSPENDED_SECONDS = 5.0  # without a turn for a thread that wants one twice a second
 VERDICT = "verdict"
+STOP = "stop"  # a rank was asked to
 REMEDY = "start again, and training goes on from the last checkpoint"
 
 
@@ -155,8 +157,8 @@ class Watch:
     They are two because the store is kept by rank 0's process: if that stands still, so do all who talk to it.
     """
 
-    def __init__(self, world: World, store: Store | None, *, hang_seconds: float) -> None:
-        self.world, self.store, self.hang_seconds = world, store, hang_seconds
+    def __init__(self, world: World, store: Store | None, *, hang_seconds: float, stop: StopRequest) -> None:
+        self.world, self.store, self.hang_seconds, self.stop = world, store, hang_seconds, stop
         self.judge = Judge(hang_seconds, this_host())
         self._progress, self._step, self._phase, self._count = 0, 0, ELSEWHERE, 0
         self._talked = time.monotonic()
@@ -212,6 +214,7 @@ class Watch:
         while not self._stopped.wait(BEAT_SECONDS):
             try:
                 self._tell(store)
+                self._pass_on_stop(store)
                 self._found = self._found or self._listen(store)
             except Exception:  # the store went with rank 0, or with the launcher
                 first = self.judge.seen.get(0)
@@ -239,6 +242,14 @@ class Watch:
             self._count += 1
             beat = Beat(self._count, self._progress, self._step, self._phase, os.getpid(), self.judge.host)
             store.set(f"beat/{self.world.rank}", str(beat))
+
+    def _pass_on_stop(self, store: Store) -> None:
+        """Ranks tell each other at the end of a step that one was asked to stop; rank 0, which may be drawing for
+        minutes while the others wait for it, is to know at once."""
+        if self.stop.arrived():
+            store.set(STOP, str(self.world.rank))
+        elif self.world.is_main and self.stop.obeys_at_once and store.check([STOP]):
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _listen(self, store: Store) -> str | None:
         if store.check([VERDICT]):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
@@ -19,15 +22,35 @@ class StopRequest:
         self.name: str | None = None  # of the signal that came
         self._deferred = False
         self._interrupted = False  # by SIGINT
+        self._arrivals: int | None = None  # a pipe's end, where the system leaves the number of each signal that comes
 
     def listen(self) -> None:
         """Take over the signals of this process; to be called by its main thread."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, self._hear)
+        self._arrivals, entrance = os.pipe()
+        for end in (self._arrivals, entrance):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(entrance, warn_on_full_buffer=False)
 
     @property
     def requested(self) -> bool:
         return self.name is not None
+
+    def arrived(self) -> bool:
+        """Whether a signal has come since this was last asked. It may not have been heard: while the main thread waits
+        for a message from another rank, nothing in Python is told of signals."""
+        if self._arrivals is None:
+            return False
+        try:
+            return any(number in SIGNALS for number in os.read(self._arrivals, 1000))
+        except BlockingIOError:  # none
+            return False
+
+    @property
+    def obeys_at_once(self) -> bool:
+        """Whether a signal that came now would end what is being done."""
+        return not self._deferred
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

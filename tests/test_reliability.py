@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,21 +59,44 @@ def rank_of(process: Path) -> str | None:
     return found.get("RANK") if found.get("OF_THE_TEST") == str(os.getpid()) and "RANK" in found else None
 
 
-def test_torchrun_starts_ranks_again_and_the_run_goes_on(tmp_path: Path):
-    words = (ROOT / "benchmarks/faults.py").read_text().partition('TINY = """')[2].partition('"""')[0].split()
-    words += [f"run.folder={tmp_path}", "run.name=again", "engine.zero_stage=2", "run.steps=200"]
-    words += ["validation.shards=data/emoji64/val/00000.tar.gz"]
+@contextmanager
+def two_ranks(folder: Path, *words: str, restarts: int = 0) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A tiny training by torchrun, and its log."""
+    tiny = (ROOT / "benchmarks/faults.py").read_text().partition('TINY = """')[2].partition('"""')[0].split()
+    tiny += [f"run.folder={folder}", "run.name=tiny", "engine.zero_stage=2", "run.steps=60"]
+    tiny += ["validation.shards=data/emoji64/val/00000.tar.gz", *words]
     launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "--max-restarts", "1", "ldm/train.py", "--config", "configs/demo.yaml", *words]
+    command = [*launcher, "--max-restarts", str(restarts), "ldm/train.py", "--config", "configs/demo.yaml", *tiny]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OF_THE_TEST": str(os.getpid())}
-    log = tmp_path / "log"
+    log = folder / "log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-        while "step 10/" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        victim = next(path for path in Path("/proc").iterdir() if path.name.isdigit() and rank_of(path) == "1")
-        os.kill(int(victim.name), signal.SIGKILL)
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output) as process:
+            try:
+                yield process, log
+            finally:
+                process.terminate()
+
+
+def send_to_rank_1(number: signal.Signals, *, when: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """As soon as the log says so."""
+    while when not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    rank_1 = next(path for path in Path("/proc").iterdir() if path.name.isdigit() and rank_of(path) == "1")
+    os.kill(int(rank_1.name), number)
+
+
+def test_torchrun_starts_ranks_again_and_the_run_goes_on(tmp_path: Path):
+    with two_ranks(tmp_path, restarts=1) as (process, log):
+        send_to_rank_1(signal.SIGKILL, when="step 10/", process=process, log=log)
         assert process.wait(200) == 0, log.read_text()[-4000:]
     told = log.read_text()
-    assert "error: rank 1 died" in told and told.count("resumed from") == 1 and "step 200/200" in told
+    assert "error: rank 1 died" in told and told.count("resumed from") == 1 and "step 60/60" in told
+
+
+def test_one_rank_that_is_asked_to_stop_ends_what_rank_0_draws_for_hours(tmp_path: Path):
+    """Rank 1 waits for rank 0 meanwhile, deaf to signals as far as Python goes."""
+    with two_ranks(tmp_path, "preview.steps=1000000", "engine.hang_seconds=100") as (process, log):
+        send_to_rank_1(signal.SIGTERM, when="step 0: held-out loss", process=process, log=log)
+        assert process.wait(60) == 0, log.read_text()[-4000:]
+    assert "stopped by SIGTERM after step 1 of 60, which is saved" in log.read_text()

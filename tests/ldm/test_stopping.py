@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,7 @@ def stop() -> Iterator[StopRequest]:
     request = StopRequest()
     request.listen()
     yield request
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -123,3 +127,43 @@ def test_errors_of_the_work_are_its_own(stop: StopRequest):
         with pytest.raises(ZeroDivisionError):
             stop.interruptible(lambda: print(1 // 0))
         send(signal.SIGTERM)  # deferred again
+
+
+@BOTH
+def test_a_signal_has_arrived_before_it_is_heard(stop: StopRequest, number: signal.Signals):
+    """As another thread sees it while the main thread is held up outside of Python: played by the other way round."""
+    assert not StopRequest().arrived() and not stop.arrived()
+    with stop.deferred():
+        send(number)
+        assert stop.arrived() and not stop.arrived()
+        os.kill(os.getpid(), signal.SIGCONT)  # no request to stop
+        assert not stop.arrived()
+
+
+def test_a_thread_sees_what_the_main_thread_cannot_hear():
+    """The main thread waits in C, and nothing in Python runs there until it is over."""
+    script = """
+import ctypes, os, signal, threading, time
+from ldm.stopping import StopRequest
+
+stop = StopRequest()
+stop.listen()
+
+def watch():
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not stop.arrived():
+        time.sleep(0.01)
+    print(stop.requested, flush=True)
+    os._exit(0)
+
+threading.Thread(target=watch).start()
+mutex, lock = ctypes.create_string_buffer(256), ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+lock(mutex)  # for ever
+"""
+    command = [sys.executable, "-c", script]
+    finished = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert finished.stdout == "False\n", finished.stderr

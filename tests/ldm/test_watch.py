@@ -15,6 +15,7 @@ import torch
 
 from ldm.commands import PEER_ERROR
 from ldm.peers import DONE, ELSEWHERE, REMEDY, STEP, Beat, PeerError, Watch, this_host
+from ldm.stopping import StopRequest
 from ldm.world import World
 
 # os._exit, which does not return, is played by an exception.
@@ -81,8 +82,17 @@ class Ends:
             return self._kill(pid, number)
         self.killed.append((pid, number))
 
-    def watch(self, rank: int, store: MemoryStore, *, ranks: int = 3, hang_seconds: float = PATIENCE) -> Watch:
-        self.watches.append(Watch(World(rank, ranks, torch.device("cpu")), store, hang_seconds=hang_seconds))
+    def watch(
+        self,
+        rank: int,
+        store: MemoryStore,
+        *,
+        ranks: int = 3,
+        hang_seconds: float = PATIENCE,
+        stop: StopRequest | None = None,
+    ) -> Watch:
+        world = World(rank, ranks, torch.device("cpu"))
+        self.watches.append(Watch(world, store, hang_seconds=hang_seconds, stop=stop or StopRequest()))
         return self.watches[-1]
 
 
@@ -103,7 +113,7 @@ def beat(*, count: int = 1, phase: str = STEP, pid: int) -> str:
 
 def test_a_single_process_watches_nobody():
     before = threading.active_count()
-    watch = Watch(World(0, 1, torch.device("cpu")), None, hang_seconds=0.01)
+    watch = Watch(World(0, 1, torch.device("cpu")), None, hang_seconds=0.01, stop=StopRequest())
     watch.moved(1)
     with watch.elsewhere():
         pass
@@ -232,9 +242,34 @@ def test_a_rank_says_where_it_is(ends: Ends):
 
 
 def test_after_a_broken_message_the_watch_looks_closer():
-    watch = Watch(World(1, 2, torch.device("cpu")), None, hang_seconds=300)
+    watch = Watch(World(1, 2, torch.device("cpu")), None, hang_seconds=300, stop=StopRequest())
     watch.moved(9)
     error = watch.lost(RuntimeError("Connection\nclosed"), within=0)
     expected = f"another rank ended, or cannot be reached, at step 9 (Connection closed): {REMEDY}"
     assert isinstance(error, PeerError) and str(error) == expected
     assert watch.judge.hang_seconds <= 2
+
+
+def test_a_rank_that_was_asked_to_stop_ends_what_rank_0_draws(ends: Ends, monkeypatch: pytest.MonkeyPatch):
+    """And nothing else: what rank 0 takes note of by itself at the end of its step is not disturbed."""
+    content: dict[str, str] = {}
+    asked, drawing = StopRequest(), StopRequest()
+    monkeypatch.setattr(asked, "arrived", iter([False, True, *[False] * 10**6]).__next__)
+    ends.watch(1, MemoryStore(content), stop=asked)
+    main = ends.watch(0, MemoryStore(content), stop=drawing)
+    with drawing.deferred():
+        until(lambda: "stop" in content)
+        told = main._count
+        until(lambda: main._count > told + 2)
+        assert not ends.killed
+        drawing.interruptible(lambda: until(lambda: bool(ends.killed)))
+    told = main._count
+    until(lambda: main._count > told + 2)
+    assert set(ends.killed) == {(os.getpid(), signal.SIGTERM)} and not ends.codes
+
+
+def test_nobody_is_stopped_where_nobody_was_asked_to(ends: Ends):
+    content: dict[str, str] = {}
+    watches = [ends.watch(rank, MemoryStore(content)) for rank in range(2)]
+    until(lambda: all(watch._count > 3 for watch in watches))
+    assert "stop" not in content and not ends.killed
