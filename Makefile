@@ -25,10 +25,12 @@ demo: $(VENV)/installed
 	$(BIN)/python txt2img.py $(PROMPTS) --seed 7 --outdir outputs/demo
 	@echo "== The pictures are in outputs/demo, what this short training draws in runs/demo/samples"
 
+# Two processes of one thread each: for tensors as small as these, one process of two threads takes twice the time. First
+# come the files that start processes, which take longest.
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_*.py tests/[a-z]*/
 
 # Those of docs/mathematics.md and docs/interchange.md: seconds.
 pictures: $(VENV)/installed-dev
