@@ -74,7 +74,9 @@ def kill_at_random(job: Job, draw: random.Random, seconds: float, told: Counter[
     met = "M parameters" in job.log.read_text().rpartition("starting DeepSpeed")[2]
     if len(victims) < ranks and met:
         survivors.append(time.monotonic() - killed_at)
-        told["wrong codes"] += any(code not in (PEER_ERROR, 0, -9) for code in codes)
+        if any(code not in (PEER_ERROR, 0, -9) for code in codes):
+            told["wrong codes"] += 1
+            print(f"after rank {victims[0]} was killed: codes {codes}\n{job.log.read_text()[-3000:]}", flush=True)
     job.end()
     return False
 

@@ -121,10 +121,11 @@ class CaptionedImages:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What the order of samples depends on beside the configuration: how many there are in each shard, in order."""
+        """What the order of samples depends on beside the configuration: how many there are in each shard, in order.
+        And contents: the shards' own digest, if manifests give it."""
         sizes = self.store.sizes
         digest = hashlib.sha256(json.dumps(list(sizes)).encode()).hexdigest()
-        return {"shards": len(sizes), "samples": sum(sizes), "sha256": digest}
+        return {"shards": len(sizes), "samples": sum(sizes), "sha256": digest, "contents": self.store.contents}
 
     def __len__(self) -> int:
         """Samples in all shards: one epoch of each set."""

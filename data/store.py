@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -53,6 +55,12 @@ class ShardStore:
             self._cache = Cache(folder, most=int(config.cache_gb * 1e9), keep=keep_copies, patience=patience)
         self._entries = [entry or self._counted(number) for number, entry in enumerate(entries)]
         self.sizes = [entry.count for entry in self._entries]
+
+    @property
+    def contents(self) -> str | None:
+        """One sha256 of those that manifests give of all shards; None if there is a shard that they give none of."""
+        digests = [entry.sha256 for entry in self._entries]
+        return None if None in digests else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     def __getitem__(self, number: int) -> Shard:
         """Waits until it is open. Raises DataError if nothing of it can be read."""

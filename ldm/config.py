@@ -204,17 +204,18 @@ def dump(config: Any) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
-def check_continues(then: str, now: str) -> None:
+def check_continues(then: str, now: str, *, same_shards: bool = False) -> None:
     """Raise ValueError, naming the key, if a run that began with one configuration cannot go on with another.
 
     Both are texts of `dump`. How long a run goes on (with it, where its learning rate falls), what it shows and how
     its data are held ready may change; what else the numbers depend on may not. A setting that did not exist when the
-    run began had its default then.
+    run began had its default then. same_shards: they are known to hold the same, so they may lie elsewhere.
     """
     tree = yaml.safe_load(then)
     kind = VAETrainConfig if "vae" in tree else TextTrainConfig if "text" in tree else TrainConfig
     began = dump(parse(kind, tree, source="the configuration that this run began with"))
-    before, after = _leaves(yaml.safe_load(began)), _leaves(yaml.safe_load(now))
+    trees = [yaml.safe_load(text) for text in (began, now)]
+    before, after = (_leaves(_placeless(tree) if same_shards else tree) for tree in trees)
     for key in sorted(before):
         free = key != "run.seed" and key.split(".")[0] in ("run", "preview", "validation")
         free |= key in ("data.prefetch", "model.keep_latents") or key in FREE_OF_ENGINE
@@ -224,6 +225,12 @@ def check_continues(then: str, now: str) -> None:
                 f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now: "
                 "set it back, or begin anew under another run.name"
             )
+
+
+def _placeless(tree: Any) -> Any:
+    """A configuration that does not say where its shards are."""
+    data = tree["data"] | {"shards": None, "sets": [one | {"shards": None} for one in tree["data"]["sets"]]}
+    return tree | {"data": data}
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -43,13 +43,19 @@ def resume(run: Run, engine: Engine, world: World, *, data: dict[str, Any]) -> d
 
 def check_record(record: dict[str, Any], run: Run, data: dict[str, Any]) -> None:
     """Raises ValueError if what the numbers depend on is not as it was."""
-    check_continues(then=record["config"], now=run.config_text)
     then = record["data"]
-    if then != data:
+    contents = {then.get("contents"), data["contents"]}
+    check_continues(then=record["config"], now=run.config_text, same_shards=None not in contents and len(contents) == 1)
+    if any(then[key] != data[key] for key in ("shards", "samples", "sha256")):
         raise ValueError(
             f"the data are not those that this run began with: then {then['samples']} samples in {then['shards']} "
             f"shards, now {data['samples']} in {data['shards']}, or the same in other shares: bring them back, or give "
             "another run.name"
+        )
+    if None not in contents and len(contents) > 1:
+        raise ValueError(
+            "the shards hold as many samples as when this run began but, by the sha256 of their manifests, other ones: "
+            "bring them back, or give another run.name"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from loading import BAD, SIZES, first, images, same
 from data import DataError
 from data.config import HeldOutConfig
 from data.loader import held_out
+from data.manifest import main as write_manifest
 from data.quarantine import BadSample, BadSampleError
 from data.shards import RawSample
 
@@ -256,3 +258,23 @@ def test_a_batch_is_split_into_equal_parts_that_follow_one_another(tiny_shards: 
 
 def test_a_batch_without_tokens_is_split_too(tiny_shards: Callable[..., str]):
     assert [part.tokens for part in images(tiny_shards(SIZES)).batch(0).split(2)] == [None, None]
+
+
+def test_what_shards_hold_is_known_by_their_manifests_wherever_they_lie(
+    tiny_shards: Callable[..., str], tmp_path: Path
+):
+    pattern = tiny_shards(SIZES)
+    folder = Path(pattern).parent
+    counted = images(pattern).fingerprint
+    assert (counted["shards"], counted["samples"], counted["contents"]) == (4, 14, None)
+    write_manifest([str(folder)])
+    here = images(pattern).fingerprint
+    assert here["contents"] is not None and here | {"contents": None} == counted
+    shutil.copytree(folder, tmp_path / "moved")
+    assert images(str(tmp_path / "moved" / Path(pattern).name)).fingerprint == here
+    (tmp_path / "moved").rename(tmp_path / "plain")
+    folder.rename(tmp_path / "before")
+    other = tiny_shards(SIZES, suffix=".tar.gz")  # as many samples of the same, in other files
+    write_manifest([str(Path(other).parent)])
+    assert images(other).fingerprint["sha256"] == here["sha256"]
+    assert images(other).fingerprint["contents"] not in (None, here["contents"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.registry import _registry as used_protocols
 
 from data import DataError
 from data.sources import Source, expand
@@ -73,6 +74,8 @@ def test_names_neighbours_and_what_is_shown(location: str, name: str, shown: str
 
 @pytest.mark.parametrize(("url", "package"), [("s3://b/0.tar", "s3fs"), ("http://x/0.tar", "aiohttp")])
 def test_a_missing_package_is_named(url: str, package: str, monkeypatch: pytest.MonkeyPatch):
+    for protocol in ("s3", "http"):  # what another test has used is remembered
+        monkeypatch.delitem(used_protocols, protocol, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, "fsspec.implementations.http", None)
     with pytest.raises(ValueError, match=rf"{url[:2]}.*:// needs the package {package}: pip install {package}"):

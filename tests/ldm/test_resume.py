@@ -225,7 +225,7 @@ def test_only_the_main_rank_sets_aside_and_the_others_say_what_they_found(
     assert len(told) == 1 and told[0].startswith(f"rank 1: {run.checkpoints.path(20)}: state.json has sha256 ")
 
 
-FEW = {"shards": 2, "samples": 9, "sha256": "abc"}
+FEW = {"shards": 2, "samples": 9, "sha256": "abc", "contents": None}
 
 
 def test_other_data_than_the_run_began_with_are_refused(tmp_path: Path):
@@ -238,5 +238,22 @@ def test_other_data_than_the_run_began_with_are_refused(tmp_path: Path):
             check_record(record, run, FEW | other)
 
 
-def dump_of_a_run() -> str:
-    return dump(load_config(TrainConfig, Path(__file__).parents[2] / "configs/demo.yaml"))
+def test_shards_may_move_if_manifests_say_that_they_are_the_same(tmp_path: Path):
+    """And if they only look the same, they may not: nor where they are."""
+    run = make_run(tmp_path)
+    record = {"config": dump_of_a_run(), "data": FEW | {"contents": "123"}}
+    run.config_text = dump_of_a_run("data.shards=[s3://bucket/*.tar]")
+    check_record(record, run, FEW | {"contents": "123"})
+    for unknown in (FEW, FEW | {"contents": "124"}):
+        with pytest.raises(ValueError, match="data.shards was .* when this run began and is .*bucket"):
+            check_record(record, run, unknown)
+    run.config_text = dump_of_a_run()
+    check_record(record, run, FEW)  # the manifests are gone: the numbers of samples are what is left
+    with pytest.raises(ValueError, match="by the sha256 of their manifests, other ones"):
+        check_record(record, run, FEW | {"contents": "124"})
+    del record["data"]["contents"]  # as versions before this wrote it
+    check_record(record, run, FEW | {"contents": "124"})
+
+
+def dump_of_a_run(*words: str) -> str:
+    return dump(load_config(TrainConfig, Path(__file__).parents[2] / "configs/demo.yaml", words))
