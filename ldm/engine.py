@@ -97,6 +97,8 @@ def _join() -> None:
                 _meet_again()
             deepspeed.init_distributed(verbose=False)
         except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise  # a rank that others were to meet here is no more
             raise ValueError(
                 f"port {os.environ['MASTER_PORT']} is taken, by another training perhaps: start this one with "
                 "deepspeed --master_port N, or torchrun --standalone"
