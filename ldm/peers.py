@@ -248,7 +248,7 @@ class Watch:
         minutes while the others wait for it, is to know at once."""
         if self.stop.arrived():
             store.set(STOP, str(self.world.rank))
-        elif self.world.is_main and self.stop.obeys_at_once and store.check([STOP]):
+        elif self.world.is_main and not self.stop.requested and self.stop.obeys_at_once and store.check([STOP]):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _listen(self, store: Store) -> str | None:

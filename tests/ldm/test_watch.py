@@ -268,6 +268,15 @@ def test_a_rank_that_was_asked_to_stop_ends_what_rank_0_draws(ends: Ends, monkey
     assert set(ends.killed) == {(os.getpid(), signal.SIGTERM)} and not ends.codes
 
 
+def test_rank_0_is_not_told_again_of_what_it_has_heard(ends: Ends):
+    """Or a signal would come while it reports an error, and end it with another code."""
+    heard = StopRequest()
+    heard.name = "SIGTERM"
+    main = ends.watch(0, MemoryStore({"stop": "1"}), stop=heard)
+    until(lambda: main._count > 3)
+    assert heard.obeys_at_once and not ends.killed
+
+
 def test_nobody_is_stopped_where_nobody_was_asked_to(ends: Ends):
     content: dict[str, str] = {}
     watches = [ends.watch(rank, MemoryStore(content)) for rank in range(2)]
