@@ -16,7 +16,7 @@ class Taken(Exception):
 def lock_folder(folder: Path) -> int:
     """Keep a folder until this process ends, however it ends, or the descriptor that is returned is closed.
 
-    Raises Taken, or another OSError where the file system knows no locks.
+    Raises Taken, or OSError where the file system knows no locks.
     """
     import fcntl
 

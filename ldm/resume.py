@@ -44,15 +44,16 @@ def resume(run: Run, engine: Engine, world: World, *, data: dict[str, Any]) -> d
 def check_record(record: dict[str, Any], run: Run, data: dict[str, Any]) -> None:
     """Raises ValueError if what the numbers depend on is not as it was."""
     then = record["data"]
-    contents = {then.get("contents"), data["contents"]}
-    check_continues(then=record["config"], now=run.config_text, same_shards=None not in contents and len(contents) == 1)
+    before, now = then.get("contents"), data["contents"]
+    known = before is not None and now is not None
+    check_continues(then=record["config"], now=run.config_text, same_shards=known and before == now)
     if any(then[key] != data[key] for key in ("shards", "samples", "sha256")):
         raise ValueError(
             f"the data are not those that this run began with: then {then['samples']} samples in {then['shards']} "
             f"shards, now {data['samples']} in {data['shards']}, or the same in other shares: bring them back, or give "
             "another run.name"
         )
-    if None not in contents and len(contents) > 1:
+    if known and before != now:
         raise ValueError(
             "the shards hold as many samples as when this run began but, by the sha256 of their manifests, other ones: "
             "bring them back, or give another run.name"

@@ -23,17 +23,14 @@ class Copies:
         self._sources: list[Tensor] = []
         self._targets: list[Tensor] = []
         for run in side_by_side(self._originals):
-            first = self._originals[run[0]]
-            if len(run) == 1:
-                source = first.detach()
-            else:
-                size = sum(self._originals[key].numel() for key in run)
-                source = first.detach().as_strided((size,), (1,))
+            sizes = [self._originals[key].numel() for key in run]
+            source = self._originals[run[0]].detach()
+            if len(run) > 1:
+                source = source.as_strided((sum(sizes),), (1,))
             target = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
             self._sources.append(source)
             self._targets.append(target)
-            parts = target.view(-1).split([self._originals[key].numel() for key in run])
-            for key, part in zip(run, parts, strict=True):
+            for key, part in zip(run, target.view(-1).split(sizes), strict=True):
                 self.tensors[key] = part.view(self._originals[key].shape)
 
     def are_of(self, tensors: Mapping[str, Tensor]) -> bool:

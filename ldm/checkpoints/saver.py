@@ -54,7 +54,6 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._abandoned = threading.Event()
         self._copies = Copies({})
-        self._taken: dict[str, Tensor] = {}
         self._partial = Path()
         atexit.register(self._leave)
 
@@ -80,12 +79,12 @@ class Saver:
         self._partial = self._partial_path(step)
         self._abandoned.clear()
         try:
-            self._copy(tensors, spans)
+            copies = self._copy(tensors, spans)
         except (RuntimeError, MemoryError) as error:  # no memory for a copy: no checkpoint, which all are to know
             self.status, self.error = Status.FAILED, error
             return
         self.status, self.error = Status.WRITING, None
-        arguments = (dict(spans), json.loads(json.dumps(record)))
+        arguments = (copies, dict(spans), json.loads(json.dumps(record)))
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -110,7 +109,7 @@ class Saver:
         path = self.checkpoints.path(step)
         return path.with_name(path.name + ".partial")
 
-    def _copy(self, tensors: Mapping[str, Tensor], spans: Mapping[str, Span]) -> None:
+    def _copy(self, tensors: Mapping[str, Tensor], spans: Mapping[str, Span]) -> dict[str, Tensor]:
         """Fragments are views of what is trained, the same ones at each save; what else there is is small."""
         fragments = {key: tensor for key, tensor in tensors.items() if key in spans}
         if not self._copies.are_of(fragments):
@@ -119,11 +118,11 @@ class Saver:
         self._copies.take()
         others = Copies({key: tensor for key, tensor in tensors.items() if key not in spans})
         others.take()
-        self._taken = self._copies.tensors | others.tensors
+        return self._copies.tensors | others.tensors
 
-    def _run(self, spans: Mapping[str, Span], record: Mapping[str, Any]) -> None:
+    def _run(self, copies: dict[str, Tensor], spans: Mapping[str, Span], record: Mapping[str, Any]) -> None:
         try:
-            digest = self._write(spans)
+            digest = self._write(copies, spans)
             if self.rank == 0:
                 digests = {rank_file(0): digest, STATE: write_json(self._partial / STATE, record)}
                 self.checkpoints.commit(self._partial, digests | self._digests_of_others())
@@ -132,13 +131,13 @@ class Saver:
         except Exception as error:  # told by the main thread: this one has nobody to raise it to
             self.error, self.status = error, Status.FAILED
 
-    def _write(self, spans: Mapping[str, Span]) -> Digest:
+    def _write(self, copies: dict[str, Tensor], spans: Mapping[str, Span]) -> Digest:
         """This rank's file, on the disk; the other ranks leave its digest beside it, for the main rank to collect."""
-        for key, copy in self._taken.items():
+        for key, copy in copies.items():
             if copy.is_floating_point() and not copy.isfinite().all():
                 raise NonFiniteStateError(f"{key} is not finite, so nothing was saved")
         path = self._partial / rank_file(self.rank)
-        write_fragments(path, self._taken, spans)
+        write_fragments(path, copies, spans)
         to_disk(path)
         digest = Digest.of(path)
         if self.rank != 0:
