@@ -40,12 +40,14 @@ pictures: $(VENV)/installed-dev
 # Breaks each coefficient of the mathematics, one at a time, and tells which of these mistakes no test finds: half an hour.
 MUTATE := $(BIN)/python benchmarks/mutation.py
 mutation: $(VENV)/installed-dev
-	$(MUTATE) --target ldm/guidance.py ldm/likelihood.py ldm/variational.py ldm/ema --tests tests/ldm/test_guidance.py \
-		tests/ldm/test_likelihood.py tests/ldm/test_variational.py tests/ldm/ema
+	$(MUTATE) --target ldm/samplers/guidance.py ldm/samplers/likelihood.py --tests tests/ldm/samplers/test_guidance.py \
+		tests/ldm/samplers/test_likelihood.py
+	$(MUTATE) --target ldm/training/optim/ema.py ldm/training/optim/power_profile.py ldm/training/optim/post_hoc_ema.py \
+		--tests tests/ldm/training/optim/test_ema.py tests/ldm/training/optim/test_power_profile.py
 	$(MUTATE) --target ldm/diffusion --tests tests/ldm/diffusion tests/ldm/samplers/test_published.py \
-		tests/ldm/samplers/test_single_step.py tests/ldm/samplers/test_grids.py
+		tests/ldm/samplers/test_single_step.py tests/ldm/samplers/test_time_grids.py
 	$(MUTATE) --target ldm/samplers --tests tests/ldm/samplers tests/ldm/diffusion/test_derivation.py \
-		tests/ldm/test_variational.py
+		tests/ldm/diffusion/test_learned_variance.py
 
 # What docs/reliability.md tells of, in full: two hours.
 reliability: $(VENV)/installed-dev

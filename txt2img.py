@@ -26,17 +26,17 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ldm.commands import hyphenated, run_command
-from ldm.flags import PRECISIONS, txt2img_parser
-from ldm.options import DrawOptions, parse_lora_argument
-from ldm.prompts import MAX_SEED, RANDOM_SEED, Request, check_range, one_line, read_prompts
+from ldm.cli.commands import hyphenated, run_command
+from ldm.inference.flags import PRECISIONS, txt2img_parser
+from ldm.inference.options import DrawOptions, parse_lora_argument
+from ldm.inference.prompt_file import MAX_SEED, RANDOM_SEED, Request, check_range, one_line, read_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from tqdm import tqdm
 
     from ldm import TextToImage
-    from ldm.png import NumberedFiles, Recipe
+    from ldm.inference.metadata import NumberedFiles, Recipe
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "emoji64"
 MAX_SAMPLES, MAX_REPEATS, MAX_COLUMNS = 256, 10_000, 256
@@ -59,7 +59,7 @@ def main(args: Namespace) -> None:
         check_begins(request, begun)
     check_model_serves(args.ckpt, requests)
     from ldm import TextToImage
-    from ldm.png import software
+    from ldm.inference.metadata import software
 
     print(f"loading {args.ckpt}", flush=True)
     pipe = TextToImage.load(
@@ -99,7 +99,7 @@ def read_begun(args: Namespace) -> Begun:
             if given is not None:
                 raise ValueError(f"{option} is of a picture to begin with: give --init-img too")
         return Begun()
-    from ldm.editing import read_picture, usual_strength
+    from ldm.inference.img2img import read_picture, usual_strength
 
     try:
         strength = usual_strength(args.strength, masked=args.mask is not None)
@@ -113,7 +113,7 @@ def check_begins(request: Request, begun: Begun) -> None:
     """Raise ValueError if so little strength leaves no step to take."""
     if begun.image is None:
         return
-    from ldm.editing import steps_left
+    from ldm.inference.img2img import steps_left
 
     try:
         steps_left(request.steps, begun.strength)
@@ -200,9 +200,9 @@ def check_model_serves(ckpt: Path, requests: list[Request]) -> None:
 
     Only two small files of the model are read. One that is not there is left to TextToImage.load.
     """
-    from ldm.interop.denoiser import learns_variance
-    from ldm.interop.files import described_by, model_folder, read_json
-    from ldm.interop.scheduler import read_scheduler
+    from ldm.interop.diffusers_layout.denoiser import learns_variance
+    from ldm.interop.diffusers_layout.scheduler import read_scheduler
+    from ldm.interop.network_files import described_by, model_folder, read_json
     from ldm.samplers import SAMPLERS, time_grid
 
     folder = model_folder(ckpt)
@@ -227,7 +227,7 @@ def check_size(request: Request, pipe: TextToImage, begun: Begun) -> Request:
     """The request with a definite size, or ValueError if the model cannot draw it."""
     height = width = pipe.native_size
     if begun.image is not None:
-        from ldm.editing import fitting
+        from ldm.inference.img2img import fitting
 
         height, width = fitting(begun.image, pipe.factor)
     height, width = request.height or height, request.width or width
@@ -242,7 +242,7 @@ def check_size(request: Request, pipe: TextToImage, begun: Begun) -> Request:
 def draw_all(pipe: TextToImage, requests: list[Request], begun: Begun, args: Namespace) -> None:
     from tqdm import tqdm
 
-    from ldm.png import NumberedFiles, png_bytes
+    from ldm.inference.metadata import NumberedFiles, png_bytes
 
     samples = None if args.skip_save else NumberedFiles(args.outdir / "samples", digits=5)
     grids = None if args.skip_grid else NumberedFiles(args.outdir, prefix="grid-", digits=4)
@@ -267,7 +267,7 @@ def draw(
     pipe: TextToImage, request: Request, begun: Begun, args: Namespace, bar: tqdm
 ) -> tuple[list[Image], list[Recipe]]:
     """n_samples pictures from the request's seed on, each with its recipe."""
-    from ldm.png import Recipe, software
+    from ldm.inference.metadata import Recipe, software
 
     before, hashes = bar.n, hashes_beside(args)
 
@@ -295,7 +295,7 @@ def draw(
 
 @cache
 def file_hash(path: Path) -> str:
-    from ldm.interop.tensors import hash_of
+    from ldm.interop.weight_reader import hash_of
 
     return hash_of([path]) if path.is_file() else ""
 
@@ -331,8 +331,8 @@ class Sheet:
         """Write what was added since the last time, which must be something."""
         from tqdm import tqdm
 
-        from ldm.grids import sheet
-        from ldm.png import png_bytes
+        from ldm.inference.contact_sheet import sheet
+        from ldm.inference.metadata import png_bytes
 
         picture = sheet(self.images, columns=min(self.columns, len(self.images)))
         tqdm.write(f"sheet {self.files.write(png_bytes(picture, self.recipes))}")

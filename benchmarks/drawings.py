@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data.loader import CaptionedImages, DataConfig
 from ldm import TextToImage
-from ldm.grids import save_image, sheet, to_images
+from ldm.inference.contact_sheet import save_image, sheet, to_images
 from vae.perceptual import EfficientNetDistance
 
 COLUMNS = 10

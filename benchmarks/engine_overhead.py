@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--saves", type=int, default=10)
     args = parser.parse_args()
-    from ldm.engine import start_process
+    from ldm.training.engine.engine import start_process
 
     world = start_process()
     folder = Path(tempfile.mkdtemp(prefix="overhead-"))
@@ -69,9 +69,9 @@ def batch(size: int) -> tuple[Any, ...]:
 
 
 def our_step(world: Any, args: Any, folder: Path) -> tuple[Callable[[], Any], Any]:
-    from ldm.checkpoints import Checkpoints
-    from ldm.engine import Engine
-    from ldm.engine_config import EngineConfig, OptimConfig
+    from ldm.training.checkpoints import Checkpoints
+    from ldm.training.engine.config import EngineConfig, OptimConfig
+    from ldm.training.engine.engine import Engine
 
     engine = Engine(
         network(),
@@ -90,8 +90,8 @@ def bare_step(args: Any, *, average: bool) -> Callable[[], Any]:
     import deepspeed
     import torch
 
-    from ldm.engine_config import EngineConfig, OptimConfig, deepspeed_settings, resolved_precision
-    from ldm.optimizers import build_optimizer
+    from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_settings, resolved_precision
+    from ldm.training.optim.optimizers import build_optimizer
 
     config = EngineConfig(zero_stage=args.zero_stage)
     precision = resolved_precision(config.precision, torch.device("cpu"))

@@ -40,9 +40,9 @@ def import_everything() -> None:
     import open_clip  # noqa: F401
     import transformers.models.clip.modeling_clip  # noqa: F401
 
-    import ldm.loop
-    import ldm.pipeline
-    import ldm.validation  # noqa: F401
+    import ldm.inference.pipeline
+    import ldm.training.loop
+    import ldm.training.validation  # noqa: F401
 
 
 def few_pictures(folder: Path) -> None:
@@ -122,7 +122,7 @@ def _child(rank: int, ranks: int, port: str, log: Path, words: list[str], before
         os.chdir(ROOT)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
         os.environ["MASTER_ADDR"] = "127.0.0.1"
-        from ldm.commands import run_command, training_arguments
+        from ldm.cli.commands import run_command, training_arguments
         from ldm.train import main
 
         note_order()
@@ -141,7 +141,7 @@ def _child(rank: int, ranks: int, port: str, log: Path, words: list[str], before
 
 def note_order() -> None:
     """Let each rank write down which samples its steps use, before they do."""
-    from ldm.loop import Training
+    from ldm.training.loop import Training
 
     plain = Training._parts
 
@@ -170,7 +170,7 @@ def order(run: Path, ranks: int) -> dict[int, list[str]]:
 def final_state(run: Path) -> dict[str, str]:
     """Everything that a run ends with, as one sha256 each: weights, optimiser and averages; generators; counters and
     learning rate's position; the exported model."""
-    from ldm.checkpoints import Checkpoints, Fragments, fault
+    from ldm.training.checkpoints import Checkpoints, Fragments, fault
 
     newest = Checkpoints(run / "checkpoints", keep=1).all()[-1]
     assert fault(newest) is None, fault(newest)

@@ -39,8 +39,8 @@ def random_model(version: int) -> Any:
     """Stable Diffusion 1.5, or 2.1 with v-prediction, as to sizes."""
     from ldm.denoisers import UNet, UNetConfig
     from ldm.diffusion import ScaledLinearBetaPath
-    from ldm.interop.parts import Parts
-    from ldm.latent_diffusion import LatentDiffusion
+    from ldm.model.components import Parts
+    from ldm.model.latent_diffusion import LatentDiffusion
     from text import TextEncoderConfig, Tokenizer, TransformersTextEncoder
     from vae import AutoencoderKL, AutoencoderKLConfig
 
@@ -63,8 +63,8 @@ def random_model(version: int) -> Any:
 
 def write(version: int, scratch: Path, name: str) -> None:
     """The model as a folder and as a single file, in "fp32" or "fp16"."""
-    from ldm.interop.folder import write_folder
-    from ldm.interop.single_file_export import write_single_file
+    from ldm.interop.compvis.writing import write_single_file
+    from ldm.interop.diffusers_layout.folder import write_folder
 
     parts, dtype = random_model(version), {"fp32": torch.float32, "fp16": torch.float16}[name]
     write_folder(parts, scratch / name, dtype=dtype)
@@ -84,13 +84,14 @@ def read_by_safetensors(path: Path, dtype: torch.dtype) -> list[Any]:
 
 
 def read_here(path: Path, dtype: torch.dtype) -> Any:
-    from ldm.interop.model import read_model
+    from ldm.interop.read_model import read_model
 
     return read_model(path, dtype=dtype)
 
 
 def imported() -> None:
-    for name in ("transformers.models.clip.modeling_clip", "ldm.pipeline"):  # else the first load would import them
+    # Else the first load would import them.
+    for name in ("transformers.models.clip.modeling_clip", "ldm.inference.pipeline"):
         importlib.import_module(name)
 
 

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # in this order: tests/ has folders of the packages' names
 
 from faults import PEER_ERROR, Job, final_state, import_everything, order, start  # noqa: E402
-from points import Calls, How, Point  # noqa: E402
+from helpers.points import Calls, How, Point  # noqa: E402
 
-from ldm.checkpoints import Checkpoints, fault  # noqa: E402
+from ldm.training.checkpoints import Checkpoints, fault  # noqa: E402
 
 SETTINGS = [(ranks, stage) for stage in (0, 2, 3) for ranks in (1, 2)]  # of the kills
 LONGEST = 120.0  # seconds for one start
@@ -224,7 +224,7 @@ def disks(count: int, folder: Path, seed: int) -> bool:
 
 def fill_disk(saves: set[int]) -> None:
     """Let the numbered saves of this process, counted from 1, find no room."""
-    import ldm.checkpoints.saver as saver
+    import ldm.training.checkpoints.saver as saver
 
     plain, counted = saver.write_fragments, iter(range(1, 10**6))
 

@@ -31,8 +31,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from checkpoint_damages import DAMAGES, LATEST_DAMAGES  # noqa: E402
-from points import (  # noqa: E402
+from helpers.checkpoint_damages import DAMAGES, LATEST_DAMAGES  # noqa: E402
+from helpers.points import (  # noqa: E402
     NEW,
     RANK_1_FAILS,
     broken_promise,
@@ -43,10 +43,10 @@ from points import (  # noqa: E402
     ways,
 )
 
-from ldm.checkpoints import fault  # noqa: E402
-from ldm.resume import choose  # noqa: E402
-from ldm.run import Run, RunConfig  # noqa: E402
-from ldm.world import World  # noqa: E402
+from ldm.training.checkpoints import fault  # noqa: E402
+from ldm.training.checkpoints.select import choose  # noqa: E402
+from ldm.training.engine.distributed import World  # noqa: E402
+from ldm.training.run import Run, RunConfig  # noqa: E402
 
 ALONE = World(0, 1, torch.device("cpu"))
 OLDER, NEWER = f"step_{NEW - 2:07d}", f"step_{NEW - 1:07d}"

@@ -74,8 +74,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first; each next one has the next")
     args = parser.parse_args()
     sys.path[:0] = [str(CHECKS.parent), str(CHECKS)]  # tests/ has folders of the packages' names
-    from plans import check_plan
-    from shard_damages import check_shard
+    from helpers.plans import check_plan
+    from helpers.shard_damages import check_shard
 
     def plan(seed: int) -> str:
         check_plan(seed)

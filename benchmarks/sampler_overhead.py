@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ldm import TextToImage
-from ldm.latent_diffusion import guided
-from ldm.options import DrawOptions
+from ldm.inference.options import DrawOptions
+from ldm.model.latent_diffusion import guided
 from ldm.samplers import SAMPLERS, Denoise, LearnedDenoise, time_grid
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import TrainConfig, load_config
 from ldm.denoisers import build_denoiser
-from ldm.interop.vae import load_vae
+from ldm.interop.diffusers_layout.vae import load_vae
 from text import load_text_encoder
 
 SIZE = 2048  # of the matrices

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ldm import TextToImage
-from ldm.grids import sheet
+from ldm.inference.contact_sheet import sheet
 
 DOCS = Path(__file__).parent
 

@@ -21,10 +21,10 @@ from pydantic import ConfigDict, Field, ValidationError, create_model
 from data.config import DataConfig, HeldOutConfig, ReadingConfig
 from ldm.denoisers import DenoiserConfig, DiTConfig
 from ldm.diffusion import EDMPath, ObjectiveConfig, PathConfig, RectifiedFlowPath
-from ldm.engine_config import EngineConfig, OptimConfig
-from ldm.interop.scheduler import scheduler_config_json
-from ldm.run import RunConfig
+from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
 from ldm.samplers import SAMPLERS, sampler_named, time_grid
+from ldm.training.engine.config import EngineConfig, OptimConfig
+from ldm.training.run import RunConfig
 from text import TextEncoderConfig
 from text.clip import ImageTowerConfig
 from vae.autoencoder import AutoencoderKLConfig

@@ -15,20 +15,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.commands import OneLineParser, run_command
-from ldm.options import FORMATS
+from ldm.cli.commands import OneLineParser, run_command
+from ldm.inference.options import FORMATS
 
 if TYPE_CHECKING:
-    from ldm.interop.parts import Parts
+    from ldm.model.components import Parts
 
 STORED = ("fp32", "fp16", "bf16")
 
 
 def main(args: argparse.Namespace) -> None:
-    from ldm.card import files_beside
-    from ldm.interop.folder import check_target, write_folder
-    from ldm.interop.single_file_export import check_target_file, write_single_file
-    from ldm.pipeline import STORED as DTYPES
+    from ldm.inference.pipeline import STORED as DTYPES
+    from ldm.interop.compvis.writing import check_target_file, write_single_file
+    from ldm.interop.diffusers_layout.folder import check_target, write_folder
+    from ldm.interop.model_card import files_beside
 
     (check_target if args.format == "diffusers" else check_target_file)(args.target)
     ema = ema_wanted(args.ema)
@@ -59,9 +59,9 @@ def read_source(source: Path, ema: bool | float) -> Parts:
     of a run's snapshots. Raises ValueError or FileNotFoundError for what is not there."""
     import torch
 
-    from ldm.ema import Snapshot, mixture
-    from ldm.interop.model import read_model
-    from ldm.interop.snapshots import mixed_parts, read_snapshots
+    from ldm.interop.read_model import read_model
+    from ldm.training.optim.post_hoc_ema import Snapshot, mixture
+    from ldm.training.optim.snapshot_files import mixed_parts, read_snapshots
 
     if isinstance(ema, bool):
         return read_model(source, dtype=torch.float32, ema=ema)

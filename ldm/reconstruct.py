@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.commands import OneLineParser, run_command
+from ldm.cli.commands import OneLineParser, run_command
 
 if TYPE_CHECKING:
-    from ldm.ema import Snapshot
+    from ldm.training.optim.post_hoc_ema import Snapshot
 
 TOLERANCE = 0.1  # error of a profile that is told of
 
@@ -26,9 +26,9 @@ TOLERANCE = 0.1  # error of a profile that is told of
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from ldm.ema import mixture
-    from ldm.interop.folder import check_target, write_folder
-    from ldm.interop.snapshots import mixed_parts, read_snapshots
+    from ldm.interop.diffusers_layout.folder import check_target, write_folder
+    from ldm.training.optim.post_hoc_ema import mixture
+    from ldm.training.optim.snapshot_files import mixed_parts, read_snapshots
 
     check_target(args.target)
     known = read_snapshots(args.run)
@@ -48,7 +48,8 @@ def main(args: argparse.Namespace) -> None:
 
 def check_wanted(args: argparse.Namespace, known: list[Snapshot]) -> Snapshot:
     """What is asked for. Raises ValueError if there is nothing that it could be made of."""
-    from ldm.ema import PowerProfile, Snapshot
+    from ldm.training.optim.post_hoc_ema import Snapshot
+    from ldm.training.optim.power_profile import PowerProfile
 
     if not args.run.is_dir():
         raise FileNotFoundError(f"there is no run {args.run}: give the folder of one, as runs/NAME")

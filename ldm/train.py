@@ -13,7 +13,7 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ldm.commands import run_command, training_arguments
+from ldm.cli.commands import run_command, training_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from data.loader import Batch
     from ldm.config import TrainConfig
     from ldm.diffusion import LossHistory
-    from ldm.engine import Engine
-    from ldm.latent_diffusion import LatentDiffusion
-    from ldm.loop import Session
-    from ldm.world import World
+    from ldm.model.latent_diffusion import LatentDiffusion
+    from ldm.training.engine.distributed import World
+    from ldm.training.engine.engine import Engine
+    from ldm.training.loop import Session
 
 NOISE, POSTERIOR = 0, 1  # streams of random numbers, each a function of (seed, position) alone
 
@@ -37,8 +37,8 @@ def main(args: Namespace) -> None:
     from ldm.config import TrainConfig
     from ldm.denoisers import attention_length, describe_attention
     from ldm.diffusion import LossHistory
-    from ldm.generators import seed_generators
-    from ldm.loop import open_session, train
+    from ldm.training.checkpoints.rng_state import seed_generators
+    from ldm.training.loop import open_session, train
 
     session = open_session(TrainConfig, args)
     config, world, run = session.config, session.world, session.run
@@ -62,8 +62,8 @@ def training_losses(
 ) -> Callable[[Batch], dict[str, Tensor]]:
     """The algorithm: E w(t) || network(x_t, t, caption) - target ||^2, over pictures, times and noise."""
     from ldm.diffusion import by_quantile, draw_times, sample_randomness, spread_uniforms, training_noise
-    from ldm.guidance import drop_captions
-    from ldm.latents import LatentEncoder
+    from ldm.samplers.guidance import drop_captions
+    from ldm.training.latent_cache import LatentEncoder
 
     sampled = config.model.latents == "sample"
     encode = LatentEncoder(model.vae, keep=config.model.keep_latents, bf16=engine.bf16, sample=sampled)
@@ -111,8 +111,8 @@ def frozen_half(config: TrainConfig, world: World) -> LatentDiffusion:
     """The autoencoder and the text encoder, from the folders that the config names."""
     from pathlib import Path
 
-    from ldm.interop.vae import load_vae
-    from ldm.latent_diffusion import LatentDiffusion
+    from ldm.interop.diffusers_layout.vae import load_vae
+    from ldm.model.latent_diffusion import LatentDiffusion
     from text import load_text_encoder, load_tokenizer
 
     text = Path(config.model.text)
@@ -156,8 +156,8 @@ def start_from(denoiser: nn.Module, config: TrainConfig, folder: str) -> None:
     """Give a fresh denoiser the weights of a model or run. Raises ValueError if they are another network's."""
     from pathlib import Path
 
-    from ldm.interop.denoiser import denoiser_folder, load_denoiser
-    from ldm.interop.files import load_strictly, model_folder
+    from ldm.interop.diffusers_layout.denoiser import denoiser_folder, load_denoiser
+    from ldm.interop.network_files import load_strictly, model_folder
 
     source = model_folder(Path(folder)) / denoiser_folder(config.model.denoiser)
     load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)
@@ -167,12 +167,12 @@ def preview(session: Session[TrainConfig], model: LatentDiffusion, step: int, we
     """What averaged weights can do: the loss on held-out pictures, a sheet of drawings, and an export."""
     import torch
 
-    from ldm.engine_config import resolved_precision
-    from ldm.interop.files import RUN_MODEL
-    from ldm.interop.folder import write_folder
-    from ldm.interop.parts import Parts
-    from ldm.pipeline import TextToImage
-    from ldm.validation import drawings, held_out_losses
+    from ldm.inference.pipeline import TextToImage
+    from ldm.interop.diffusers_layout.folder import write_folder
+    from ldm.interop.network_files import RUN_MODEL
+    from ldm.model.components import Parts
+    from ldm.training.engine.config import resolved_precision
+    from ldm.training.validation import drawings, held_out_losses
 
     config, run = session.config, session.run
     bf16 = resolved_precision(config.engine.precision, session.world.device) == "bf16"

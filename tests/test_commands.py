@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import DIT, IMAGE, TEXT, UNET, VAE, denoiser_config, losses, start, write_config
+from helpers.launching import DIT, IMAGE, TEXT, UNET, VAE, denoiser_config, losses, start, write_config
 from safetensors.torch import load_file
 
 from data.shards import Shard
 from ldm import TextToImage
 from ldm.diffusion import EDMPath
-from ldm.lock import lock_folder
+from ldm.training.faults.file_lock import lock_folder
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.stable_diffusion import stable_diffusion
 from PIL import Image
 from safetensors.torch import save_file
-from stable_diffusion import stable_diffusion
 
 import txt2img
 from ldm import export
-from ldm.commands import run_command
-from ldm.interop.folder import write_folder
-from ldm.interop.single_file_export import single_file_tensors
+from ldm.cli.commands import run_command
+from ldm.interop.compvis.writing import single_file_tensors
+from ldm.interop.diffusers_layout.folder import write_folder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

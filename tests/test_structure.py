@@ -21,46 +21,46 @@ LEVEL_0: dict[str, set[str]] = {
     "ldm.denoisers": {"xformers"},
     "ldm.diffusion": set(),
     "ldm.samplers": set(),
-    "ldm.guidance": set(),
+    "ldm.samplers.guidance": set(),
     "ldm.ema": set(),
-    "ldm.lr": set(),
+    "ldm.training.optim.lr_schedule": set(),
 }
 # From the ground up: a part imports from the floors below it and from itself.
 FLOORS = (
     (
         *LEVEL_0,
         "data",
-        "ldm.whole",
-        "ldm.commands",
-        "ldm.options",
-        "ldm.world",
-        "ldm.stopping",
-        "ldm.generators",
-        "ldm.lock",
-        "ldm.loss_scale",
-        "ldm.muon",
-        "ldm.recompute",
+        "ldm.files.atomic",
+        "ldm.cli.commands",
+        "ldm.inference.options",
+        "ldm.training.engine.distributed",
+        "ldm.training.faults.signals",
+        "ldm.training.checkpoints.rng_state",
+        "ldm.training.faults.file_lock",
+        "ldm.training.optim.loss_scale",
+        "ldm.training.optim.muon",
+        "ldm.training.engine.activation_checkpointing",
     ),
     (
-        "ldm.checkpoints",
-        "ldm.engine_config",
-        "ldm.peers",
-        "ldm.grids",
-        "ldm.likelihood",
-        "ldm.variational",
-        "ldm.latents",
-        "ldm.png",
-        "ldm.prompts",
+        "ldm.training.checkpoints",
+        "ldm.training.engine.config",
+        "ldm.training.faults.watchdog",
+        "ldm.inference.contact_sheet",
+        "ldm.samplers.likelihood",
+        "ldm.diffusion.learned_variance",
+        "ldm.training.latent_cache",
+        "ldm.inference.metadata",
+        "ldm.inference.prompt_file",
     ),
-    ("ldm.flags", "ldm.latent_diffusion", "ldm.optimizers", "ldm.run"),
-    ("ldm.partitions",),
-    ("ldm.resumption",),
-    ("ldm.engine",),
-    ("ldm.editing", "ldm.interop"),
+    ("ldm.inference.flags", "ldm.model.latent_diffusion", "ldm.training.optim.optimizers", "ldm.training.run"),
+    ("ldm.training.engine.zero_partition",),
+    ("ldm.training.checkpoints.train_state",),
+    ("ldm.training.engine.engine",),
+    ("ldm.inference.img2img", "ldm.interop"),
     ("ldm.config",),
-    ("ldm.card", "ldm.resume"),
-    ("ldm.pipeline",),
-    ("ldm", "ldm.loop", "ldm.validation"),
+    ("ldm.interop.model_card", "ldm.training.checkpoints.select"),
+    ("ldm.inference.pipeline",),
+    ("ldm", "ldm.training.loop", "ldm.training.validation"),
     ("ldm.export", "ldm.reconstruct"),
     COMMANDS,
 )
@@ -108,7 +108,7 @@ def imports(module: str) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{module}: a relative import, line {node.lineno}"
             found.add(node.module)
-            # `from ldm import train` imports a module, `from ldm.run import Run` does not.
+            # `from ldm import train` imports a module, `from ldm.training.run import Run` does not.
             found |= {name for alias in node.names if (name := f"{node.module}.{alias.name}") in FILES}
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "__import__",
@@ -130,9 +130,10 @@ def level_0_part(module: str) -> str | None:
 
 def test_the_walk_sees_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A walk that finds nothing would let everything pass."""
-    assert {"vae.autoencoder", "data.loader", "ldm.interop.vae", "ldm", "text"} <= FILES.keys()
+    assert {"vae.autoencoder", "data.loader", "ldm.interop.diffusers_layout.vae", "ldm", "text"} <= FILES.keys()
     assert {"torch", "vae.gaussian", "dataclasses"} <= imports("vae.autoencoder")
-    assert "deepspeed" in imports("ldm.engine") and "efficientnet_lite_pytorch" in imports("vae.perceptual")
+    assert "deepspeed" in imports("ldm.training.engine.engine")
+    assert "efficientnet_lite_pytorch" in imports("vae.perceptual")
     source = """
 from typing import TYPE_CHECKING
 import importlib
@@ -147,19 +148,19 @@ def f():
 """
     (tmp_path / "example.py").write_text(source)
     monkeypatch.setitem(FILES, "example", tmp_path / "example.py")
-    assert imports("example") == {"typing", "importlib", "shown", "ldm", "ldm.run", "asked.for"}
+    assert imports("example") == {"typing", "importlib", "shown", "ldm", "ldm.training.run", "asked.for"}
 
 
 @ALL_FILES
 def test_only_the_engine_imports_deepspeed(module: str):
-    if module != "ldm.engine":
+    if module != "ldm.training.engine.engine":
         assert not [name for name in imports(module) if belongs(name, "deepspeed")]
 
 
 @ALL_FILES
 def test_only_the_config_knows_pydantic_and_our_yaml(module: str):
     """Other programs' YAML, beside a single file, is read and written in one place."""
-    knows = {"ldm.config": {"yaml", "pydantic"}, "ldm.interop.sidecar": {"yaml"}}.get(module, set())
+    knows = {"ldm.config": {"yaml", "pydantic"}, "ldm.interop.compvis.sidecar": {"yaml"}}.get(module, set())
     assert not ({name.split(".")[0] for name in imports(module)} & {"yaml", "pydantic"}) - knows
 
 

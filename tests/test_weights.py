@@ -108,8 +108,8 @@ def test_diffusers_draws_the_same_picture_offline(pipe, monkeypatch):
         generator=[torch.Generator().manual_seed(7)],
     ).images[0]  # fmt: skip
     times = theirs.scheduler.sigmas.double()
-    monkeypatch.setattr("ldm.pipeline.time_grid", lambda path, steps, grid: times)
-    monkeypatch.setattr("ldm.latent_diffusion.prior_std", lambda path, start: 1.0)
+    monkeypatch.setattr("ldm.inference.pipeline.time_grid", lambda path, steps, grid: times)
+    monkeypatch.setattr("ldm.model.latent_diffusion.prior_std", lambda path, start: 1.0)
     monkeypatch.setattr(RectifiedFlowPath, "timesteps", lambda self, t: (1000 * t).floor())
     found = pipe.draw([PROMPT], negative_prompt="", steps=8, scale=5.0, sampler="dpmpp_2m", seed=7)[0]
     found = (found.clamp(-1, 1) + 1).permute(1, 2, 0).numpy() / 2

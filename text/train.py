@@ -13,13 +13,13 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ldm.commands import run_command, training_arguments
+from ldm.cli.commands import run_command, training_arguments
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ldm.config import TextTrainConfig
-    from ldm.loop import Session
+    from ldm.training.loop import Session
 
 
 def main(args: Namespace) -> None:
@@ -28,8 +28,8 @@ def main(args: Namespace) -> None:
     from data.loader import Batch
     from ldm.config import TextTrainConfig
     from ldm.diffusion import sample_randomness
-    from ldm.generators import seed_generators
-    from ldm.loop import open_session, train
+    from ldm.training.checkpoints.rng_state import seed_generators
+    from ldm.training.loop import open_session, train
     from text import Tokenizer
     from text.clip import MAX_LOGIT_SCALE, build_clip, shifted
 
@@ -80,8 +80,8 @@ def validate(session: Session[TextTrainConfig], step: int, weights: dict[str, Te
 
 def finish(session: Session[TextTrainConfig], weights: dict[str, Tensor]) -> None:
     """Write the averaged weights, once training is complete."""
-    from ldm.interop.files import write_json, write_weights
-    from ldm.whole import whole_folder
+    from ldm.files.atomic import whole_folder
+    from ldm.interop.network_files import write_json, write_weights
     from text import OpenClipTextEncoder, Tokenizer, save_text_encoder, save_tokenizer
     from text.clip import open_clip_config_json
 

@@ -14,14 +14,14 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ldm.commands import run_command, training_arguments
+from ldm.cli.commands import run_command, training_arguments
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
     from ldm.config import VAETrainConfig
-    from ldm.loop import Session
+    from ldm.training.loop import Session
     from vae import AutoencoderKL
 
 GRID_PICTURES, GRID_COLUMNS = 32, 16
@@ -33,8 +33,8 @@ def main(args: Namespace) -> None:
     from data.loader import Batch
     from ldm.config import VAETrainConfig
     from ldm.diffusion import sample_randomness
-    from ldm.generators import seed_generators
-    from ldm.loop import open_session, train
+    from ldm.training.checkpoints.rng_state import seed_generators
+    from ldm.training.loop import open_session, train
     from vae import AutoencoderKL
     from vae.losses import VAELoss
 
@@ -68,7 +68,7 @@ def validate(session: Session[VAETrainConfig], step: int, weights: dict[str, Ten
     """PSNR of averaged weights over the validation set, and a sheet of pictures above their reconstructions."""
     import torch
 
-    from ldm.grids import save_image, sheet, to_images
+    from ldm.inference.contact_sheet import save_image, sheet, to_images
     from vae.measure import psnr
 
     config, run = session.config, session.run
@@ -95,8 +95,8 @@ def validate(session: Session[VAETrainConfig], step: int, weights: dict[str, Ten
 
 def finish(session: Session[VAETrainConfig], weights: dict[str, Tensor]) -> None:
     """Measure the latents over the training set and write the averaged weights, once training is complete."""
-    from ldm.interop.vae import save_vae
-    from ldm.whole import whole_folder
+    from ldm.files.atomic import whole_folder
+    from ldm.interop.diffusers_layout.vae import save_vae
     from vae.measure import latent_statistics
 
     config, run = session.config, session.run

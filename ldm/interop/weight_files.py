@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ldm.interop.files import described_by, read_json
-from ldm.interop.tensors import Weights, open_weights
+from ldm.interop.network_files import described_by, read_json
+from ldm.interop.weight_reader import Weights, open_weights
 
 WEIGHTS_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"  # diffusers', transformers'
 OLD_TEXT_STEM = "pytorch_model"  # of transformers' pickles

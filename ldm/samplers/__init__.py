@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
-from ldm.samplers.adams import deis, lms, plms, pndm
-from ldm.samplers.grids import TIME_GRIDS, time_grid
 from ldm.samplers.inversion import invert
+from ldm.samplers.linear_multistep import deis, lms, plms, pndm
 from ldm.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc_2, unipc_3
 from ldm.samplers.single_step import (
     ddim,
@@ -31,6 +30,7 @@ from ldm.samplers.single_step import (
     lcm,
 )
 from ldm.samplers.steps import Denoise, Generators, LearnedDenoise, Node, Step, noise_like, unknown_name, with_share_of
+from ldm.samplers.time_grids import TIME_GRIDS, time_grid
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig

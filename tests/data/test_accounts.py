@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading import BAD, SIZES, first, images, same
+from helpers.loading import BAD, SIZES, first, images, same
+from helpers.serving import served, until
 from PIL import ImageFile
-from serving import served, until
 
 from data import DataError
 from data.config import DataConfig, HeldOutConfig, ShardSet

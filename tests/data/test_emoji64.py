@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import data.emoji64
-from data.emoji64.__main__ import (
+import data.build_emoji64
+from data.build_emoji64 import (
     PACKAGES,
     STYLES,
     TONES,
@@ -33,7 +33,7 @@ from data.samples import read_captions
 from data.shards import RawSample, Shard
 from data.sources import expand
 
-FOLDER = Path(data.emoji64.__file__).parent
+FOLDER = Path(data.build_emoji64.__file__).parent / "emoji64"
 COUNTS = {"train": 6793, "val": 379, "unseen": 400}
 TONE_IN_LABEL = re.compile(r"(?:medium-)?(?:light|medium|dark) skin tone(?:, )?")
 
@@ -246,7 +246,7 @@ def test_each_tag_is_said_once_and_the_styles_say_others():
 def test_unseen_keeps_a_sister_and_a_bearer(bases: str, tones: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
     """Even if more are asked for than can be spared."""
     people = [person(base, tone) for base in bases for tone in tones] + [person("Z", 1)]
-    monkeypatch.setattr("data.emoji64.__main__.UNSEEN", 100)
+    monkeypatch.setattr("data.build_emoji64.UNSEEN", 100)
     chosen = choose_unseen([*people, emoji("apple")])
     kept = [one for one in people if one.code not in chosen]
     assert {one.base for one in kept} == {*bases, "Z"}
@@ -320,7 +320,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_builds_give_the_same_bytes(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("data.emoji64.__main__.UNSEEN", 3)
+    monkeypatch.setattr("data.build_emoji64.UNSEEN", 3)
     assert build(packages, tmp_path / "a") == {"train": 40, "val": 2, "unseen": 6}
     build(packages, tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -353,7 +353,7 @@ def test_a_wrong_package_is_named_with_the_command_that_mends_it(packages: Path,
 def test_the_command(
     packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("data.emoji64.__main__.UNSEEN", 3)
+    monkeypatch.setattr("data.build_emoji64.UNSEEN", 3)
     monkeypatch.setattr("sys.argv", ["emoji64", "--packages", str(packages), "--out", str(tmp_path / "out")])
     assert main() == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "unseen", "val"]

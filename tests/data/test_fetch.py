@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from serving import Site, served
+from helpers.serving import Site, served
 
 from data import DataError
 from data.fetch import Absent, Cache, Patience, read_text

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading import BAD, SIZES, first, images, same
+from helpers.loading import BAD, SIZES, first, images, same
 
 from data import DataError
 from data.config import HeldOutConfig

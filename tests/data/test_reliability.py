@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.plans import check_plan
+from helpers.shard_damages import check_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import check_plan
-from shard_damages import check_shard
 
 import data.order
 from data.loader import CaptionedImages

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from loading import SIZES, first, images, same
+from helpers.loading import SIZES, first, images, same
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 

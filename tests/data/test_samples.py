@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hostile import peak
+from helpers.hostile import peak
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

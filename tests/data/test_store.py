@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from serving import served, until
+from helpers.serving import served, until
 
 from data import DataError
 from data.config import DataConfig

@@ -18,9 +18,9 @@ from ldm.diffusion import (
     ScaledLinearBetaPath,
 )
 from ldm.diffusion.paths import BetaTablePath
-from ldm.interop.folder import write_folder
-from ldm.interop.parts import Parts
-from ldm.latent_diffusion import LatentDiffusion
+from ldm.interop.diffusers_layout.folder import write_folder
+from ldm.model.components import Parts
+from ldm.model.latent_diffusion import LatentDiffusion
 from text import TextEncoderConfig, Tokenizer, TransformersTextEncoder
 from vae import AutoencoderKL, AutoencoderKLConfig
 

@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.stable_diffusion import stable_diffusion
 from safetensors.torch import load_file, save_file
-from stable_diffusion import stable_diffusion
 
 from ldm import TextToImage
-from ldm.card import model_card
-from ldm.commands import run_command
+from ldm.cli.commands import run_command
 from ldm.config import TrainConfig, dump, load_config
-from ldm.ema import Snapshot
 from ldm.export import arguments, main
-from ldm.interop.compvis import ema_name
-from ldm.interop.folder import write_folder
-from ldm.interop.layouts import DENOISER
-from ldm.interop.single_file_export import single_file_tensors
-from ldm.interop.snapshots import write_snapshot
+from ldm.interop.compvis.names import ema_name
+from ldm.interop.compvis.writing import single_file_tensors
+from ldm.interop.diffusers_layout.folder import write_folder
+from ldm.interop.identify import DENOISER
+from ldm.interop.model_card import model_card
+from ldm.training.optim.post_hoc_ema import Snapshot
+from ldm.training.optim.snapshot_files import write_snapshot
 
 
 def export_command(*words: str) -> int:

@@ -8,9 +8,9 @@ import types
 from pathlib import Path
 
 import pytest
-from painting import FakeTextToImage
+from helpers.painting import FakeTextToImage
 
-from ldm.commands import hyphenated, run_command
+from ldm.cli.commands import hyphenated, run_command
 
 SCRIPT = Path(__file__).parents[2] / "txt2img.py"
 
@@ -29,9 +29,9 @@ def txt2img():
 def model(monkeypatch, tmp_path):
     """The fake model's class, in the place of the real one; and a folder to work in, with a model path."""
     fake = type("TextToImage", (FakeTextToImage,), {"loads": [], "calls": []})
-    module = types.ModuleType("ldm.pipeline")
+    module = types.ModuleType("ldm.inference.pipeline")
     module.TextToImage = fake  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "ldm.pipeline", module)
+    monkeypatch.setitem(sys.modules, "ldm.inference.pipeline", module)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "broken").mkdir()

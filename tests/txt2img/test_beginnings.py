@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from painting import pngs
+from helpers.painting import pngs
 from PIL import Image
 
 from ldm.diffusion import Prediction
-from ldm.flags import PREDICTIONS
-from ldm.options import DrawOptions
-from ldm.png import read_recipes
+from ldm.inference.flags import PREDICTIONS
+from ldm.inference.metadata import read_recipes
+from ldm.inference.options import DrawOptions
 
 
 @pytest.fixture

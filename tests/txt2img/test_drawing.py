@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from painting import colour, pngs
+from helpers.painting import colour, pngs
 from PIL import Image
 
 from ldm import flags
-from ldm.grids import GAP
-from ldm.options import DrawOptions
-from ldm.png import Recipe, read_recipes, software
+from ldm.inference.contact_sheet import GAP
+from ldm.inference.metadata import Recipe, read_recipes, software
+from ldm.inference.options import DrawOptions
 from ldm.samplers import SAMPLERS, TIME_GRIDS
 
 SCRIPT = Path(__file__).parents[2] / "txt2img.py"

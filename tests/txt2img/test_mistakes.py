@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from painting import pngs
+from helpers.painting import pngs
 
 from ldm.diffusion import RectifiedFlowPath, ScaledLinearBetaPath
-from ldm.interop.files import write_json
-from ldm.interop.scheduler import scheduler_config_json
+from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
+from ldm.interop.network_files import write_json
 
 SCRIPT = Path(__file__).parents[2] / "txt2img.py"
 
@@ -175,7 +175,7 @@ def test_a_disk_error_is_one_line(command, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "x.png")
 
-    monkeypatch.setattr("ldm.png.NumberedFiles.write", full)
+    monkeypatch.setattr("ldm.inference.metadata.NumberedFiles.write", full)
     code, _, err = command("--prompt", "x")
     assert (code, err) == (2, "error: [Errno 28] No space left on device: 'x.png'\n")
 
@@ -187,6 +187,6 @@ def test_quick_answers_import_nothing_heavy(words, code):
     lines = result.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
     assert result.returncode == code
-    assert "ldm.prompts" in imported
+    assert "ldm.inference.prompt_file" in imported
     assert not imported & {"torch", "numpy", "PIL", "tqdm", "transformers", "deepspeed", "pydantic", "yaml"}
     assert sum(not line.startswith("import time:") for line in lines) == (1 if code else 0)

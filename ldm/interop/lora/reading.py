@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.interop.files import SHOWN_KEYS
-from ldm.interop.layouts import is_single_file, looks_like, shapes_of
+from ldm.interop.identify import is_single_file, looks_like, shapes_of
 from ldm.interop.lora.layers import Adaptable, LoraLayer, Part, adaptable_layers, factor_shapes, misfit
 from ldm.interop.lora.names import (
     CONTEXT_WIDTHS,
@@ -21,7 +20,8 @@ from ldm.interop.lora.names import (
     split_name,
 )
 from ldm.interop.lora.settings import Settings, alpha_by_settings, read_settings
-from ldm.interop.tensors import FLOATS
+from ldm.interop.network_files import SHOWN_KEYS
+from ldm.interop.weight_reader import FLOATS
 
 Tensors = dict[str, dict[Role, Tensor]]  # by the layer's name in the file
 

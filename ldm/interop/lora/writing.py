@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.interop.files import write_weights
 from ldm.interop.lora.layers import OLD_TEXT_PREFIX, LoraLayer
 from ldm.interop.lora.names import TEXT_PREFIX, kohya_name
 from ldm.interop.lora.settings import METADATA_KEY, settings_of
+from ldm.interop.network_files import write_weights
 
 
 def write_lora_kohya(layers: Sequence[LoraLayer], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:

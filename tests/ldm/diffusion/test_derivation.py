@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from analytic import MEAN, STD, double, ideal_denoiser, marginal, node_at
+from helpers.analytic import MEAN, STD, double, ideal_denoiser, marginal, node_at
 from torch import Tensor
 
 from ldm.diffusion.objective import ObjectiveConfig, Weighting, loss_weight

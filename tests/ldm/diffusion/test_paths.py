@@ -5,9 +5,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from analytic import double
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from helpers.analytic import double
 
 from ldm.diffusion.paths import (
     BetaTablePath,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile import Tensors
-from stable_diffusion import stable_diffusion
+from helpers.hostile import Tensors
+from helpers.stable_diffusion import stable_diffusion
 
-from ldm.interop.folder import write_folder
-from ldm.interop.single_file_export import single_file_tensors
+from ldm.interop.compvis.writing import single_file_tensors
+from ldm.interop.diffusers_layout.folder import write_folder
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile import KEY, UNET, Tensors, assert_refused, peak
+from helpers.hostile import KEY, UNET, Tensors, assert_refused, peak
+from helpers.stable_diffusion import stable_diffusion
 from safetensors.torch import save_file
-from stable_diffusion import stable_diffusion
 from torch import Tensor
 
 from ldm import TextToImage
-from ldm.interop.compvis import ema_name
+from ldm.interop.compvis.names import ema_name
 
 
 class Evil:

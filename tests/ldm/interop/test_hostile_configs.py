@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import LAUGHS, MEMORY, Tensors, assert_refused, copied, edit, peak, replaced
+from helpers.hostile import LAUGHS, MEMORY, Tensors, assert_refused, copied, edit, peak, replaced
+from helpers.stable_diffusion import stable_diffusion
 from safetensors.torch import save_file
-from stable_diffusion import stable_diffusion
 
 from ldm import TextToImage
-from ldm.interop.folder import write_folder
-from ldm.interop.single_file_export import header
+from ldm.interop.compvis.writing import header
+from ldm.interop.diffusers_layout.folder import write_folder
 
 YAMLS = {
     "not YAML": ("model: [", "is not YAML"),
@@ -191,7 +191,7 @@ def test_a_config_that_never_ends(part, instead, folder, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["foundry.yaml", "README.md", "assets/a.png"])
 def test_what_lies_elsewhere_is_not_published(name, folder, tmp_path, capsys):
     """An export carries notes, card and pictures along: a link among them must not bring a secret."""
-    from ldm.commands import run_command
+    from ldm.cli.commands import run_command
     from ldm.export import arguments, main
 
     copy = copied(folder, tmp_path)
@@ -216,8 +216,8 @@ def test_what_lies_elsewhere_is_not_published(name, folder, tmp_path, capsys):
     ],
 )
 def test_notes_that_are_no_configuration_are_carried_and_not_followed(notes, folder, tmp_path, capsys):
-    from ldm.card import model_card
-    from ldm.interop.folder import read_folder
+    from ldm.interop.diffusers_layout.folder import read_folder
+    from ldm.interop.model_card import model_card
 
     copy = copied(folder, tmp_path)
     (copy / "foundry.yaml").write_bytes(notes.encode("latin-1"))

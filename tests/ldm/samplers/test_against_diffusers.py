@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from analytic import generators
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from helpers.analytic import generators
 from torch import Tensor
 
 from ldm.diffusion.paths import PathConfig, ScaledLinearBetaPath

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from analytic import MEAN, STD, double, generators, ideal_denoiser
+from helpers.analytic import MEAN, STD, double, generators, ideal_denoiser
 from torch import Tensor
 
 from ldm.diffusion.paths import EDMPath, RectifiedFlowPath, ScaledLinearBetaPath

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from analytic import mixture, mixture_denoiser
+from helpers.analytic import mixture, mixture_denoiser
 from torch import Tensor
 
 from ldm.diffusion.paths import CosinePath, PathConfig, RectifiedFlowPath

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from analytic import MEAN, STD, double, generators, ideal_denoiser, ideal_scatter, marginal, uneven
+from helpers.analytic import MEAN, STD, double, generators, ideal_denoiser, ideal_scatter, marginal, uneven
 from torch import Tensor
 
 from ldm.diffusion.paths import EDMPath, PathConfig, RectifiedFlowPath, ScaledLinearBetaPath, prior_std

@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
-from analytic import double, node_at
+from helpers.analytic import double, node_at
 from torch import Tensor
 
 from ldm.diffusion.paths import EDMPath, LinearBetaPath, ScaledLinearBetaPath
 from ldm.diffusion.predictions import to_x0
 from ldm.samplers import SAMPLERS, Step, invert, time_grid
-from ldm.samplers.adams import adams
+from ldm.samplers.linear_multistep import adams
 from ldm.samplers.single_step import variance_range
 
 RAMP = (torch.arange(768).double().reshape(3, 8, 8, 4) / 768).permute(3, 0, 1, 2)

@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from analytic import double, generators, ideal_denoiser, node_at
+from helpers.analytic import double, generators, ideal_denoiser, node_at
 from torch import Tensor
 
 from ldm.diffusion.paths import LinearBetaPath, RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.samplers import SAMPLERS, LearnedDenoise, Step, noise_like, time_grid
-from ldm.samplers.adams import adams_weights, mean_weights
+from ldm.samplers.linear_multistep import adams_weights, mean_weights
 from ldm.samplers.single_step import ddim, ddpm_mean, variance_added, variance_range
 
 

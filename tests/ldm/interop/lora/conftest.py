@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from loras import (
+from helpers.loras import (
     DIT,
     UNET,
     Model,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from loras import (
+from helpers.loras import (
     FC1,
     PLACES,
     TO_K,
@@ -21,9 +21,9 @@ from loras import (
 )
 from torch import nn
 
-from ldm.interop.files import write_weights
 from ldm.interop.lora import LoraLayer, Part, merge_lora, write_lora_kohya
-from ldm.interop.tensors import open_weights
+from ldm.interop.network_files import write_weights
+from ldm.interop.weight_reader import open_weights
 
 
 @pytest.mark.parametrize(("part", "name"), PLACES, ids=[name for _, name in PLACES])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from loras import (
+from helpers.loras import (
     BLOCK,
     CONV,
     FC1,
@@ -36,9 +36,9 @@ from loras import (
 from torch import Tensor, nn
 
 from ldm.denoisers import UNetConfig
-from ldm.interop.compvis import unet_modules
+from ldm.interop.compvis.names import unet_modules
 from ldm.interop.lora import LoraLayer, Part, merge_lora, write_lora_kohya
-from ldm.interop.tensors import open_weights
+from ldm.interop.weight_reader import open_weights
 
 PROCESSOR = ("_lora.down.weight", "_lora.up.weight")
 FLAT_BLOCK = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"

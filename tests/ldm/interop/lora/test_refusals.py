@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from loras import (
+from helpers.loras import (
     CROSS_K,
     FC1,
     KOHYA,

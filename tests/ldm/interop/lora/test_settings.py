@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from loras import (
+from helpers.loras import (
     CONV,
     CROSS_K,
     PEFT,

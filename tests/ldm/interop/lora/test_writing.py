@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from loras import (
+from helpers.loras import (
     FC1,
     PLACES,
     TO_K,

@@ -1,0 +1,176 @@
+"""Drawing that begins with a picture: image to image, and inpainting, where a mask says what is drawn anew.
+
+B batch, C latent channels, H x W pixels, h x w latents. White (1) in a mask is repainted, black (0) is kept.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.samples import eight_bits, over_white, to_pixels
+from ldm.diffusion import PathConfig, noise_sample
+from ldm.model.latent_diffusion import LatentDiffusion
+from ldm.samplers import Denoise, LearnedDenoise
+from vae import DiagonalGaussian
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 2**26
+IMAGE_STRENGTH, MASK_STRENGTH = 0.75, 1.0  # what is usual without a mask, and with one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canvas:
+    """A picture to begin with, ready for the autoencoder."""
+
+    pixels: Tensor  # 1 x 3 x H x W in [-1, 1]
+    mask: Tensor | None  # 1 x 1 x H x W of 0 and 1; None: all may change
+    strength: float  # share of the way back to noise that it is taken, from above 0 to 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Where a sampler begins, and what it must keep."""
+
+    x: Tensor  # B x C x h x w, noisy as at the first time
+    beside: Tensor | None = None  # B x (1 + C) x h x w: what an inpainting network sees beside x_t
+    clean: Tensor | None = None  # B x C x h x w: the picture's latents, and the noise that they are seen in
+    noise: Tensor | None = None
+    mask: Tensor | None = None  # 1 x 1 x h x w, of what `keeping` keeps
+    is_noise: bool = False  # all of x, also where the picture is kept
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A PNG, JPEG or WebP file, turned as its camera says. Raises ValueError or OSError, naming it, for others."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no picture {path}: give a PNG, JPEG or WebP file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is told of below
+            opened = Image.open(path, formats=["PNG", "JPEG", "WEBP"])
+        with opened as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all")
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a whole PNG, JPEG or WebP picture ({error}): give another") from error
+
+
+def usual_strength(strength: float | None, *, masked: bool) -> float:
+    """The strength given, or what is usual without a mask, and with one. Raises ValueError for one out of range."""
+    if strength is None:
+        return MASK_STRENGTH if masked else IMAGE_STRENGTH
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}, expected above 0 and at most 1 (0: nothing may change, 1: all)")
+    return strength
+
+
+def fitting(image: Image.Image, factor: int) -> tuple[int, int]:
+    """Height and width of an image, rounded down to multiples of the factor."""
+    height, width = (max(side // factor, 1) * factor for side in (image.height, image.width))
+    return height, width
+
+
+def canvas(image: Image.Image, mask: Image.Image | None, strength: float | None, *, size: tuple[int, int]) -> Canvas:
+    """The picture and the mask at height x width = size. Raises ValueError for a strength out of range."""
+    strength = usual_strength(strength, masked=mask is not None)
+    pixels = to_pixels(resized(over_white(image), size))[None]
+    chosen = None
+    if mask is not None:
+        grey = resized(eight_bits(mask).convert("L"), size)
+        chosen = (torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8) >= 128).float().view(1, 1, *size)
+    return Canvas(pixels=pixels, mask=chosen, strength=strength)
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image at height x width = size, as it is where it has that already."""
+    from PIL import Image
+
+    height, width = size
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def steps_left(steps: int, strength: float) -> int:
+    """How many of a grid's steps are taken: int(steps x strength). Raises ValueError if not one is."""
+    left = int(steps * strength)
+    if left < 1:
+        raise ValueError(f"strength {strength} leaves none of {steps} steps: give more of either")
+    return left
+
+
+def remaining(times: Tensor, strength: float) -> Tensor:
+    """The grid's last steps. Raises ValueError if not one is left."""
+    steps = len(times) - 1
+    return times[steps - steps_left(steps, strength) :]
+
+
+@torch.no_grad()
+def begin(
+    model: LatentDiffusion,
+    drawn_on: Canvas,
+    generators: Sequence[torch.Generator],
+    times: Tensor,
+    *,
+    for_inpainting: bool,
+) -> Start:
+    """x = alpha z + sigma n at times[0], for each picture z's own sample of the autoencoder's posterior and noise n.
+
+    for_inpainting: whether the network was trained to see the mask and the masked picture, which it then gets; another
+    needs `keeping`. With a mask and strength 1 the start is noise alone. The random numbers come in diffusers' order.
+    """
+    dtype, device = next(model.vae.parameters()).dtype, model.device
+    size = tuple(side // model.vae.config.factor for side in drawn_on.pixels.shape[2:])
+
+    def latents(pixels: Tensor) -> Tensor:
+        found = model.vae.encode(pixels.to(device, dtype))
+        posterior = DiagonalGaussian(found.mean.float(), found.logvar.float())
+        return posterior.sample(model.noise(generators, size=size))  # B x C x h x w
+
+    from_noise = drawn_on.mask is not None and drawn_on.strength == 1
+    z = None if from_noise and for_inpainting else latents(drawn_on.pixels)
+    noise = model.noise(generators, size=size)
+    x = model.prior(noise, times) if from_noise or z is None else noise_sample(z, noise, model.path, times[0])
+    if drawn_on.mask is None:
+        return Start(x=x)
+    mask = F.interpolate(drawn_on.mask, size=size).to(device)  # 1 x 1 x h x w
+    if not for_inpainting:
+        return Start(x=x, clean=z, noise=noise, mask=mask, is_noise=from_noise)
+    masked = latents(drawn_on.pixels * (1 - drawn_on.mask))
+    return Start(x=x, beside=torch.cat([mask.expand(len(masked), -1, -1, -1), masked], dim=1))
+
+
+def keeping(denoise: Denoise, start: Start, path: PathConfig, times: Tensor) -> Denoise:
+    """denoise(x_t, t), made to keep what the mask does not show: x_t is seen as alpha z + sigma n there, x0_hat is z.
+
+    A sampler then carries the kept part along alpha z + sigma n by itself, as if x_t had been put right after each of
+    its steps. Where all of x is noise, the first time is left alone.
+    """
+    clean, noise, mask = start.clean, start.noise, start.mask
+    assert clean is not None and noise is not None and mask is not None
+    last: tuple[Tensor, Tensor, Tensor] | None = None  # x_t, t and what was seen: a sampler may ask again for its share
+
+    def seen(x_t: Tensor, t: Tensor) -> Tensor:
+        nonlocal last
+        if last is None or last[0] is not x_t or last[1] != t:
+            at_first = start.is_noise and t >= times[0]
+            last = x_t, t, x_t if at_first else mask * x_t + (1 - mask) * noise_sample(clean, noise, path, t)
+        return last[2]
+
+    def kept(x_t: Tensor, t: Tensor) -> Tensor:
+        return mask * denoise(seen(x_t, t), t) + (1 - mask) * clean
+
+    if not isinstance(denoise, LearnedDenoise):
+        return kept
+    return LearnedDenoise(kept, lambda x_t, t: denoise.share(seen(x_t, t), t))

@@ -1,0 +1,320 @@
+"""From a prompt to pictures: what a program that only wants to draw needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ldm.denoisers import attention_length, describe_attention
+from ldm.diffusion import Prediction
+from ldm.inference.contact_sheet import to_images
+from ldm.inference.img2img import Canvas, Start, begin, canvas, fitting, keeping, remaining
+from ldm.inference.options import FORMATS, PLAIN, DrawOptions
+from ldm.interop.compvis.writing import write_single_file
+from ldm.interop.diffusers_layout.folder import write_folder
+from ldm.interop.read_model import Lora, model_name, read_model
+from ldm.model.components import Parts
+from ldm.model.latent_diffusion import guided
+from ldm.samplers import SAMPLERS, Denoise, sampler_named, time_grid, with_share_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.model.latent_diffusion import LatentDiffusion
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to draw in
+STORED = PRECISIONS | {"fp16": torch.float16}
+MAX_BATCH = 16  # pictures drawn at once; more are drawn in turns, which changes none of them
+
+
+class TextToImage:
+    """A trained model, ready to draw.
+
+    pipe = TextToImage.load("weights/emoji64")
+    images = pipe("a noto emoji of red apple", steps=30, scale=5.0, seed=7, n=4)
+    """
+
+    def __init__(self, parts: Parts, *, name: str, weights_hash: str | None = None) -> None:
+        self.parts, self.name = parts, name
+        self._weights_hash = weights_hash
+        self.native_size = parts.sample_size * self.model.vae.config.factor  # pixels a side, as in training
+        # H and W must be multiples of this: whole latents, and whole patches of them.
+        self.factor = self.model.vae.config.factor * getattr(parts.config, "patch_size", 1)
+
+    @property
+    def model(self) -> LatentDiffusion:
+        return self.parts.model
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.parts.denoiser
+
+    @property
+    def weights_hash(self) -> str:
+        """First 10 hex digits of the SHA-256 of the denoiser's file, which is read whole at the first time."""
+        if self._weights_hash is None:
+            assert self.parts.origin is not None
+            self._weights_hash = self.parts.origin.hash()
+        return self._weights_hash
+
+    @property
+    def description(self) -> str:
+        """One line: what the model is, what it predicts, its precision and number of tensors, its file's hash."""
+        return f"{self.parts.describe()}, sha256 {self.weights_hash}"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def precision(self) -> str:
+        """The name under which `load` takes this dtype."""
+        return next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
+
+    @property
+    def attention(self) -> str:
+        """One line: which attention draws at the native size, and why."""
+        length = attention_length(self.parts.config, self.native_size // self.model.vae.config.factor)
+        return describe_attention(self.device, length, self.dtype, training=False)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        vae: str | Path | None = None,
+        lora: Sequence[tuple[str | Path, float]] = (),
+        ema: bool = True,
+        prediction: Prediction | None = None,
+    ) -> TextToImage:
+        """Read a model: a folder in diffusers' layout (an export of this project, Stable Diffusion's, the newest of a
+        run), or Stable Diffusion 1 or 2 in a single file. What it is is seen from its content.
+
+        device: "auto" (CUDA if there is one), or a torch device. dtype: "auto" (bf16 on CUDA, else fp32), "fp32" or
+        "bf16". vae: an autoencoder in place of the model's own. lora: files with their strengths, merged into the
+        weights in this order. ema: the averaged weights, where a single file holds both. prediction: what the denoiser
+        predicts, if the file says it wrongly or not at all. Nothing that is read is executed. Raises ValueError or
+        FileNotFoundError, naming the file, for anything that is missing, cut short or something else.
+        """
+        place = choose_device(device)
+        parts = read_model(
+            Path(path),
+            dtype=choose_dtype(dtype, place),
+            vae=None if vae is None else Path(vae),
+            lora=[Lora(Path(file), strength) for file, strength in lora],
+            ema=ema,
+            prediction=prediction,
+        )
+        for network in parts.networks:
+            network.eval().requires_grad_(False).to(device=place)
+        return cls(parts, name=model_name(Path(path)))
+
+    def save(self, path: str | Path, *, format: str = "diffusers", dtype: str = "fp32") -> None:
+        """Write the model, LoRAs merged, for other programs: "diffusers", a folder with a model card, or "single-file",
+        CompVis's layout with a .yaml beside it (U-Nets alone). dtype: "fp32", "fp16" or "bf16".
+
+        An older export there is replaced when the new one is whole. Raises ValueError for what cannot be written so.
+        """
+        if format not in FORMATS:
+            raise ValueError(f"format is {format!r}, expected {' or '.join(FORMATS)}")
+        if dtype not in STORED:
+            raise ValueError(f"dtype is {dtype!r}, expected {', '.join(STORED)}")
+        if format == "diffusers":
+            from ldm.interop.model_card import (  # which knows training's configuration, and drawing does not need it
+                CARD,
+                model_card,
+            )
+
+            card = model_card(self.parts, name=Path(path).resolve().name)
+            write_folder(self.parts, Path(path), dtype=STORED[dtype], beside={CARD: card.encode()})
+        else:
+            write_single_file(self.parts, Path(path), dtype=STORED[dtype])
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        steps: int = 30,
+        scale: float = 5.0,
+        sampler: str = "dpmpp_2m",
+        seed: int = 0,
+        n: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        strength: float | None = None,
+        options: DrawOptions = PLAIN,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Image.Image]:
+        """Draw n pictures; picture i depends on seed + i, not on the others.
+
+        image: a picture to begin with; of `steps` the last int(steps x strength) are taken (default 0.75; with a mask
+        1). mask: what is white is drawn anew, what is black is kept; a model for inpainting needs one.
+
+        scale: 1 is no guidance, more follows the prompt more closely. height, width: pixels, multiples of `factor`
+        (default: the image's own, or what the model was trained at). options: eta, time grid, guidance's variants, and
+        whether brackets weigh words. progress(done, all) is called after each denoising step.
+        Raises ValueError, naming the value, for what cannot be drawn.
+        """
+        if n < 1:
+            raise ValueError(f"n is {n}, expected at least 1 picture")
+        pixels = self.draw(
+            [prompt] * n, negative_prompt=negative_prompt, steps=steps, scale=scale, sampler=sampler, seed=seed,
+            height=height, width=width, options=options, progress=progress,
+            drawn_on=self.canvas(image, mask, strength, height=height, width=width),
+        )  # fmt: skip
+        return to_images(pixels)
+
+    def canvas(
+        self,
+        image: Image.Image | None,
+        mask: Image.Image | None = None,
+        strength: float | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Canvas | None:
+        """What `draw` begins with. Raises ValueError for a mask or strength of nothing, and where a mask is missing."""
+        if image is None:
+            if mask is not None or strength is not None:
+                raise ValueError(f"{'a mask' if mask else 'a strength'} needs a picture: give an image to begin with")
+            return None
+        if mask is None and self.parts.for_inpainting:
+            raise ValueError(f"{self.name} is made for inpainting: give a mask too, white where it is to paint")
+        own_height, own_width = fitting(image, self.factor)
+        size = height or own_height, width or own_width
+        self._latent_size(*size)
+        return canvas(image, mask, strength, size=size)
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative_prompt: str,
+        steps: int,
+        scale: float,
+        sampler: str,
+        seed: int,
+        height: int | None = None,
+        width: int | None = None,
+        drawn_on: Canvas | None = None,
+        options: DrawOptions = PLAIN,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """One picture of each prompt, prompt i with seed + i, as pixels N x 3 x H x W in about [-1, 1]: not yet
+        clamped and rounded."""
+        size = self._latent_size(height or self.native_size, width or self.native_size)
+        if scale < 0:
+            raise ValueError(f"scale is {scale}, expected a number from 0 up (1 is no guidance)")
+        model = self.model
+        times = time_grid(model.path, steps, options.grid)
+        if drawn_on is not None:
+            times = remaining(times, drawn_on.strength)
+        found = SAMPLERS[sampler_named(sampler)]
+        found.check(learned=model.learned_variance)
+        function = found.with_eta(options.eta)
+        rounds = model.batches(prompts, options.weighting, largest=MAX_BATCH)
+        drawn: list[Tensor] = []
+        for number, own in enumerate(rounds):
+            first = seed + sum(map(len, rounds[:number]))
+            generators = [torch.Generator().manual_seed(first + i) for i in range(len(own))]
+            begun = self._begin(drawn_on, generators, times, size)
+            denoise = self._denoise(own, negative_prompt, scale, options, begun, times)
+            if progress is not None:
+                denoise = counted(denoise, progress, times, number=number, of=len(rounds))
+            with torch.no_grad():
+                latents = function(denoise, begun.x, model.path, times, generators)
+            drawn.append(model.decode(latents))
+        return torch.cat(drawn)
+
+    def _begin(
+        self, drawn_on: Canvas | None, generators: Sequence[torch.Generator], times: Tensor, size: tuple[int, int]
+    ) -> Start:
+        if drawn_on is None and self.parts.for_inpainting:
+            raise ValueError(f"{self.name} is made for inpainting: give it an image and a mask")
+        if drawn_on is None:
+            return Start(x=self.model.prior(self.model.noise(generators, size=size), times))
+        return begin(self.model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)
+
+    def _denoise(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str,
+        scale: float,
+        options: DrawOptions,
+        begun: Start,
+        times: Tensor,
+    ) -> Denoise:
+        """The function that a sampler takes: guided, and keeping what a mask covers."""
+        model = self.model
+        with_prompt, without = (
+            model.denoise_with(self.denoiser, model.condition(texts, options.weighting), begun.beside)
+            for texts in (prompts, [negative_prompt] * len(prompts))
+        )
+        denoise = guided(with_prompt, without, scale, options)
+        return denoise if begun.mask is None else keeping(denoise, begun, model.path, times)
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that is longer than the text encoder can read; "" if all of it is read."""
+        return self.model.tokenizer.cut_off(prompt)
+
+    def _latent_size(self, height: int, width: int) -> tuple[int, int]:
+        for name, value in (("height", height), ("width", width)):
+            if value < 1 or value % self.factor:
+                raise ValueError(f"{name} is {value}, expected a multiple of {self.factor}, as {self.native_size}")
+        return height // self.model.vae.config.factor, width // self.model.vae.config.factor
+
+
+def counted(denoise: Denoise, progress: Callable[[int, int], None], times: Tensor, *, number: int, of: int) -> Denoise:
+    """The same function, telling how many of the grid's steps have begun to end, in round `number` of so many.
+
+    Samplers know nothing of progress.
+    """
+    done, steps = 0, len(times) - 1
+
+    def counting(x_t: Tensor, t: Tensor) -> Tensor:
+        nonlocal done
+        x0 = denoise(x_t, t)
+        reached = min(int((times > t).sum()) + 1, steps)  # some samplers ask twice, or in the middle of a step
+        if reached > done:
+            done = reached
+            progress(number * steps + done, of * steps)
+        return x0
+
+    return with_share_of(denoise, counting)
+
+
+def choose_device(device: str) -> torch.device:
+    """The device named, or the best there is. Raises ValueError for one that this machine does not have."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected auto, cpu or cuda") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {device!r}, but {torch.cuda.device_count()} CUDA devices are here: use auto or cpu"
+        )
+    return place
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype named, or what the device draws best in. Raises ValueError for another name."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in PRECISIONS:
+        raise ValueError(f"dtype is {dtype!r}, expected auto, {' or '.join(PRECISIONS)}")
+    return PRECISIONS[dtype]

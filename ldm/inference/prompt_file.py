@@ -1,0 +1,160 @@
+"""What to draw: one request, and text files of them.
+
+A prompt file holds a prompt on each line; blank lines and lines starting with # are skipped. Options at the end of a
+line replace the command line's for that line, in kohya's short form or in A1111's long one:
+
+    a red apple
+    a red apple --n leaves, stalk --w 96 --h 64 --s 20 --d 7 --l 3.5
+    --prompt "a red apple" --negative_prompt "leaves, stalk" --width 96 --steps 20 --seed 7 --cfg_scale 3.5
+
+A value may stand in quotes, and must if it contains words that start with two hyphens.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ldm.inference.options import PLAIN, DrawOptions
+
+RANDOM_SEED = -1
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
+MAX_SIDE = 4096  # pixels
+MAX_CHARACTERS = 10_000  # of a prompt: far beyond any text encoder, and small enough for a picture's metadata
+MAX_FILE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how to draw it. Raises ValueError, naming the value, for anything out of range."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    steps: int = 30
+    scale: float = 5.0  # of classifier-free guidance
+    sampler: str = "dpmpp_2m"
+    seed: int = RANDOM_SEED
+    height: int | None = None  # pixels; None: what the model was trained at
+    width: int | None = None
+    options: DrawOptions = PLAIN
+    place: str = ""  # what an error starts with: "prompts.txt, line 3: "
+
+    def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt)
+        _check_text("negative prompt", self.negative_prompt)
+        check_range("steps", self.steps, 1, MAX_STEPS)
+        check_range("seed", self.seed, RANDOM_SEED, MAX_SEED)
+        if not (math.isfinite(self.scale) and self.scale >= 0):
+            raise ValueError(f"scale is {self.scale}, expected a number from 0 up (1 is no guidance)")
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None:
+                check_range(name, side, 1, MAX_SIDE)
+
+
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    """Raise ValueError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}, expected {low} to {high}")
+
+
+def _check_text(name: str, text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"the {name} has {len(text)} characters, expected at most {MAX_CHARACTERS}")
+    # Surrogates are what Python makes of bytes on the command line that are not UTF-8; neither can be stored in a PNG.
+    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"the {name} holds a zero byte or bytes that are not UTF-8: {text[:40]!r}")
+
+
+# Option -> (field of Request, kind of its value).
+OPTIONS: dict[str, tuple[str, type]] = {
+    "prompt": ("prompt", str),
+    "n": ("negative_prompt", str),
+    "negative_prompt": ("negative_prompt", str),
+    "w": ("width", int),
+    "width": ("width", int),
+    "h": ("height", int),
+    "height": ("height", int),
+    "s": ("steps", int),
+    "steps": ("steps", int),
+    "d": ("seed", int),
+    "seed": ("seed", int),
+    "l": ("scale", float),
+    "cfg_scale": ("scale", float),
+    "sampler_name": ("sampler", str),
+}
+OPTION = re.compile(r"(?<!\S)--([A-Za-z][\w-]*)(?!\S)")
+QUOTED = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'([^']*)')(?=\s+--[A-Za-z]|\s*$)""")
+
+
+def read_prompts(path: Path, defaults: Request) -> list[Request]:
+    """The requests of a prompt file. Raises ValueError or OSError, naming file and line."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no prompt file {path}")
+    if not path.is_file():  # a pipe or a device might never end
+        raise ValueError(f"{path} is not a plain file, expected a text file with one prompt on each line")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, expected a prompt file of at most {MAX_FILE_BYTES}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): save it as UTF-8") from error
+    requests = [
+        parse_line(line.strip(), defaults, place=f"{path}, line {number}: ")
+        for number, line in enumerate(lines, 1)
+        if line.strip() and not line.strip().startswith("#")
+    ]
+    if not requests:
+        raise ValueError(f"{path} holds no prompt: write one on each line")
+    return requests
+
+
+def parse_line(line: str, defaults: Request, *, place: str) -> Request:
+    """One line's request. Raises ValueError, starting with place."""
+    changes: dict[str, Any] = {}
+    for option, text in split_line(line):
+        name = option.lower().replace("-", "_")
+        if name not in OPTIONS:
+            known = ", ".join(f"--{known}" for known in OPTIONS)
+            raise ValueError(f"{place}unknown option --{option}, expected one of {known}")
+        field, kind = OPTIONS[name]
+        if field in changes:
+            raise ValueError(f"{place}{field} is given twice ({changes[field]!r} and {text!r})")
+        try:
+            changes[field] = kind(text)
+        except ValueError:
+            number = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{place}--{option} is {text!r}, expected {number}") from None
+    if "prompt" not in changes:
+        raise ValueError(f'{place}there are options but no prompt: write it first, or --prompt "" for an empty one')
+    try:
+        return replace(defaults, place=place, **changes)
+    except ValueError as error:
+        raise ValueError(f"{place}{error}") from None
+
+
+def split_line(line: str) -> list[tuple[str, str]]:
+    """(option, its text) in order; a prompt before the first option is named so."""
+    option = OPTION.search(line)
+    prompt = line[: option.start() if option else None].strip()
+    fields = [("prompt", prompt)] if prompt else []
+    while option:
+        quoted = QUOTED.match(line, option.end())
+        following = OPTION.search(line, quoted.end() if quoted else option.end())
+        if quoted:
+            double, single = quoted.groups()
+            text = single if double is None else re.sub(r"\\(.)", r"\1", double)
+        else:
+            text = line[option.end() : following.start() if following else None].strip()
+        fields.append((option[1], text))
+        option = following
+    return fields
+
+
+def one_line(text: str) -> str:
+    """Text to show on a terminal: control characters, line ends and reversing marks appear as escapes."""
+    joiner = "\u200d"  # not printable by itself, but part of many emoji
+    return "".join(c if c.isprintable() or c == joiner else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,168 @@
+"""Names of Stable Diffusion's parameters in CompVis's layout, the single file's, and ours, which are diffusers'.
+
+Generic in levels and in layers a level. Both directions follow from one rule a network: what our name becomes there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ldm.denoisers import UNetConfig
+from ldm.interop.identify import Shapes
+from ldm.interop.network_files import MAX_LAYERS, MAX_LEVELS
+from vae.autoencoder import AutoencoderKLConfig
+
+# Within one module: ours -> theirs.
+RES_BLOCK = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+UNET_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "mid_block.attentions.0": "middle_block.1",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+VAE_MIDDLE = {
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0.group_norm": "mid.attn_1.norm",
+    "mid_block.attentions.0.to_q": "mid.attn_1.q",
+    "mid_block.attentions.0.to_k": "mid.attn_1.k",
+    "mid_block.attentions.0.to_v": "mid.attn_1.v",
+    "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out",
+    "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut",
+}
+EMA = "model_ema."
+HEADS_OF_CONVOLUTIONAL, HEAD_WIDTH_OF_LINEAR = 8, 64  # Stable Diffusion 1 and 2: no shape tells of the heads
+ENCODER_BLOCK = re.compile(r"encoder\.(?:down|down_blocks)\.(\d+)\.(?:block|resnets)\.(\d+)\.conv2\.weight")
+LONGEST = 200  # blocks on the way down
+
+
+def unet_names(ours: Iterable[str], config: UNetConfig) -> dict[str, str]:
+    """Our parameters' names -> CompVis's, below model.diffusion_model."""
+    return {name: _unet_name(name, config) for name in ours}
+
+
+def unet_modules(unet: nn.Module, config: UNetConfig) -> dict[str, str]:
+    """The same for the modules that have parameters: LoRAs name those."""
+    names = unet_names(unet.state_dict(), config)
+    return {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in names.items()}
+
+
+def _unet_name(name: str, config: UNetConfig) -> str:
+    per_level = config.layers_per_block + 1
+    for end, theirs in UNET_ENDS.items():
+        if name.startswith(f"{end}."):
+            return theirs + name.removeprefix(end)
+    if match := re.fullmatch(r"mid_block\.resnets\.(\d)\.(\w+)\.(.+)", name):
+        return f"middle_block.{2 * int(match[1])}.{RES_BLOCK[match[2]]}.{match[3]}"
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    if match is None:
+        raise KeyError(name)
+    level, kind, index, rest = int(match[2]), match[3], int(match[4]), match[5]
+    if kind == "downsamplers":
+        return f"input_blocks.{per_level * (level + 1)}.0.{rest.replace('conv.', 'op.')}"
+    if kind == "upsamplers":  # behind the level's last layers: a ResBlock, and an attention if the level has any
+        attends = config.attention_levels[len(config.attention_levels) - 1 - level]
+        return f"output_blocks.{per_level * (level + 1) - 1}.{1 + attends}.{rest}"
+    block = f"input_blocks.{per_level * level + index + 1}" if match[1] == "down" else ""
+    block = block or f"output_blocks.{per_level * level + index}"
+    if kind == "attentions":
+        return f"{block}.1.{rest}"
+    layer, _, parameter = rest.partition(".")
+    return f"{block}.0.{RES_BLOCK[layer]}.{parameter}"
+
+
+def ema_name(theirs: str) -> str:
+    """The average's name for a parameter under model.diffusion_model.: CompVis takes all dots out."""
+    return EMA + f"diffusion_model.{theirs}".replace(".", "")
+
+
+def vae_names(ours: Iterable[str], config: AutoencoderKLConfig) -> dict[str, str]:
+    """Our parameters' names -> CompVis's, below first_stage_model."""
+    return {name: _vae_name(name, len(config.block_out_channels)) for name in ours}
+
+
+def _vae_name(name: str, levels: int) -> str:
+    name = re.sub(r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block.", name)
+    name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample.", name)
+    name = re.sub(r"up_blocks\.(\d+)\.resnets\.", lambda m: f"up.{levels - 1 - int(m[1])}.block.", name)
+    name = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"up.{levels - 1 - int(m[1])}.upsample.", name)
+    for ours, theirs in VAE_MIDDLE.items():
+        name = name.replace(f"{ours}.", f"{theirs}.")
+    return name
+
+
+def is_attention_of_vae(theirs: str) -> bool:
+    """Whether it is a matrix that CompVis keeps as a 1 x 1 convolution."""
+    return re.fullmatch(r"(en|de)coder\.mid\.attn_1\.(q|k|v|proj_out)\.weight", theirs) is not None
+
+
+def unet_from_shapes(shapes: Shapes) -> tuple[UNetConfig, int]:
+    """What the shapes under CompVis's names tell of a U-Net, and the width of its context.
+
+    They do not tell of heads and of normalisation's groups: those are Stable Diffusion's. Raises KeyError, naming a
+    parameter, or ValueError for another kind of network.
+    """
+    levels: list[list[tuple[int, bool]]] = [[]]  # a level's layers: width, and whether it attends
+    for i in range(1, LONGEST):
+        if f"input_blocks.{i}.0.op.weight" in shapes:
+            levels.append([])
+        elif weight := shapes.get(f"input_blocks.{i}.0.in_layers.2.weight"):
+            levels[-1].append((weight[0], f"input_blocks.{i}.1.norm.weight" in shapes))
+        else:
+            break
+    if len(levels) > MAX_LEVELS or len(levels[0]) > MAX_LAYERS:
+        raise ValueError(f"it has {len(levels)} levels of {len(levels[0])} layers, which no Stable Diffusion has")
+    if len({len(level) for level in levels}) != 1 or any(len(set(level)) != 1 for level in levels):
+        raise ValueError(f"its levels are {levels} (width, attention), which no Stable Diffusion has")
+    widths = tuple(level[0][0] for level in levels)
+    projection = shapes["middle_block.1.proj_in.weight"]
+    linear = len(projection) == 2
+    heads = tuple(max(1, width // HEAD_WIDTH_OF_LINEAR) for width in widths) if linear else HEADS_OF_CONVOLUTIONAL
+    config = UNetConfig(
+        block_out_channels=widths,
+        layers_per_block=len(levels[0]),
+        attention_levels=tuple(level[0][1] for level in levels),
+        heads=heads,
+        use_linear_projection=linear,
+    )
+    return config, shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
+
+
+def vae_from_shapes(shapes: Shapes) -> AutoencoderKLConfig:
+    """What the shapes tell of an autoencoder, under CompVis's names or diffusers'; its scale is Stable Diffusion's.
+
+    Raises KeyError, naming a parameter, or ValueError for another kind of network.
+    """
+    blocks = [(match, name) for name in shapes if (match := ENCODER_BLOCK.fullmatch(name))]
+    widths = {int(match[1]): shapes[name][0] for match, name in blocks}
+    layers = 1 + max((int(match[2]) for match, _ in blocks), default=-1)
+    if sorted(widths) != list(range(len(widths))) or len(widths) > MAX_LEVELS or layers > MAX_LAYERS:
+        raise ValueError(f"its encoder has {len(widths)} levels of {layers} layers, which no autoencoder has")
+    return AutoencoderKLConfig(
+        block_out_channels=tuple(widths[level] for level in sorted(widths)),
+        layers_per_block=layers,
+        latent_channels=shapes["post_quant_conv.weight"][0],
+    )
+
+
+def as_convolution(matrix: Tensor) -> Tensor:
+    return matrix[:, :, None, None]
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A 1 x 1 convolution's weight as a matrix; some files hold the matrix itself."""
+    return weight.flatten(1) if weight.shape[2:] == torch.Size((1, 1)) else weight

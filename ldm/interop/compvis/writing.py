@@ -1,0 +1,234 @@
+"""Stable Diffusion in one file, CompVis's layout: writing it.
+
+Its configuration goes into NAME.yaml beside NAME.safetensors, for the programs that ask for one, and into the header.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.denoisers import UNetConfig
+from ldm.diffusion import ScaledLinearBetaPath
+from ldm.files.atomic import whole_file
+from ldm.interop.compvis.names import as_convolution, is_attention_of_vae, unet_names, vae_names
+from ldm.interop.compvis.sidecar import HIDDEN_KEY, OWN_KEY, dump_yaml
+from ldm.interop.compvis.text_encoder import OPEN_CLIP, TRANSFORMERS
+from ldm.interop.diffusers_layout.denoiser import unet_config_json
+from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
+from ldm.interop.diffusers_layout.vae import folded, scale_of, vae_config_json
+from ldm.interop.identify import CONDITIONER, DENOISER, FIRST_STAGE
+from ldm.interop.network_files import write_weights
+from ldm.interop.weight_reader import open_weights
+from ldm.model.components import Parts, denoiser_channels, kind_of
+from text import (
+    OpenClipTextEncoder,
+    TransformersTextEncoder,
+    prefixed_weights,
+    text_encoder_config_json,
+    transformers_to_open_clip,
+)
+from text.tokenizer import clip_vocabulary
+
+SUFFIX = ".safetensors"
+ARCHITECTURES = {"Stable Diffusion 1": "stable-diffusion-v1", "Stable Diffusion 2": "stable-diffusion-v2"}
+
+
+def write_single_file(parts: Parts, path: Path, *, dtype: torch.dtype) -> None:
+    """NAME.safetensors in CompVis's layout, and NAME.yaml. An older single file of that name is replaced.
+
+    Raises ValueError for what that layout, or those who read it, have no place for.
+    """
+    check_target_file(path)
+    check_writable(parts)
+    tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in single_file_tensors(parts).items()}
+    text = dump_yaml(ldm_config(parts))
+    write_weights(tensors, path, header(parts, tensors, title=path.stem))
+    with whole_file(path.with_suffix(".yaml")) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def check_target_file(path: Path) -> None:
+    """Raise ValueError for a name that no such file has, and if something is there that no export has written."""
+    if path.suffix != SUFFIX:
+        raise ValueError(f"{path} does not end in {SUFFIX}, expected the name of a file that does")
+    beside = path.with_suffix(".yaml")
+    older = path.is_file() and OWN_KEY in open_weights(path).metadata
+    if (path.exists() or beside.exists()) and not older:
+        there = path if path.exists() else beside
+        raise ValueError(
+            f"{there} exists and is no export of this program: give a new name, or that of an older export"
+        )
+
+
+def check_writable(parts: Parts) -> None:
+    """Raise ValueError for what the layout, or those who read it, have no place for."""
+    model = parts.model
+    if not isinstance(parts.config, UNetConfig):
+        raise ValueError("a DiT has no single-file layout that other programs read: export it as a diffusers folder")
+    if not isinstance(model.path, ScaledLinearBetaPath) or model.prediction not in ("eps", "v"):
+        raise ValueError(
+            f"{model.prediction} on path {model.path.kind} has no words in a single file, which knows eps and v on "
+            "scaled_linear_beta: export a diffusers folder"
+        )
+    for part, widths in (("U-Net", parts.config.block_out_channels), ("VAE", model.vae.config.block_out_channels)):
+        if any(width % widths[0] for width in widths):
+            raise ValueError(
+                f"the {part}'s widths {widths} are no multiples of the first, which the layout tells them by: export a "
+                "diffusers folder"
+            )
+    if model.tokenizer.to_json()["model"]["vocab"] != clip_vocabulary().ids:
+        raise ValueError("a single file has no place for a tokenizer that is not CLIP's: export a diffusers folder")
+
+
+def single_file_tensors(parts: Parts) -> dict[str, Tensor]:
+    """All weights under their names there; of the text encoder, gelu has OpenCLIP's names and quick_gelu CLIP's."""
+    assert isinstance(parts.config, UNetConfig)
+    unet, vae = parts.denoiser.state_dict(), folded(parts.model.vae)
+    autoencoder = vae.state_dict()
+    found = {DENOISER + theirs: unet[ours] for ours, theirs in unet_names(unet, parts.config).items()}
+    for ours, theirs in vae_names(autoencoder, vae.config).items():
+        tensor = autoencoder[ours]
+        found[FIRST_STAGE + theirs] = as_convolution(tensor) if is_attention_of_vae(theirs) else tensor
+    # Marks that other programs look for, of what no shape tells.
+    marks = {"v_pred": parts.model.prediction == "v", "ztsnr": getattr(parts.model.path, "zero_terminal_snr", False)}
+    found |= {name: torch.zeros(0) for name, is_so in marks.items() if is_so}
+    return found | {CONDITIONER + name: tensor for name, tensor in conditioner_tensors(parts).items()}
+
+
+def conditioner_tensors(parts: Parts) -> dict[str, Tensor]:
+    encoder = parts.model.text_encoder
+    assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
+    weights = prefixed_weights(encoder)
+    if encoder.config.activation == "gelu":
+        return {OPEN_CLIP + name: tensor for name, tensor in transformers_to_open_clip(weights).items()}
+    return {TRANSFORMERS + name: tensor for name, tensor in weights.items()}
+
+
+def header(parts: Parts, tensors: Mapping[str, Tensor], *, title: str) -> dict[str, str]:
+    """modelspec (https://github.com/Stability-AI/ModelSpec, 1.0.1) for other programs, and our own configuration."""
+    assert isinstance(parts.config, UNetConfig)
+    model, width = parts.model, parts.model.text_encoder.config.width
+    side = parts.sample_size * model.vae.config.factor
+    unet = unet_config_json(parts.config, sample_size=parts.sample_size, context=width,
+                            channels=model.vae.config.latent_channels)  # fmt: skip
+    own = {
+        "unet": unet | {"in_channels": denoiser_channels(parts.denoiser)},
+        "vae": vae_config_json(folded(model.vae).config),
+        "text_encoder": text_encoder_config_json(model.text_encoder.config, whole=True)
+        | {HIDDEN_KEY: model.text_encoder.config.hidden},
+        "scheduler": scheduler_config_json(model.path, model.prediction),
+    }  # fmt: skip
+    kind = kind_of(parts.config, width)
+    inpainting = "/inpainting" * parts.for_inpainting
+    return {
+        OWN_KEY: json.dumps(own),
+        "foundry.notes": parts.notes,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": ARCHITECTURES.get(kind, "stable-diffusion-v1") + inpainting,
+        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
+        "modelspec.title": title,
+        "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": {"eps": "epsilon", "v": "v"}[model.prediction],
+        "modelspec.description": f"{kind}, written by Latent Foundry",
+        "modelspec.hash_sha256": "0x" + hash_of_tensors(tensors),
+    }
+
+
+def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the file without its header: of the tensors' bytes, which safetensors writes in the names' order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def ldm_config(parts: Parts) -> dict[str, Any]:
+    """CompVis's configuration. Its `target` words are what the programs that read it look for; here nobody follows."""
+    model = parts.model
+    assert isinstance(model.path, ScaledLinearBetaPath)
+    params = {
+        "linear_start": model.path.beta_start,
+        "linear_end": model.path.beta_end,
+        "timesteps": model.path.num_train_timesteps,
+        "parameterization": model.prediction,
+        "scale_factor": scale_of(folded(model.vae).config),
+        "conditioning_key": "hybrid" if parts.for_inpainting else "crossattn",
+        "cond_stage_key": "txt",
+        "first_stage_key": "jpg",
+        "image_size": parts.sample_size,
+        "channels": model.vae.config.latent_channels,
+        "use_ema": False,
+        "unet_config": unet_section(parts),
+        "first_stage_config": first_stage_section(parts),
+        "cond_stage_config": cond_stage_section(parts),
+    }
+    kind = "LatentInpaintDiffusion" if parts.for_inpainting else "LatentDiffusion"
+    return {"model": {"target": f"ldm.models.diffusion.ddpm.{kind}", "params": params}}
+
+
+def unet_section(parts: Parts) -> dict[str, Any]:
+    config = parts.config
+    assert isinstance(config, UNetConfig)
+    first = config.block_out_channels[0]
+    heads = {"num_heads": config.heads} if isinstance(config.heads, int) else {"num_head_channels": head_width(config)}
+    params = {
+        "image_size": parts.sample_size,
+        "in_channels": denoiser_channels(parts.denoiser),
+        "out_channels": parts.model.vae.config.latent_channels,
+        "model_channels": first,
+        "attention_resolutions": [2**level for level, attends in enumerate(config.attention_levels) if attends],
+        "num_res_blocks": config.layers_per_block,
+        "channel_mult": [width // first for width in config.block_out_channels],
+        **heads,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": config.use_linear_projection,
+        "transformer_depth": 1,
+        "context_dim": parts.model.text_encoder.config.width,
+        "use_checkpoint": False,
+        "legacy": False,
+    }
+    return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params}
+
+
+def head_width(config: UNetConfig) -> int:
+    """The channels of one head. Raises ValueError where they differ by level: CompVis's networks have one number."""
+    widths = {width // heads for width, heads in zip(config.block_out_channels, config.heads_per_level, strict=True)}
+    if len(widths) > 1:
+        raise ValueError(f"heads {config.heads} are {sorted(widths)} wide, which a single file has no words for")
+    return widths.pop()
+
+
+def first_stage_section(parts: Parts) -> dict[str, Any]:
+    config = parts.model.vae.config
+    first = config.block_out_channels[0]
+    ddconfig = {
+        "double_z": True,
+        "z_channels": config.latent_channels,
+        "resolution": parts.sample_size * config.factor,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": first,
+        "ch_mult": [width // first for width in config.block_out_channels],
+        "num_res_blocks": config.layers_per_block,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    params = {"embed_dim": config.latent_channels, "ddconfig": ddconfig, "lossconfig": {"target": "torch.nn.Identity"}}
+    return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
+
+
+def cond_stage_section(parts: Parts) -> dict[str, Any]:
+    config = parts.model.text_encoder.config
+    if config.activation == "gelu":
+        layer = {"freeze": True, "layer": config.hidden}
+        return {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": layer}
+    return {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}

@@ -1,0 +1,121 @@
+"""Which noise path and prediction a model was trained with, as scheduler/scheduler_config.json says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, assert_never
+
+from ldm.diffusion import (
+    CosinePath,
+    EDMPath,
+    LinearBetaPath,
+    PathConfig,
+    Prediction,
+    RectifiedFlowPath,
+    ScaledLinearBetaPath,
+)
+from ldm.diffusion.paths import BetaTablePath, TablePath
+from ldm.interop.network_files import check_whole_numbers, described_by, read_json
+
+_NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_SCHEDULES: dict[str, type[BetaTablePath]] = {
+    "linear": LinearBetaPath,
+    "scaled_linear": ScaledLinearBetaPath,
+    "squaredcos_cap_v2": CosinePath,
+}
+_COMMON: dict[str, Any] = {
+    "_diffusers_version": "0.30.0",
+    "final_sigmas_type": "zero",
+    "num_train_timesteps": 1000,
+    "solver_order": 2,
+}
+_DPM_SOLVER: dict[str, Any] = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "steps_offset": 1,
+    "timestep_spacing": "trailing",
+}
+
+
+def scheduler_config_json(path: PathConfig, prediction: Prediction) -> dict[str, Any]:
+    """A scheduler of diffusers' that its Stable Diffusion and PixArt pipelines both accept.
+
+    Raises ValueError for a pair that diffusers has no words for.
+    """
+    known = {"rectified_flow": ("velocity",), "edm": ("edm",)}.get(path.kind, tuple(_NAMES.values()))
+    if prediction not in known:
+        raise ValueError(
+            f"prediction {prediction!r} on path {path.kind!r} is nothing that diffusers could open: "
+            f"use {' or '.join(known)}"
+        )
+    match path:
+        case RectifiedFlowPath():
+            flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": path.shift}
+            return _COMMON | _DPM_SOLVER | flow
+        case EDMPath():
+            numbers = {name: getattr(path, name) for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
+            # "epsilon" is their word for F.
+            return _COMMON | {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon"} | numbers
+        case LinearBetaPath() | ScaledLinearBetaPath() | CosinePath():
+            return _COMMON | _DPM_SOLVER | _table_json(path, prediction)
+        case _:
+            assert_never(path)
+
+
+def _table_json(path: TablePath, prediction: Prediction) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "beta_schedule": next(name for name, kind in _SCHEDULES.items() if isinstance(path, kind)),
+        "num_train_timesteps": path.num_train_timesteps,
+        "prediction_type": next(theirs for theirs, ours in _NAMES.items() if ours == prediction),
+        "rescale_betas_zero_snr": path.zero_terminal_snr,
+    }
+    return (
+        content
+        if isinstance(path, CosinePath)
+        else content | {"beta_start": path.beta_start, "beta_end": path.beta_end}
+    )
+
+
+def read_scheduler(file: Path) -> tuple[PathConfig, Prediction]:
+    """The path and prediction of any scheduler's config. Raises ValueError for one that we do not have."""
+    with described_by(file):
+        return scheduler_from(read_json(file), source=file)
+
+
+def scheduler_from(content: Mapping[str, Any], *, source: Path) -> tuple[PathConfig, Prediction]:
+    """The same from its content. Raises KeyError, naming a key that is missing, or ValueError."""
+    check_whole_numbers(content, {"num_train_timesteps": 10_000}, source=source)
+    if str(content.get("_class_name", "")).startswith("EDM"):
+        return _read_edm(content), "edm"
+    if content.get("trained_betas") is not None:
+        raise ValueError(f"{source} has trained_betas, a noise schedule of its own: this is not supported")
+    kind = content.get("prediction_type", "epsilon")
+    if kind == "flow_prediction":
+        return RectifiedFlowPath(shift=float(content.get("flow_shift", 1.0))), "velocity"
+    schedule = content.get("beta_schedule", "linear")
+    if kind not in _NAMES or schedule not in _SCHEDULES:
+        raise ValueError(
+            f"{source} asks for prediction_type {kind!r} on beta_schedule {schedule!r}, expected one of "
+            f"{sorted(_NAMES)} on one of {sorted(_SCHEDULES)}: this noise path is not supported"
+        )
+    numbers: dict[str, Any] = {
+        "num_train_timesteps": content["num_train_timesteps"],
+        "zero_terminal_snr": bool(content.get("rescale_betas_zero_snr")),
+    }
+    if _SCHEDULES[schedule] is not CosinePath:
+        numbers |= {"beta_start": content["beta_start"], "beta_end": content["beta_end"]}
+    return _SCHEDULES[schedule](**numbers), _NAMES[kind]  # pyright: ignore[reportReturnType]
+
+
+def _read_edm(content: Mapping[str, Any]) -> EDMPath:
+    if content.get("prediction_type", "epsilon") != "epsilon":
+        raise ValueError(f"an EDM scheduler for {content['prediction_type']!r} is not supported, only for 'epsilon'")
+    defaults = EDMPath()
+    return EDMPath(
+        sigma_min=content.get("sigma_min", defaults.sigma_min),
+        sigma_max=content.get("sigma_max", defaults.sigma_max),
+        sigma_data=content.get("sigma_data", defaults.sigma_data),
+        rho=content.get("rho", defaults.rho),
+    )

@@ -1,0 +1,179 @@
+"""The model card, README.md of an export: what the model is, how it was trained and what it reached."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from ldm.config import TrainConfig, loads
+from ldm.denoisers import UNetConfig
+from ldm.interop.diffusers_layout.folder import NOTES, own_file
+from ldm.interop.network_files import RUN_MODEL
+from ldm.model.components import Parts, kind_of
+
+CARD, SHEET = "README.md", "assets/samples.png"
+MAX_PICTURES, MAX_PICTURE_BYTES, MAX_METRICS_BYTES = 16, 2**26, 2**30
+
+CARD_TEXT = Template("""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags:
+- text-to-image
+- diffusers
+- latent-foundry
+---
+
+# $name
+
+$what
+
+$sheet## Use
+
+In diffusers:
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("$name", torch_dtype=torch.float32)
+image = pipe("$prompt", num_inference_steps=30, guidance_scale=5.0$extra).images[0]
+```
+
+In Latent Foundry: `python txt2img.py --ckpt $name --prompt "$prompt"$words`, or
+
+```python
+from ldm import TextToImage
+
+images = TextToImage.load("$name")("$prompt", steps=30, scale=5.0, seed=7, n=4$beginning)
+```
+
+$training## Limits
+
+It draws $size x $size pixels; other sizes were not trained. It knows what its training pictures show, in the words that
+their captions use, and has their faults.
+""")
+
+
+def files_beside(parts: Parts, source: Path, *, name: str, length: float | None = None) -> dict[str, bytes]:
+    """The card and its pictures, by their path in the export.
+
+    source: the run, its model, or another export, whose own card is carried along if it has one. length: of the average
+    that was made for this export, of which the run's drawings and measures tell nothing.
+    """
+    if (source / CARD).is_file() and not (source / RUN_MODEL).exists():
+        files = [source / CARD, *sorted((source / "assets").glob("*.png"))[:MAX_PICTURES]]
+        return {str(file.relative_to(source)): own_file(source, file, most=MAX_PICTURE_BYTES) for file in files}
+    run = source.resolve().parent if source.name == RUN_MODEL else source
+    sheets = sorted((run / "samples").glob("step_*.png")) if length is None else []
+    records = read_records(run) if length is None else []
+    card = model_card(parts, name=name, records=records, has_sheet=bool(sheets), length=length)
+    pictures = {SHEET: own_file(run, sheets[-1], most=MAX_PICTURE_BYTES)} if sheets else {}
+    return {CARD: card.encode()} | pictures
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl that tell of a step; none if there is none."""
+    records = []
+    for line in own_file(run, run / "metrics.jsonl", most=MAX_METRICS_BYTES).decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):  # a run that was cut off may have left a part of one
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
+
+
+def model_card(
+    parts: Parts,
+    *,
+    name: str,
+    records: Iterable[dict[str, Any]] = (),
+    has_sheet: bool = False,
+    length: float | None = None,
+) -> str:
+    """The text. What is not known of the training is left out. length: of the average, if it is not the run's own."""
+    config = _config(parts.notes)
+    prompts = config.preview.prompts if config else ("a red apple",)
+    size = parts.sample_size * parts.model.vae.config.factor
+    return CARD_TEXT.substitute(
+        name=name,
+        what=_what(parts, size),
+        sheet=_sheet(config) if has_sheet else "",
+        prompt=prompts[0].replace('"', "'"),
+        extra=_extra(parts, size),
+        beginning=", image=image, mask=mask" * parts.for_inpainting,
+        words=" --init-img photo.png --mask mask.png" * parts.for_inpainting,
+        training=_training(config, list(records), length) if config else "",
+        size=size,
+    )
+
+
+def _config(notes: str) -> TrainConfig | None:
+    try:
+        return loads(TrainConfig, notes, source=NOTES)
+    except ValueError:  # of another program, or of an older version
+        return None
+
+
+def _what(parts: Parts, size: int) -> str:
+    count = sum(parameter.numel() for parameter in parts.denoiser.parameters())
+    model, text = parts.model, parts.model.text_encoder.config
+    kind = kind_of(parts.config, text.width)
+    return (
+        f"A text-to-image model: {kind} ({count / 1e6:.1f} M parameters), which predicts {model.prediction} on path "
+        f"{model.path.kind}, in the latents of a KL autoencoder (1/{model.vae.config.factor} of the picture's side, "
+        f"{model.vae.config.latent_channels} channels), told what to draw by a CLIP text encoder of {text.layers} "
+        f"layers, {text.width} wide. Its pictures have {size} x {size} pixels. Made with Latent Foundry."
+    )
+
+
+def _sheet(config: TrainConfig | None) -> str:
+    if config is None:
+        return f"![Drawings of the model]({SHEET})\n\n"
+    told = config.preview
+    rows = "".join(f"- {prompt}\n" for prompt in told.prompts)
+    return (
+        f"![Drawings of the model]({SHEET})\n\nDrawn at the end of training, a row a prompt, {told.pictures} seeds "
+        f"from {told.seed} on, none picked out ({told.sampler}, {told.steps} steps, scale {told.scale:g}):\n\n{rows}\n"
+    )
+
+
+def _extra(parts: Parts, size: int) -> str:
+    """What diffusers' pipelines must be told of a model that is smaller than theirs."""
+    sized = f", height={size}, width={size}"
+    if isinstance(parts.config, UNetConfig):
+        return sized + ", image=image, mask_image=mask" * parts.for_inpainting
+    length = parts.model.text_encoder.config.context_length
+    return f"{sized}, max_sequence_length={length}, use_resolution_binning=False, clean_caption=False"
+
+
+def _training(config: TrainConfig, records: list[dict[str, Any]], length: float | None) -> str:
+    steps, batch = max((record["step"] for record in records), default=config.run.steps), config.data.batch_size
+    rows = {
+        "pictures": ", ".join(f"`{shards}`" for patterns in config.data.patterns for shards in _listed(patterns))
+        + f", {config.data.image_size} pixels a side",
+        "steps": f"{steps} of {batch} pictures: {steps * batch:,} pictures seen",
+        "learning rate": f"{config.optim.lr:g}, {config.optim.schedule}, AdamW {config.optim.betas}",
+        "averaged weights": f"EMA {config.optim.ema_decay:g}" if length is None else f"of relative length {length:g}",
+        "captions left out": f"{config.model.caption_dropout:.0%}, for guidance",
+    }
+    if config.model.start:
+        rows["began with"] = f"`{config.model.start}`"
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    text = f"## Training\n\n| | |\n|---|---|\n{table}\n\nThe whole configuration is in `{NOTES}`.\n\n"
+    told = [record for record in records if "held_out_loss" in record]
+    if told:
+        last, shards = told[-1], ", ".join(_listed(config.validation.shards))
+        text += (
+            f"The error on held-out pictures ({shards}) was {last['held_out_loss']:.4f} at step "
+            f"{last['step']}, {told[0]['held_out_loss']:.4f} at step {told[0]['step']}: the mean of the objective over "
+            "times, unweighted, with the averaged weights.\n\n"
+        )
+    return text
+
+
+def _listed(shards: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (shards,) if isinstance(shards, str) else shards

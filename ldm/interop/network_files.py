@@ -1,0 +1,161 @@
+"""config.json, and weights into networks: read strictly, in place only when written whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.files.atomic import whole_file
+from ldm.interop.identify import looks_like, shapes_of
+from ldm.interop.weight_reader import Weights, is_finite
+
+SHOWN_KEYS = 5  # of a long list of wrong ones
+CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal")
+MAX_LEVELS, MAX_LAYERS = 16, 32  # of a U-Net or an autoencoder: made of these before its weights are compared
+MAX_JSON_BYTES = 2**24  # an index of a million tensors would be larger
+RUN_MODEL = "model"  # folder of a run of ldm/train.py that holds its newest export
+
+
+def model_folder(path: Path) -> Path:
+    """Where the model lies: a run of ldm/train.py keeps its newest in its folder model/."""
+    return path / RUN_MODEL if (path / RUN_MODEL / "model_index.json").exists() else path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError, naming the file, if it is missing or is no JSON object."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device might never end
+            raise ValueError(f"{path} is not a plain file, expected JSON")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES} of JSON")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: give the folder of a whole model") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give the folder of a whole model") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object: copy it again")
+    return content
+
+
+def refuse_other(content: dict[str, Any], known: dict[str, Any], *, source: Path) -> None:
+    """Raise ValueError if a config sets one of these keys otherwise: its weights would load and compute wrongly.
+
+    A key that is absent, or null, has the known value in the layouts that are read here.
+    """
+    for key, value in known.items():
+        if content.get(key) not in (None, value):
+            raise ValueError(f"{source} has {key} {content[key]!r}, expected {value!r}: this network is not supported")
+
+
+def check_known(content: Mapping[str, Any], known: Iterable[str], *, source: Path) -> None:
+    """Raise ValueError if a config sets a key that is not known here: it may stand for another computation.
+
+    One that is null, false or empty is taken for a newer program's way of saying no.
+    """
+    unknown = [key for key, value in content.items() if value and not key.startswith("_") and key not in set(known)]
+    if unknown:
+        raise ValueError(
+            f"{source} has {unknown[0]} {str(content[unknown[0]])[:60]}, which is not known here: this network is not "
+            "supported"
+        )
+
+
+def check_no_code(content: Mapping[str, Any], *, source: Path) -> None:
+    """Raise ValueError for a config that wants classes of its own. None would be run; without them it is not whole."""
+    if wanted := [key for key in CODE_KEYS if content.get(key)]:
+        raise ValueError(f"{source} asks for code of its own ({wanted[0]}): refused; give a model that needs none")
+
+
+def check_whole_numbers(content: Mapping[str, Any], limits: Mapping[str, int], *, source: Path) -> None:
+    """Raise ValueError unless these values, or lists of values, are whole numbers from 1 to their limits.
+
+    A key may be absent, or null. Networks are built from these numbers before their weights are seen.
+    """
+    for key, limit in limits.items():
+        given = content.get(key)
+        values = given if isinstance(given, list) else [] if given is None else [given]
+        if len(values) > MAX_LEVELS or any(type(value) is not int or not 1 <= value <= limit for value in values):
+            raise ValueError(f"{source} has {key} {str(given)[:60]}, expected whole numbers from 1 to {limit}")
+
+
+@contextmanager
+def described_by(source: Path) -> Iterator[None]:
+    """Within it, what a config.json lacks or says in another form is a ValueError that names the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{source} lacks the key {str(error.args[0])[:80]!r}: copy it again") from error
+    except ValueError as error:
+        raise error if str(source) in str(error) else ValueError(f"{source}: {error}") from error
+    except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise ValueError(f"{source} holds a value of another kind than expected ({error}): copy it again") from error
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Contiguous float tensors; the metadata names the format, without which other readers refuse the file.
+
+    Raises FloatingPointError, naming it, for a tensor that is not finite: it would only be found when it is read.
+    """
+    from safetensors.torch import save_file
+
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    for name, tensor in own.items():
+        if not is_finite(tensor):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise FloatingPointError(f"{name} holds NaN, or more than {kind} can: nothing is written to {path}")
+    with whole_file(path) as partial:
+        save_file(own, partial, {"format": "pt"} | (metadata or {}))
+
+
+def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], *, source: Path) -> None:
+    """Make these tensors the network's own parameters (it may be one of meta tensors), and leave none of them unused.
+
+    Raises ValueError that counts what is missing, unexpected or of another shape, and shows the first few.
+    """
+    check_fit(network.state_dict(), weights, source=source)
+    network.load_state_dict(dict(weights), strict=True, assign=True)
+
+
+def fill(network: nn.Module, weights: Weights, *, dtype: torch.dtype) -> None:
+    """load_strictly, of tensors in files; in this precision. What does not fit is found before anything is read."""
+    check_fit(network.state_dict(), weights.tensors, source=weights.source)
+    network.load_state_dict(weights.read(dtype), strict=True, assign=True)
+
+
+def check_fit(
+    wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, source: Path, to: str = "its config"
+) -> None:
+    """Raise ValueError unless there are the same names with the same shapes."""
+    misshapen = [
+        f"{name} {tuple(found[name].shape)} for {tuple(wanted[name].shape)}"
+        for name in wanted.keys() & found.keys()
+        if wanted[name].shape != found[name].shape
+    ]
+    faults = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": misshapen,
+    }
+    told = [f"{len(keys)} {fault} ({', '.join(sorted(keys)[:SHOWN_KEYS])})" for fault, keys in faults.items() if keys]
+    if told:
+        foreign = looks_like(shapes_of(found))
+        hint = f"this looks like {foreign.name}, {foreign.remedy}" if foreign else "give the file that belongs to it"
+        raise ValueError(f"{source} does not fit {to}: {'; '.join(told)}: {hint}")

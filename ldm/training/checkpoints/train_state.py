@@ -1,0 +1,185 @@
+"""What a training run consists of, as a checkpoint, and a checkpoint as a training run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.cli.commands import one_line
+from ldm.training.checkpoints import STATE, Checkpoints, Fragments, Saver, Span, Status
+from ldm.training.checkpoints.rng_state import generator_states, restore_generators
+from ldm.training.checkpoints.saver import POLL_SECONDS
+from ldm.training.engine.distributed import World
+from ldm.training.engine.zero_partition import Partition
+from ldm.training.optim.ema import EMA
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used for this run, or could not be written."""
+
+
+class Saved(NamedTuple):
+    """A checkpoint that was written, or that could not be."""
+
+    path: Path
+    failed: bool
+    reason: str | None  # on a rank that failed
+
+
+class Resumption:
+    """Gathers this rank's share of a run for its checkpoints, and gives it back."""
+
+    def __init__(
+        self,
+        world: World,
+        partition: Partition,
+        averages: Mapping[str, EMA],
+        checkpoints: Checkpoints | None,
+        module: nn.Module,
+    ) -> None:
+        self.world, self.partition, self.averages, self.module = world, partition, averages, module
+        self._saver = Saver(checkpoints, rank=world.rank, ranks=world.ranks) if checkpoints is not None else None
+        self._writing = Path()
+        packages = ("latent-foundry", "torch", "deepspeed")
+        self._about = {"ranks": world.ranks, "versions": {name: version(name) for name in packages}}
+
+    def kept_whole(self) -> dict[str, Tensor]:
+        """The network's buffers, which no rank shares out."""
+        saved = self.module.state_dict().keys()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in saved}
+
+    def begin(self, step: int, record: dict[str, Any]) -> Saved | None:
+        """Copy everything, and start to write. Returns what went wrong, if the folder cannot be made, else None."""
+        assert self._saver is not None, "an engine without a folder for checkpoints cannot save any"
+        assert self._saver.status is Status.IDLE, "finish the save before"
+        self._writing = self._saver.checkpoints.path(step)
+        tensors, spans = self._tensors()
+        reason = None
+        if self.world.is_main:
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            try:
+                self._saver.prepare(step, size * self.world.ranks)
+            except OSError as error:
+                reason = _told(error)
+        if self.world.agree(reason is not None):
+            return Saved(self._writing, True, reason)
+        self._saver.begin(step, tensors, spans, record | self._about)
+        return None
+
+    def report(self) -> list[float]:
+        """Whether this rank has written its part, and whether it could not, for all ranks to add up."""
+        status = self._saver.status if self._saver is not None else Status.IDLE
+        return [float(status is Status.WRITTEN), float(status is Status.FAILED)]
+
+    def settle(self, reports: Sequence[float]) -> Saved | None:
+        """What all ranks' reports together say of the checkpoint that is being written: None, if nothing new."""
+        written, failed = reports
+        if self._saver is None or not (failed or written == self.world.ranks):
+            return None
+        self._saver.end(abandon=failed > 0)
+        error = self._saver.error
+        # What fails after the checkpoint has its name is no failure; the main rank knows, for its thread gives it.
+        lost = failed > 0 and not self.world.agree(self.world.is_main and self._writing.exists())
+        return Saved(self._writing, lost, None if error is None else _told(error))
+
+    def finish(self) -> Saved | None:
+        """Wait until the checkpoint that is being written, if one is, is there or has failed."""
+        if self._saver is None or not self.world.agree(self._saver.status is not Status.IDLE):
+            return None
+        while True:
+            saved = self.settle(self.world.sums(self.report()))
+            if saved is not None:
+                return saved
+            time.sleep(POLL_SECONDS)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Take over everything; returns the record. Raises CheckpointError."""
+        with _readable(folder), Fragments(folder) as fragments:
+            record = json.loads((folder / STATE).read_text())
+            self._check(fragments, folder)
+
+            def read(group: str, span: Span) -> Tensor:
+                return fragments.read(f"{group}/{span.name}", span.start, span.stop)
+
+            self.partition.load(read, record["step"])
+            for group, average in self.averages.items():
+                shadow = {piece.span.name: read(group, piece.span) for piece in self.partition.owned}
+                average.load_state_dict({"updates": record["step"], "shadow": shadow})
+            with torch.no_grad():
+                for name, buffer in self.kept_whole().items():
+                    buffer.copy_(fragments.whole(f"buffers/{name}"))
+            self._restore_generators(fragments, record)
+        return record
+
+    @cached_property
+    def _shares(self) -> tuple[dict[str, Tensor], dict[str, Span]]:
+        """All that this rank owns, as views, and their places: the optimiser and the averages work in place."""
+        tensors: dict[str, Tensor] = {}
+        spans: dict[str, Span] = {}
+        for piece in self.partition.owned:
+            parts = {"weights": piece.of(piece.home)} | self.partition.moments(piece)
+            parts |= {group: average.shadow[piece.span.name] for group, average in self.averages.items()}
+            for group, part in parts.items():
+                tensors[f"{group}/{piece.span.name}"] = part
+                spans[f"{group}/{piece.span.name}"] = piece.span
+        return tensors, spans
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Span]]:
+        """This rank's tensors by their names in its file and, of those that are fragments, their places."""
+        shares, spans = self._shares
+        tensors = shares | {f"generators/{self.world.rank}/{name}": state for name, state in generator_states().items()}
+        if self.world.is_main:
+            tensors |= {f"buffers/{name}": buffer for name, buffer in self.kept_whole().items()}
+        return tensors, spans
+
+    def _check(self, fragments: Fragments, folder: Path) -> None:
+        held = fragments.sizes("weights")
+        wanted = {name: shape.numel() for name, shape in self.partition.shapes.items()}
+        for name in sorted(held.keys() | wanted.keys()):
+            if held.get(name) != wanted.get(name):
+                raise CheckpointError(
+                    f"{folder} holds {held.get(name, 'no')} elements of {name}, this network has "
+                    f"{wanted.get(name, 'no')}: it is another network's, give another run.name"
+                )
+
+    def _restore_generators(self, fragments: Fragments, record: Mapping[str, Any]) -> None:
+        """This rank's own or, if there was none of its number, such as depend on its number and the step."""
+        own = f"generators/{self.world.rank}/"
+        states = {key.removeprefix(own): fragments.whole(key) for key in fragments.keys() if key.startswith(own)}
+        if states:
+            restore_generators(states)
+        else:
+            torch.manual_seed(record["position"] * 1_000_003 + self.world.rank)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a checkpoint tells of itself. Raises CheckpointError if it is another program's."""
+    with _readable(folder):
+        record = json.loads((folder / STATE).read_text())
+        if missing := {"config", "data", "step", "position", "ranks", "precision"} - record.keys():
+            raise ValueError(f"its {STATE} says nothing of {', '.join(sorted(missing))}")
+        return record
+
+
+def _told(error: Exception) -> str:
+    return one_line(error) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What is raised for files that are missing or of another form, as a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors' own error is a plain Exception
+        raise CheckpointError(f"{folder} cannot be read ({_told(error)[:200]}): take an earlier one") from error

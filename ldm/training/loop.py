@@ -1,0 +1,303 @@
+"""What all three trainings share: opening the data, the loop, and what is written while it runs."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch, CaptionedImages, Tokenize, held_out
+from data.quarantine import Quarantine
+from ldm.cli.commands import IN_TRAINING, is_broken_connection
+from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, dump, load_config
+from ldm.training.checkpoints.rng_state import generator_states, restore_generators
+from ldm.training.checkpoints.select import resume
+from ldm.training.checkpoints.train_state import CheckpointError, Saved
+from ldm.training.engine.distributed import World
+from ldm.training.engine.engine import Engine, NonFiniteError, Update, start_process
+from ldm.training.faults.signals import StopRequest
+from ldm.training.faults.watchdog import Watch, meeting_store
+from ldm.training.optim.post_hoc_ema import Snapshot
+from ldm.training.optim.snapshot_files import write_snapshot
+from ldm.training.run import DATA_WAIT, Run
+
+Config = TypeVar("Config", TrainConfig, VAETrainConfig, TextTrainConfig)
+SAVES_FAILED_AT_MOST = 3  # in a row, before a run is stopped
+
+
+class State(Protocol):
+    """What losses remember from step to step, as plain numbers, the same on every rank."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Session(Generic[Config]):
+    """A training command between its start and its first step: data are open, nothing is written yet."""
+
+    config: Config
+    world: World
+    run: Run
+    images: CaptionedImages
+    validation: CaptionedImages
+    stop: StopRequest
+    watch: Watch
+
+    def engine(self, network: torch.nn.Module) -> Engine:
+        config = self.config
+        return Engine(
+            network,
+            self.world,
+            config=config.engine,
+            optim=config.optim,
+            batch_size=config.data.batch_size,
+            total_steps=config.run.steps,
+            checkpoints=self.run.checkpoints,
+        )
+
+
+def open_session(
+    kind: type[Config], args: Namespace, *, tokenizer: Callable[[Config], Tokenize] | None = None
+) -> Session[Config]:
+    """Read the configuration, join the other processes, open the shards. tokenizer: made from the configuration."""
+    stop = StopRequest()
+    stop.listen()
+    config = load_config(kind, args.config, args.overrides)
+    world = start_process()
+    watch = Watch(world, meeting_store(world), hang_seconds=config.engine.hang_seconds, stop=stop)
+    run = Run(config.run, is_main=world.is_main, config_text=dump(config))
+    tokenize = tokenizer(config) if tokenizer is not None else None
+    images = CaptionedImages(
+        config.data,
+        seed=config.run.seed,
+        tokenize=tokenize,
+        rank=world.rank,
+        ranks=world.ranks,
+        quarantine=Quarantine(config.run.path / "bad_samples.jsonl", rank=world.rank),
+    )
+    validation = held_out(config.validation, image_size=config.data.image_size, tokenize=tokenize)
+    return Session(config, world, run, images, validation, stop, watch)
+
+
+class Training:
+    """The loop, and what it remembers from step to step."""
+
+    def __init__(
+        self,
+        session: Session[Any],
+        engine: Engine,
+        losses: Callable[[Batch], dict[str, Tensor]],
+        sample: Callable[[int, dict[str, Tensor]], None],
+        state: State | None,
+    ) -> None:
+        """As train is called."""
+        self.session, self.engine, self.losses, self.sample, self.state = session, engine, losses, sample, state
+        self.run, self.world, self.images = session.run, session.world, session.images
+        self.batch_size = session.config.data.batch_size
+        self._since: list[dict[str, Tensor]] = []  # what else losses has returned since the last line of progress
+        self._waited = 0.0  # seconds for data, since then
+        self._failed_saves = 0
+        self._saved_step = engine.step if engine.resumed else -1  # the last that is in a checkpoint, or about to be
+
+    def go(self) -> None:
+        """Take optimiser steps until the configuration, the clock or a signal ends it."""
+        engine, run = self.engine, self.run
+        last = engine.step == run.config.steps
+        # Sampled at the start, and where a run was cut off between a checkpoint and its sample.
+        if engine.step % run.config.sample_every == 0 or last:
+            if self.world.agree(run.is_main and not run.has_sample(engine.step)):
+                self._sample()
+        batches = self.images.stream(position=engine.position)
+        run.restart_clock()
+        while not last:
+            self.session.watch.moved(engine.step + 1)
+            started = time.monotonic()
+            with self.session.watch.elsewhere():  # how long it may take is the data's to know
+                batch = next(batches)
+            self._waited += time.monotonic() - started
+            lr, before = engine.lr, len(self._since)
+            update = engine.update(self._parts(batch), wishes=[self.session.stop.requested, run.out_of_time])
+            self._tell_save(update.saved)
+            if update.fault is None:
+                self._log(update.loss, lr)
+            else:
+                del self._since[before:]
+                self._tell_skip(update, batch)
+            last = engine.step == run.config.steps or any(update.wished)
+            if update.fault is None or last:
+                self._after_step(last, draw=not update.wished[0])
+        batches.close()
+        self._finish_save()
+
+    def _parts(self, batch: Batch) -> Iterator[Tensor]:
+        """The losses of a batch's parts, each computed when it is asked for."""
+        for part in batch.split(self.engine.config.accumulation):
+            found = self.losses(part)
+            self._since.append({name: value.detach() for name, value in found.items() if name != "loss"})
+            yield found["loss"]
+
+    def _log(self, loss: float, lr: float) -> None:
+        measures: dict[str, float] = {}
+        step = self.engine.step
+        if self.run.tells_at(step):  # ranks exchange what a line shows only where there is one
+            measures = self._measures()
+        seen = self.engine.position * self.batch_size
+        self.run.log_step(step=step, loss=loss, lr=lr, batch_size=self.batch_size, samples_seen=seen, measures=measures)
+
+    def _measures(self) -> dict[str, float]:
+        """The means of all parts since the last line over all ranks, the share of time that was spent waiting for
+        data and, if there are any, the number of bad samples met."""
+        names = self._since[0] if self._since else {}
+        together = {name: torch.cat([parts[name].flatten() for parts in self._since]) for name in names}
+        share = self._waited / max(self.run.seconds_since_told, 1e-9)
+        bad = self.world.total(len(self.images.bad_samples))
+        self._since, self._waited = [], 0.0
+        waited = self.world.sums([share])[0] / self.world.ranks
+        return self.world.means(together) | {DATA_WAIT: waited} | ({"bad_samples": bad} if bad else {})
+
+    def _tell_skip(self, update: Update, batch: Batch) -> None:
+        """Say which batch was skipped and why; each rank that is to blame, or may be, writes down its samples."""
+        step, position = self.engine.step + 1, self.engine.position - 1
+        blamed = f" on rank {', '.join(map(str, update.bad_ranks))}" if update.bad_ranks else ""
+        if not update.bad_ranks or self.world.rank in update.bad_ranks:
+            path = self.run.skipped(self.world.rank, step=step, position=position, fault=update.fault, keys=batch.keys)
+            blamed += f"; its samples are in {path}"
+        self.run.tell(f"step {step}: {update.fault}{blamed}: batch {position} is skipped, nothing has moved")
+
+    def _after_step(self, last: bool, *, draw: bool) -> None:
+        """Snapshots, checkpoint and, draw: sample, where they are due; their time counts in no rate."""
+        step, config = self.engine.step, self.run.config
+        if step % config.snapshot_every == 0 or last:  # before the checkpoint, which promises them
+            snapshots(self.engine, self.run)
+        if step % config.checkpoint_every == 0 or last:
+            self._save()
+        if draw and (step % config.sample_every == 0 or last):
+            self._sample()
+
+    def _save(self) -> None:
+        if self.engine.step == self._saved_step:  # stopped at a step that was skipped, or before the first one
+            return
+        record: dict[str, Any] = {"samples_seen": self.engine.position * self.batch_size}
+        record |= {"config": self.run.config_text, "data": self.images.fingerprint}
+        record |= {"state": self.state.state_dict()} if self.state is not None else {}
+        record |= {"rewound_to": self.run.rewound_to} if self.run.rewound_to is not None else {}
+        with self.session.watch.elsewhere():
+            self._tell_save(self.engine.finish_save())  # of the checkpoint before, if it still is being written
+            self._saved_step = self.engine.step
+            self._tell_save(self.engine.save(record))
+        self.run.restart_clock()
+
+    def _finish_save(self) -> None:
+        """Wait for the last checkpoint. Raises CheckpointError if it could not be written."""
+        with self.session.watch.elsewhere():
+            saved = self.engine.finish_save()
+        self._tell_save(saved)
+        if self._failed_saves:
+            raise CheckpointError("the last checkpoint could not be written: make room, and start again")
+
+    def _tell_save(self, saved: Saved | None) -> None:
+        """A checkpoint that fails stops nothing until several in a row have."""
+        if saved is None:
+            return
+        if not saved.failed:
+            self._failed_saves = 0
+            return
+        self._failed_saves += 1
+        self._saved_step = -1
+        before = self.run.checkpoints.all()
+        intact = f"{before[-1].name} is intact" if before else "there is none before it"
+        reason = f"rank {self.world.rank}: {saved.reason}" if saved.reason else "another rank says why"
+        self.run.tell(f"checkpoint {saved.path.name} could not be written ({reason}); {intact}")
+        if not self.world.is_main and saved.reason:
+            print(f"checkpoint {saved.path.name} could not be written ({reason})", flush=True)
+        if self._failed_saves >= SAVES_FAILED_AT_MOST:
+            raise CheckpointError(
+                f"{self._failed_saves} checkpoints in a row could not be written to {saved.path.parent}, the last one "
+                f"because: {saved.reason or 'see above'}"
+            )
+
+    def _sample(self) -> None:
+        """Show what the averaged weights can do by now, on the main rank. A signal gives it up."""
+        step = self.engine.step
+        with self.session.watch.elsewhere():
+            weights = self.engine.averaged_weights()
+            if self.world.is_main:
+                self.session.stop.interruptible(lambda: self._show(step, weights))
+        self.run.restart_clock()
+
+    def _show(self, step: int, weights: dict[str, Tensor]) -> None:
+        """What is shown leaves no trace in training: neither in the generators, nor where it cannot be written."""
+        states = generator_states()
+        try:
+            with self.run.told_if_not_written(f"what step {step} can do"):
+                self.sample(step, weights)
+        finally:
+            restore_generators(states)
+
+
+def train(
+    session: Session[Any],
+    engine: Engine,
+    losses: Callable[[Batch], dict[str, Tensor]],
+    sample: Callable[[int, dict[str, Tensor]], None],
+    *,
+    state: State | None = None,
+    finish: Callable[[dict[str, Tensor]], None] = lambda weights: None,
+) -> None:
+    """Take optimiser steps until run.steps or run.minutes is reached, or a signal comes, from the newest checkpoint on.
+
+    losses(batch) returns "loss", which is minimised, and other tensors, whose means are logged. On the main rank,
+    sample(step, weights) shows what the averaged weights can do, and records it, every run.sample_every steps from step
+    0 on, and finish(weights) is called when run.steps are taken. state: what losses remembers, which goes into every
+    checkpoint and comes back from there.
+    """
+    run, stop, world = session.run, session.stop, session.world
+    record = resume(run, engine, world, data=session.images.fingerprint)
+    if state is not None and record is not None:
+        state.load_state_dict(record["state"])
+    with stop.deferred(), in_training(engine, session.watch):
+        Training(session, engine, losses, sample, state).go()
+        if complete := engine.step == run.config.steps:
+            with session.watch.elsewhere():
+                weights = engine.averaged_weights()
+                complete = not world.is_main or stop.interruptible(lambda: finish(weights))
+        session.watch.done()  # before signals end this process at once, which the watch may send
+    if not complete:
+        by = f" by {stop.name}" if stop.requested else ""
+        run.tell(
+            f"stopped{by} after step {engine.step} of {run.config.steps}, which is saved: the same command goes on "
+            "from there"
+        )
+
+
+def snapshots(engine: Engine, run: Run) -> None:
+    """Keep each of optim.ema_lengths' averages as it is now, for ldm.reconstruct."""
+    for length in engine.optim.ema_lengths:
+        weights = engine.averaged_weights(length)
+        if run.is_main:
+            with run.told_if_not_written(f"the snapshot of step {engine.step}"):
+                write_snapshot(weights, run.config.path, Snapshot(engine.step, length))
+    run.restart_clock()
+
+
+@contextmanager
+def in_training(engine: Engine, watch: Watch) -> Iterator[None]:
+    """Errors within it say which rank met them, and at which step: another rank may have met none."""
+    try:
+        yield
+    except Exception as error:
+        if engine.world.ranks > 1 and is_broken_connection(error):
+            raise watch.lost(error) from error
+        if isinstance(
+            error, NonFiniteError | CheckpointError
+        ):  # all ranks meet it, and none is to be blamed for leaving
+            watch.done()
+        error.add_note(f"{IN_TRAINING}, rank {engine.world.rank}, step {engine.step + 1}")
+        raise

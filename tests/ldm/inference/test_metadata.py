@@ -1,0 +1,272 @@
+"""Metadata in PNG files, by A1111's own rules and by round trip; and files that are whole and replace none."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import resource
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ldm.inference.metadata import NumberedFiles, Recipe, parameters_text, png_bytes, read_recipes, software
+from ldm.inference.options import DrawOptions
+from ldm.samplers import SAMPLERS
+
+RECIPE = Recipe(
+    prompt="a red apple", negative_prompt="leaves, stalk", steps=30, scale=7.5, sampler="dpmpp_2m", seed=42, width=64,
+    height=48, model="emoji64", weights_hash="0123456789", device="cpu", precision="fp32", software="Latent Foundry 1",
+)  # fmt: skip
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60)
+RECIPES = st.builds(
+    Recipe, prompt=TEXT, negative_prompt=TEXT, steps=st.integers(1, 1000),
+    scale=st.floats(0, 1e30), sampler=st.sampled_from(list(SAMPLERS)), seed=st.integers(0, 2**63 - 1),
+    width=st.integers(1, 4096), height=st.integers(1, 4096), model=TEXT, weights_hash=st.just("00a1b2c3d4"),
+    device=st.just("auto"), precision=st.just("bf16"), software=st.just("Latent Foundry, version: 1"),
+)  # fmt: skip
+
+
+def a1111_reader(text: str) -> tuple[str, str, dict[str, str]]:
+    """(prompt, negative prompt, values) as A1111 finds them in a picture's text."""
+    pair = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    *lines, last = text.strip().split("\n")
+    if len(pair.findall(last)) < 3:
+        lines, last = [*lines, last], ""
+    prompt: list[str] = []
+    negative: list[str] | None = None
+    for line in (line.strip() for line in lines):
+        if line.startswith("Negative prompt:"):
+            negative, line = negative or [], line[len("Negative prompt:") :].strip()
+        (prompt if negative is None else negative).append(line)
+    values = {key: json.loads(v) if v[:1] == v[-1:] == '"' else v for key, v in pair.findall(last)}
+    return "\n".join(prompt), "\n".join(negative or []), values
+
+
+def test_parameters_text():
+    assert parameters_text(RECIPE) == (
+        "a red apple\nNegative prompt: leaves, stalk\nSteps: 30, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 42, "
+        "Size: 64x48, Model hash: 0123456789, Model: emoji64, Version: Latent Foundry 1"
+    )
+    changed = dataclasses.replace(
+        RECIPE, negative_prompt="", scale=5.0, model='a, "b": c\nd', sampler="euler", software="x:1"
+    )
+    assert parameters_text(changed) == (
+        "a red apple\nSteps: 30, Sampler: Euler, CFG scale: 5, Seed: 42, "
+        'Size: 64x48, Model hash: 0123456789, Model: "a, \\"b\\": c\\nd", Version: "x:1"'
+    )
+
+
+@given(RECIPES)
+@example(dataclasses.replace(RECIPE, model=" a"))
+@example(dataclasses.replace(RECIPE, model="a "))
+@example(dataclasses.replace(RECIPE, model='"a"'))
+@example(dataclasses.replace(RECIPE, model="a\nb"))
+@example(dataclasses.replace(RECIPE, model=""))
+@example(dataclasses.replace(RECIPE, model='a, "b": \\c\nd'))
+def test_a1111_reads_the_values_of_any_recipe(recipe):
+    values = a1111_reader(parameters_text(recipe))[2]
+    assert values["Model"] == recipe.model
+    assert values["Version"] == recipe.software
+    assert (int(values["Steps"]), int(values["Seed"])) == (recipe.steps, recipe.seed)
+    assert float(values["CFG scale"]) == recipe.scale
+    assert values["Size"] == f"{recipe.width}x{recipe.height}"
+    assert (values["Sampler"], values["Model hash"]) == (SAMPLERS[recipe.sampler].label, recipe.weights_hash)
+
+
+def clean(text: str) -> str:
+    """What A1111's reader keeps of a prompt: it strips the lines, and the whole."""
+    return "\n".join(line.strip() for line in text.strip().split("\n"))
+
+
+@given(RECIPES.filter(lambda r: "Negative prompt:" not in r.prompt + r.negative_prompt))
+def test_a1111_reads_any_prompt(recipe):
+    # An empty first or last line is lost to it, as in A1111's own pictures.
+    recipe = dataclasses.replace(recipe, prompt=clean(recipe.prompt), negative_prompt=clean(recipe.negative_prompt))
+    prompt, negative, _ = a1111_reader(parameters_text(recipe))
+    assert (prompt, negative) == (recipe.prompt, recipe.negative_prompt)
+
+
+@given(st.lists(RECIPES, min_size=1, max_size=3))
+def test_round_trip_through_a_file(tmp_path_factory, recipes):
+    path = tmp_path_factory.getbasetemp() / "round_trip.png"
+    path.write_bytes(png_bytes(Image.new("RGB", (2, 1), "red"), recipes))
+    assert read_recipes(path) == recipes
+    with Image.open(path) as image:
+        assert image.info["parameters"] == parameters_text(recipes[0])
+        assert image.getpixel((1, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "Negative prompt: x", "Steps: 1, Sampler: y, Seed: 2", '"', "\\", "a\r\nb", "🍎\n é\x85"]
+)
+def test_nasty_prompts_round_trip(tmp_path, prompt):
+    recipe = dataclasses.replace(RECIPE, prompt=prompt, negative_prompt=prompt)
+    (tmp_path / "x.png").write_bytes(png_bytes(Image.new("RGB", (1, 1)), [recipe]))
+    assert read_recipes(tmp_path / "x.png") == [recipe]
+
+
+def test_chunks():
+    """Strict readers know tEXt alone: ours always is, A1111's where Latin-1 can hold it. Same input, same bytes."""
+    image = Image.new("RGB", (1, 1))
+    plain = png_bytes(image, [RECIPE])
+    assert plain.count(b"tEXt") == 2
+    assert b"tEXtparameters\0a red apple\n" in plain
+    assert b'tEXtfoundry\0{"prompt": "a red apple"' in plain
+    assert plain == png_bytes(image, [RECIPE])
+    apple = png_bytes(image, [dataclasses.replace(RECIPE, prompt="🍎")])
+    assert b"iTXtparameters\0" in apple
+    assert b"tEXtfoundry\0" in apple
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "has no text 'foundry'"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("3", "is not a recipe"),
+        ("{}", "is not a recipe"),
+        (json.dumps(dataclasses.asdict(RECIPE) | {"seed": "42"}), "is not a recipe"),
+        (json.dumps(dataclasses.asdict(RECIPE) | {"extra": 1}), "is not a recipe"),
+    ],
+)
+def test_other_texts_are_refused(tmp_path, text, message):
+    info = PngInfo()
+    if text is not None:
+        info.add_text("foundry", text)
+    Image.new("RGB", (1, 1)).save(tmp_path / "x.png", pnginfo=info)
+    with pytest.raises(ValueError, match=f"x.png.*{message}"):
+        read_recipes(tmp_path / "x.png")
+
+
+def test_software(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", {"latent-foundry": "1.2"}.__getitem__)
+    assert software() == "Latent Foundry 1.2"
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: (_ for _ in ()).throw(_not_found(name)))
+    assert software() == "Latent Foundry"
+
+
+def _not_found(name: str) -> Exception:
+    import importlib.metadata
+
+    return importlib.metadata.PackageNotFoundError(name)
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_numbers_go_on_from_the_highest(tmp_path):
+    (tmp_path / "grid-0007.png").touch()
+    (tmp_path / "12345678.png").touch()
+    (tmp_path / "90000000.jpg").touch()
+    assert [NumberedFiles(tmp_path, digits=5).write(b"x").name for _ in range(2)] == ["12345679.png", "12345680.png"]
+    grids = NumberedFiles(tmp_path, prefix="grid-", digits=4)
+    assert [grids.write(b"x").name for _ in range(2)] == ["grid-0008.png", "grid-0009.png"]
+    fresh = NumberedFiles(tmp_path / "new" / "folder", digits=5)
+    assert fresh.write(b"x") == tmp_path / "new" / "folder" / "00000.png"
+
+
+def no_link(*_):
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.fixture(params=["hard links", "no hard links"])
+def links(request, monkeypatch):
+    if request.param == "no hard links":
+        monkeypatch.setattr(os, "link", no_link)
+
+
+def test_taken_names_are_kept_even_dangling_links(tmp_path, links):
+    files = NumberedFiles(tmp_path, digits=5)
+    (tmp_path / "00000.png").write_bytes(b"other")
+    (tmp_path / "00001.png").symlink_to(tmp_path / "elsewhere")
+    assert files.write(b"mine") == tmp_path / "00002.png"
+    assert (tmp_path / "00000.png").read_bytes() == b"other"
+    assert (tmp_path / "00002.png").read_bytes() == b"mine"
+    assert names(tmp_path) == ["00000.png", "00001.png", "00002.png"]
+
+
+def write_many(folder, content: bytes) -> None:
+    files = NumberedFiles(folder, digits=5)
+    for _ in range(60):
+        files.write(content)
+
+
+def test_two_processes_write_to_one_folder(tmp_path, links):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_many, args=(tmp_path, letter * 5000)) for letter in (b"a", b"b")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(30)
+        assert writer.exitcode == 0
+    contents = [(tmp_path / name).read_bytes() for name in names(tmp_path)]
+    assert names(tmp_path) == [f"{number:05d}.png" for number in range(120)]
+    assert contents.count(b"a" * 5000) == contents.count(b"b" * 5000) == 60
+
+
+def test_a_write_cut_short_leaves_nothing(tmp_path, monkeypatch):
+    files = NumberedFiles(tmp_path, digits=5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a full disk: the write stops in its midst
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            files.write(b"x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == []
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.write(b"x")
+    assert names(tmp_path) == []
+    monkeypatch.undo()
+    assert files.write(b"x").read_bytes() == b"x"
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    (tmp_path / "usual").touch()
+    path = NumberedFiles(tmp_path, digits=5).write(b"x")
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+OPTIONS = DrawOptions(eta=0.5, time_grid="1, 0.5, 0", guidance_interval=(0.1, 0.9), guidance_norm_limit=2.0)
+
+
+def test_options_are_told_and_kept(tmp_path):
+    recipe = dataclasses.replace(RECIPE, options=OPTIONS)
+    assert parameters_text(recipe).endswith(
+        'Model: emoji64, Eta: 0.5, Schedule type: "1, 0.5, 0", Guidance interval: 0.1 to 0.9, '
+        "Guidance norm limit: 2.0, Version: Latent Foundry 1"
+    )
+    path = tmp_path / "x.png"
+    path.write_bytes(png_bytes(Image.new("RGB", (64, 48)), [recipe]))
+    assert read_recipes(path) == [recipe]
+
+
+def write_foundry(path, content):
+    info = PngInfo()
+    info.add_text("foundry", json.dumps(content))
+    Image.new("RGB", (64, 48)).save(path, pnginfo=info)
+
+
+def test_pictures_of_before_there_were_options_are_read(tmp_path):
+    fields = {key: value for key, value in dataclasses.asdict(RECIPE).items() if key != "options"}
+    write_foundry(tmp_path / "x.png", fields)
+    assert read_recipes(tmp_path / "x.png") == [RECIPE]
+
+
+@pytest.mark.parametrize("options", [{"eta": 7}, {"eat": 0.5}, [1], {"guidance_interval": 3}, {"eta": "x"}])
+def test_options_that_are_none_are_refused(tmp_path, options):
+    write_foundry(tmp_path / "x.png", dataclasses.asdict(RECIPE) | {"options": options})
+    with pytest.raises(ValueError, match="has options that are none|is not a recipe"):
+        read_recipes(tmp_path / "x.png")

@@ -1,0 +1,259 @@
+"""Which checkpoint a run goes on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.config import TrainConfig, dump, load_config
+from ldm.training.checkpoints import Digest, fault, step_of
+from ldm.training.checkpoints.select import check_record, choose, rewound_to
+from ldm.training.checkpoints.train_state import CheckpointError
+from ldm.training.engine.distributed import World
+from ldm.training.run import Run, RunConfig
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class Two(World):
+    """This rank of two, in a world whose other rank finds nothing wrong, or something."""
+
+    other_finds = False
+
+    def from_main(self, numbers: Sequence[float]) -> list[float]:
+        return list(numbers) if self.is_main else [10.0, 20.0]
+
+    def agree(self, wish: bool) -> bool:
+        return wish or self.other_finds
+
+
+class TwoOfWhichOneSees(Two):
+    other_finds = True
+
+
+def make_run(tmp_path: Path, *steps: int, name: str = "trial", resume: str | Path = "auto", main: bool = True) -> Run:
+    """A run with checkpoints of these steps, as it is when its process has started again."""
+    config = RunConfig(name=name, folder=str(tmp_path), steps=100)
+    for step in steps:
+        add_checkpoint(Run(config, is_main=True, config_text=""), step, {})
+    again = RunConfig(name=name, folder=str(tmp_path), steps=100, resume=str(resume))
+    return Run(again, is_main=main, config_text="")
+
+
+def add_checkpoint(run: Run, step: int, record: dict[str, Any]) -> None:
+    partial = run.checkpoints.folder / f"step_{step:07d}.partial"
+    partial.mkdir(parents=True)
+    (partial / "rank_00000.safetensors").write_bytes(f"tensors of step {step}".encode())
+    (partial / "state.json").write_text(json.dumps(record))
+    run.checkpoints.commit(partial, {path.name: Digest.of(path) for path in partial.iterdir()})
+
+
+def damage(run: Run, *steps: int) -> None:
+    for step in steps:
+        path = run.checkpoints.path(step) / "rank_00000.safetensors"
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+def names(run: Run) -> set[str]:
+    return {path.name for path in run.checkpoints.folder.iterdir()} - {"latest"}
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_without_checkpoints_begins(tmp_path: Path, resume: str):
+    assert choose(make_run(tmp_path, resume=resume), ALONE) is None
+
+
+def test_a_run_goes_on_from_its_newest(tmp_path: Path):
+    run = make_run(tmp_path, 10, 30, 20)
+    assert choose(run, ALONE) == run.checkpoints.path(30)
+    assert names(run) == {"step_0000010", "step_0000020", "step_0000030"}
+
+
+def test_a_run_that_must_not_go_on_is_refused(tmp_path: Path):
+    make_run(tmp_path, 10)
+    with pytest.raises(ValueError, match="trial already holds step_0000010: set run.resume=auto to continue it"):
+        make_run(tmp_path, resume="never")
+
+
+def test_damaged_ones_are_passed_over_named_and_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = make_run(tmp_path, 10, 20, 30, 40)
+    damage(run, 10, 30, 40)
+    assert choose(run, ALONE) == run.checkpoints.path(20)
+    told = capsys.readouterr().out.splitlines()
+    for step in (40, 30):
+        path = run.checkpoints.path(step)
+        assert any(
+            line.startswith(f"checkpoint {path} is damaged (rank_00000.safetensors has sha256 ") for line in told
+        ), step
+        assert f"{path.name} is now {path.name}.damaged" in told
+    assert len(told) == 4  # of the older one, which nobody has looked at, nothing is said
+    assert names(run) == {"step_0000010", "step_0000020", "step_0000030.damaged", "step_0000040.damaged"}
+    assert choose(make_run(tmp_path), ALONE) == run.checkpoints.path(20)  # and a new 30 can be written
+    assert [step_of(path) for path in run.checkpoints.all()] == [10, 20]
+
+
+def test_where_none_is_good_the_run_does_not_begin_again(tmp_path: Path):
+    run = make_run(tmp_path, 10, 20)
+    damage(run, 10, 20)
+    before = names(run)
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints in .* is as it was written: give another"):
+        choose(run, ALONE)
+    assert names(run) == before
+
+
+def test_a_checkpoint_of_its_own_is_gone_back_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What came later is of a past that did not happen; nothing of it is lost."""
+    run = make_run(tmp_path, 10, 20, 30)
+    kept = {path.name: path.read_bytes() for path in run.checkpoints.path(30).iterdir()}
+    asked = make_run(tmp_path, resume=run.checkpoints.path(10))
+    assert choose(asked, ALONE) == run.checkpoints.path(10)
+    assert names(run) == {"step_0000010", "step_0000020.aside", "step_0000030.aside"}
+    assert {path.name: path.read_bytes() for path in (run.checkpoints.folder / "step_0000030.aside").iterdir()} == kept
+    assert "step_0000030 is now step_0000030.aside" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_its_own_is_known_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = make_run(tmp_path, 10, 20)
+    monkeypatch.chdir(run.checkpoints.folder)
+    assert choose(make_run(tmp_path, resume="step_0000010"), ALONE) == run.checkpoints.path(10)
+    assert names(run) == {"step_0000010", "step_0000020.aside"}
+
+
+def test_the_same_command_again_does_not_go_back_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A launcher that starts a run again after each failure repeats run.resume, too."""
+    run = make_run(tmp_path, 10)
+    add_checkpoint(run, 20, {"rewound_to": "step_0000010"})
+    asked = make_run(tmp_path, resume=run.checkpoints.path(10))
+    assert choose(asked, ALONE) == run.checkpoints.path(20)
+    assert names(run) == {"step_0000010", "step_0000020"}
+    assert "was sent back to step_0000010 before, and goes on from its newest" in capsys.readouterr().out
+    shutil.rmtree(run.checkpoints.path(10))  # which may have been removed since, as too old
+    assert choose(asked, ALONE) == run.checkpoints.path(20)
+    # What the next checkpoints tell: still the same, or where the run is sent back to now.
+    assert rewound_to(asked, run.checkpoints.path(20), {"rewound_to": "step_0000010"}) == "step_0000010"
+    assert rewound_to(asked, run.checkpoints.path(10), {}) == "step_0000010"
+    assert rewound_to(make_run(tmp_path), run.checkpoints.path(20), {}) is None
+
+
+@pytest.mark.parametrize("asked", ["step_0000020", "step_0000050", "latest", "step_0000030.aside"])
+def test_what_was_asked_for_by_name_must_be_good(tmp_path: Path, asked: str):
+    """Another one is not taken in its place, and nothing is set aside for it."""
+    run = make_run(tmp_path, 10, 20, 30, 40)
+    damage(run, 20)
+    run.checkpoints.set_aside(run.checkpoints.path(30), "aside")
+    before = names(run)
+    with pytest.raises(CheckpointError, match=rf"{asked}, which run.resume asks for, is damaged \(.+\): give another"):
+        choose(make_run(tmp_path, resume=run.checkpoints.folder / asked), ALONE)
+    assert names(run) == before
+
+
+@pytest.mark.parametrize("by", ["run", "checkpoint"])
+def test_a_new_run_begins_with_another_ones(tmp_path: Path, by: str):
+    other = make_run(tmp_path, 10, 20, 30, name="other")
+    damage(other, 30)
+    before = names(other)
+    asked = other.config.path if by == "run" else other.checkpoints.path(10)
+    expected = other.checkpoints.path(20 if by == "run" else 10)
+    assert choose(make_run(tmp_path, resume=asked), ALONE) == expected
+    assert names(other) == before  # it is not ours to tidy
+
+
+def test_another_ones_checkpoint_must_be_good_too(tmp_path: Path):
+    other = make_run(tmp_path, 10, 20, name="other")
+    damage(other, 20)
+    with pytest.raises(CheckpointError, match="step_0000020, which run.resume asks for, is damaged"):
+        choose(make_run(tmp_path, resume=other.checkpoints.path(20)), ALONE)
+    damage(other, 10)
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        choose(make_run(tmp_path, resume=other.config.path), ALONE)
+
+
+@pytest.mark.parametrize("by", ["run", "checkpoint"])
+def test_a_run_that_has_begun_goes_on_from_its_own(tmp_path: Path, by: str, capsys: pytest.CaptureFixture[str]):
+    """The same command is started again after every crash; it must not begin again each time."""
+    other = make_run(tmp_path, 10, 90, name="other")
+    asked = other.config.path if by == "run" else other.checkpoints.path(10)
+    run = make_run(tmp_path, 20, resume=asked)
+    assert choose(run, ALONE) == run.checkpoints.path(20)
+    assert f"trial has checkpoints of its own, so run.resume={asked} is not looked at" in capsys.readouterr().out
+
+
+def test_its_own_folder_is_its_newest(tmp_path: Path):
+    run = make_run(tmp_path, 10, 20)
+    assert choose(make_run(tmp_path, resume=run.config.path), ALONE) == run.checkpoints.path(20)
+
+
+def test_what_holds_no_checkpoints_is_refused(tmp_path: Path):
+    empty = make_run(tmp_path, 10, name="empty")
+    shutil.rmtree(empty.checkpoints.path(10))
+    for asked in (tmp_path / "nowhere", empty.config.path, tmp_path):
+        with pytest.raises(CheckpointError, match=f"run.resume is {asked}, which is no checkpoint, nor a run that has"):
+            choose(make_run(tmp_path, resume=asked), ALONE)
+
+
+def test_what_one_rank_finds_is_true_for_all(tmp_path: Path):
+    """Each rank reads a part of the files: what this one finds good may be damaged all the same."""
+    run = make_run(tmp_path, 10, 20)
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        choose(run, TwoOfWhichOneSees(0, 2, torch.device("cpu")))
+    assert choose(run, Two(0, 2, torch.device("cpu"))) == run.checkpoints.path(20)
+
+
+def test_each_rank_reads_a_part(tmp_path: Path):
+    """The second of two files is rank 1's to read, which here is said to have found nothing wrong."""
+    run = make_run(tmp_path, 10, 20)
+    (run.checkpoints.path(20) / "state.json").write_text("[]")
+    assert choose(run, Two(0, 2, torch.device("cpu"))) == run.checkpoints.path(20)
+    damage(run, 20)
+    assert choose(run, Two(0, 2, torch.device("cpu"))) == run.checkpoints.path(10)
+
+
+def test_only_the_main_rank_sets_aside_and_the_others_say_what_they_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = make_run(tmp_path, 10, 20, main=False)
+    (run.checkpoints.path(20) / "state.json").write_text("[]")  # the second file, which rank 1 reads
+    assert choose(run, Two(1, 2, torch.device("cpu"))) == run.checkpoints.path(10)
+    assert names(run) == {"step_0000010", "step_0000020"} and fault(run.checkpoints.path(20)) is not None
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 1 and told[0].startswith(f"rank 1: {run.checkpoints.path(20)}: state.json has sha256 ")
+
+
+FEW = {"shards": 2, "samples": 9, "sha256": "abc", "contents": None}
+
+
+def test_other_data_than_the_run_began_with_are_refused(tmp_path: Path):
+    run = make_run(tmp_path)
+    run.config_text = dump_of_a_run()
+    record = {"config": run.config_text, "data": FEW}
+    check_record(record, run, FEW)
+    for other in ({"samples": 10}, {"sha256": "abd"}):
+        with pytest.raises(ValueError, match="the data are not those that this run began with: then 9 samples in 2"):
+            check_record(record, run, FEW | other)
+
+
+def test_shards_may_move_if_manifests_say_that_they_are_the_same(tmp_path: Path):
+    """And if they only look the same, they may not: nor where they are."""
+    run = make_run(tmp_path)
+    record = {"config": dump_of_a_run(), "data": FEW | {"contents": "123"}}
+    run.config_text = dump_of_a_run("data.shards=[s3://bucket/*.tar]")
+    check_record(record, run, FEW | {"contents": "123"})
+    for unknown in (FEW, FEW | {"contents": "124"}):
+        with pytest.raises(ValueError, match="data.shards was .* when this run began and is .*bucket"):
+            check_record(record, run, unknown)
+    run.config_text = dump_of_a_run()
+    check_record(record, run, FEW)  # the manifests are gone: the numbers of samples are what is left
+    with pytest.raises(ValueError, match="by the sha256 of their manifests, other ones"):
+        check_record(record, run, FEW | {"contents": "124"})
+    del record["data"]["contents"]  # as versions before this wrote it
+    check_record(record, run, FEW | {"contents": "124"})
+
+
+def dump_of_a_run(*words: str) -> str:
+    return dump(load_config(TrainConfig, Path(__file__).parents[4] / "configs/demo.yaml", words))

@@ -1,0 +1,173 @@
+"""Ranks that died or hang are named, and nobody else is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ldm.training.faults.watchdog import DONE, ELSEWHERE, LONGEST_STEPS, STEP, Beat, Judge, process_lives
+
+HOST = "this-host"
+HANG = 10.0
+
+
+class Story:
+    """What ranks tell a judge, at times that the test gives."""
+
+    def __init__(self, *, ranks: int = 3) -> None:
+        self.judge = Judge(HANG, HOST)
+        self.ranks, self.now = ranks, 0.0
+        self.counts, self.progress = [0] * ranks, [0] * ranks
+        self.phases = [STEP] * ranks
+        self.pids = [os.getpid()] * ranks
+
+    def pass_time(
+        self, seconds: float, *, silent: tuple[int, ...] = (), still: tuple[int, ...] = (), each: float = 1.0
+    ) -> str | None:
+        """All ranks beat and move on, but those that are named. Returns the first verdict."""
+        for _ in range(round(seconds / each)):
+            self.now += each
+            for rank in set(range(self.ranks)) - set(silent):
+                self.counts[rank] += 1
+                self.progress[rank] += rank not in still
+                self.hear(rank)
+            verdict = self.judge.verdict(self.now)
+            if verdict is not None:
+                return verdict
+        return None
+
+    def hear(self, rank: int) -> None:
+        beat = Beat(self.counts[rank], self.progress[rank], 7, self.phases[rank], self.pids[rank], HOST)
+        self.judge.hear(rank, Beat.parse(str(beat).encode()), self.now)
+
+
+@pytest.fixture
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_beat_is_read_as_it_was_told():
+    beat = Beat(3, 14, 15, STEP, 92, "a host with spaces")
+    assert Beat.parse(str(beat).encode()) == beat
+
+
+def test_ranks_that_move_on_are_left_alone():
+    assert Story().pass_time(10 * HANG) is None
+
+
+def test_before_anybody_is_heard_of_nobody_is_to_blame():
+    assert Judge(HANG, HOST).verdict(1e9) is None
+
+
+@pytest.mark.parametrize("phase", [STEP, ELSEWHERE])
+def test_a_dead_rank_is_named_at_once(dead_pid: int, phase: str):
+    story = Story()
+    story.phases[1] = phase
+    assert story.pass_time(5) is None
+    story.pids[1] = dead_pid
+    assert story.pass_time(1) == "rank 1 died"
+    story.pids[2] = dead_pid
+    assert story.pass_time(1) == "ranks 1, 2 died"
+
+
+def test_a_rank_that_was_done_may_end(dead_pid: int):
+    story = Story()
+    story.pass_time(5)
+    story.pids[1], story.phases[1] = dead_pid, DONE
+    assert story.pass_time(1) is None
+    assert story.pass_time(10 * HANG, silent=(1,)) is None
+
+
+def test_processes_of_other_hosts_are_not_looked_for(dead_pid: int):
+    judge = Judge(HANG, HOST)
+    judge.hear(1, Beat(1, 1, 1, STEP, dead_pid, "another"), 0.0)
+    assert judge.verdict(1.0) is None
+
+
+@pytest.mark.parametrize("phase", [STEP, ELSEWHERE])
+def test_a_silent_rank_is_named(phase: str):
+    """Wherever it is: its thread beats while it is elsewhere too."""
+    story = Story()
+    story.phases[2] = phase
+    assert story.pass_time(5) is None
+    assert story.pass_time(HANG, silent=(2,)) is None
+    assert story.pass_time(1, silent=(2,)) == "rank 2 has not answered for 11 s"
+    assert story.judge.quiet(story.now, HANG) == [2]
+    story.phases[2] = DONE
+    story.hear(2)
+    assert story.judge.quiet(story.now, 0) == []
+
+
+def test_the_rank_that_the_others_wait_for_is_named():
+    story = Story()
+    assert story.pass_time(5) is None
+    assert story.pass_time(1, still=(1,)) is None  # the others reach the end of the step, and wait there
+    assert story.pass_time(HANG - 1, still=(0, 1, 2)) is None
+    verdict = story.pass_time(5, still=(0, 1, 2))
+    assert verdict is not None and verdict.startswith("rank 1 has not moved for ")
+
+
+def test_when_all_stand_at_the_same_place_all_are_named():
+    story = Story()
+    story.pass_time(5)
+    assert story.pass_time(2 * HANG, still=(0, 1, 2)) == "ranks 0, 1, 2 have not moved for 11 s (engine.hang_seconds)"
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_a_rank_may_be_elsewhere_for_ten_times_as_long(rank: int):
+    """The main rank draws, or a rank waits for a disk or for data: the others wait for it."""
+    story = Story()
+    story.pass_time(5)
+    story.phases[rank] = ELSEWHERE
+    assert story.pass_time(9 * HANG, still=(0, 1, 2)) is None
+    assert story.pass_time(2 * HANG, still=(0, 1, 2)) == f"rank {rank} has not moved for 101 s (engine.hang_seconds)"
+    story.phases[rank] = STEP
+    story.progress[rank] += 1
+    assert story.pass_time(HANG, still=(0, 1, 2)) is None
+    verdict = story.pass_time(HANG, still=(0, 1, 2))
+    assert verdict is not None and f"rank {rank} " not in verdict
+
+
+def test_nobody_is_blamed_before_the_first_step():
+    story = Story()
+    story.phases = [ELSEWHERE] * 3
+    assert story.pass_time(20 * HANG, still=(0, 1, 2)) is None
+
+
+def test_a_step_may_take_several_times_as_long_as_the_longest_before():
+    """Such as the first one after a compilation, or a slow disk's."""
+    story, long = Story(), 0.9 * HANG
+    story.pass_time(5)
+    story.pass_time(long, still=(0, 1, 2))
+    story.pass_time(1)
+    assert story.judge.longest_step == long + 1
+    assert story.pass_time(LONGEST_STEPS * (long + 1), still=(0, 1, 2)) is None
+    assert story.pass_time(2, still=(0, 1, 2)) is not None
+
+
+def test_time_elsewhere_makes_nobody_more_patient():
+    story = Story()
+    story.pass_time(5)
+    story.phases = [ELSEWHERE] * 3
+    story.pass_time(50 * HANG, still=(0, 1, 2))
+    story.phases = [STEP] * 3
+    story.pass_time(3)
+    assert story.judge.longest_step == 1
+    assert story.pass_time(HANG + 2, still=(0, 1, 2)) is not None
+
+
+def test_whether_a_process_lives(dead_pid: int):
+    assert process_lives(os.getpid()) and process_lives(1) and not process_lives(dead_pid)
+    zombie = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert zombie.stdout is not None
+    zombie.stdout.read()  # until it has ended
+    deadline = time.monotonic() + 30
+    while process_lives(zombie.pid):
+        assert time.monotonic() < deadline
+    zombie.wait()
