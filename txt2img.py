@@ -26,17 +26,19 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ldm.cli.commands import hyphenated, run_command
-from ldm.inference.flags import PRECISIONS, txt2img_parser
+from ldm.cli.parser import OneLineParser, hyphenated
+from ldm.cli.run import run_command
+from ldm.files.messages import printable
+from ldm.inference.flags import PRECISIONS, add_options
 from ldm.inference.options import DrawOptions, parse_lora_argument
-from ldm.inference.prompt_file import MAX_SEED, RANDOM_SEED, Request, check_range, one_line, read_prompts
+from ldm.inference.prompt_file import MAX_SEED, RANDOM_SEED, Request, check_range, read_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from tqdm import tqdm
 
-    from ldm import TextToImage
     from ldm.inference.metadata import NumberedFiles, Recipe
+    from ldm.inference.pipeline import TextToImage
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "emoji64"
 MAX_SAMPLES, MAX_REPEATS, MAX_COLUMNS = 256, 10_000, 256
@@ -44,7 +46,9 @@ MAX_SHEET_PIXELS = 2**25  # Pillow suspects a bomb in pictures of 2.7 times as m
 
 
 def build_parser() -> ArgumentParser:
-    return txt2img_parser(__doc__ or "", weights=DEFAULT_WEIGHTS)
+    parser = OneLineParser(__doc__ or "")
+    add_options(parser, weights=DEFAULT_WEIGHTS)
+    return parser
 
 
 def main(args: Namespace) -> None:
@@ -58,8 +62,8 @@ def main(args: Namespace) -> None:
         check_words(request)
         check_begins(request, begun)
     check_model_serves(args.ckpt, requests)
-    from ldm import TextToImage
     from ldm.inference.metadata import software
+    from ldm.inference.pipeline import TextToImage
 
     print(f"loading {args.ckpt}", flush=True)
     pipe = TextToImage.load(
@@ -79,7 +83,7 @@ def warn_of_lost_words(pipe: TextToImage, requests: list[Request]) -> None:
     for text in dict.fromkeys(text for request in whole for text in (request.prompt, request.negative_prompt)):
         if lost := pipe.cut_off(text):
             print(
-                f"warning: a prompt is too long for the model, which will not see its end: {one_line(lost)}",
+                f"warning: a prompt is too long for the model, which will not see its end: {printable(lost)}",
                 file=sys.stderr,
             )
 
@@ -200,9 +204,10 @@ def check_model_serves(ckpt: Path, requests: list[Request]) -> None:
 
     Only two small files of the model are read. One that is not there is left to TextToImage.load.
     """
+    from ldm.files.strict_json import read_json
     from ldm.interop.diffusers_layout.denoiser import learns_variance
     from ldm.interop.diffusers_layout.scheduler import read_scheduler
-    from ldm.interop.network_files import described_by, model_folder, read_json
+    from ldm.interop.network_files import described_by, model_folder
     from ldm.samplers import SAMPLERS, time_grid
 
     folder = model_folder(ckpt)
@@ -250,7 +255,7 @@ def draw_all(pipe: TextToImage, requests: list[Request], begun: Begun, args: Nam
     total = sum(request.steps for request in requests) * args.n_iter
     with tqdm(total=total, unit="step", disable=None, leave=False) as bar:  # None: no bar where nobody watches
         for request in requests:
-            bar.write(f'"{one_line(request.prompt)}"')
+            bar.write(f'"{printable(request.prompt)}"')
             for repeat in range(args.n_iter):
                 batch = replace(request, seed=request.seed + repeat * args.n_samples)
                 images, recipes = draw(pipe, batch, begun, args, bar)
@@ -295,9 +300,9 @@ def draw(
 
 @cache
 def file_hash(path: Path) -> str:
-    from ldm.interop.weight_reader import hash_of
+    from ldm.files.digest import short_hash
 
-    return hash_of([path]) if path.is_file() else ""
+    return short_hash([path]) if path.is_file() else ""
 
 
 def hashes_beside(args: Namespace) -> dict[str, str]:

@@ -122,7 +122,8 @@ def _child(rank: int, ranks: int, port: str, log: Path, words: list[str], before
         os.chdir(ROOT)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
         os.environ["MASTER_ADDR"] = "127.0.0.1"
-        from ldm.cli.commands import run_command, training_arguments
+        from ldm.cli.parser import training_arguments
+        from ldm.cli.run import run_command
         from ldm.train import main
 
         note_order()

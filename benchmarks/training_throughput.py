@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.config import TrainConfig, load_config
+from ldm.config import load_config
 from ldm.denoisers import build_denoiser
 from ldm.interop.diffusers_layout.vae import load_vae
+from ldm.training.configs import TrainConfig
 from text import load_text_encoder
 
 SIZE = 2048  # of the matrices

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from data import DataError
-from data.sources import PIPE, MissingPackageError, Source, file_system, told
+from data.sources import PIPE, MissingPackageError, Source, file_system, short
+from ldm.errors import DataError
+from ldm.files.atomic import PARTIAL, atomic_file
 
 CACHED = re.compile(r"[0-9a-f]{64}\.shard")
-PARTIAL = ".partial"
 ABANDONED_AFTER = 3600.0  # seconds for which nothing was written to a partial file
 ABSENT = (403, 404, 410)  # a bucket that may not be listed answers 403 for what it does not hold
 
@@ -74,16 +74,10 @@ class Cache:
         self.path(source).unlink(missing_ok=True)
 
     def _copy(self, source: Source, path: Path, size: int | None) -> None:
-        handle, name = tempfile.mkstemp(suffix=PARTIAL, dir=self.folder)
-        os.close(handle)
-        partial = Path(name)
-        try:
+        with atomic_file(path) as partial:
             copy(source, partial, self.patience.timeout)
             if size not in (None, partial.stat().st_size):
                 raise OSError(f"{partial.stat().st_size:,} bytes came, {size:,} are expected")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _make_room(self) -> None:
         found: list[tuple[float, int, Path]] = []
@@ -122,7 +116,7 @@ def with_tries(work: Callable[[], None], source: Source, patience: Patience) -> 
             raise
         except Exception as error:  # whatever the protocol's package raises, the place cannot be read
             if number + 1 == patience.tries:
-                why = source.without_secrets(told(error))
+                why = source.without_secrets(short(error))
                 raise DataError(
                     f"{source.shown} cannot be read, in {patience.tries} tries ({why}): is its place in reach?"
                 ) from error
@@ -159,7 +153,7 @@ def _download(source: Source, path: Path, timeout: float) -> None:
     if failed:
         status = getattr(failed[0], "status", None)
         if isinstance(failed[0], (FileNotFoundError, PermissionError)) or status in ABSENT:
-            raise Absent(source.without_secrets(told(failed[0]))) from failed[0]
+            raise Absent(source.without_secrets(short(failed[0]))) from failed[0]
         raise failed[0]
 
 

@@ -18,15 +18,16 @@ import torch
 from PIL import ImageFile
 from torch import Tensor
 
-from data import DataError
 from data.config import DataConfig, HeldOutConfig
 from data.keyed import keyed_hash
 from data.ledger import FEWEST_BAD, BadShare, Ledger
 from data.order import SampleOrder, SetSpan, Visit
-from data.quarantine import BadSample, BadSampleError, MissingSampleError, Quarantine, printable
+from data.quarantine import LONGEST, BadSample, BadSampleError, MissingSampleError, Quarantine
 from data.samples import decode_pixels, read_captions
 from data.sources import Source, expand
 from data.store import ShardStore
+from ldm.errors import DataError
+from ldm.files.messages import printable
 
 Tokenize = Callable[[list[str]], Tensor]
 # Shards of which a sample can stand in for a bad one: its own, and the next two that its lane reads. Were there more, a
@@ -225,7 +226,7 @@ class CaptionedImages:
             self.tokenize(captions) if self.tokenize is not None else None,
             positions,
             [sample.place for sample in samples],
-            [printable(f"{self.store.sources[sample.place[0]].name}:{sample.key}") for sample in samples],
+            [printable(f"{self.store.sources[sample.place[0]].name}:{sample.key}", LONGEST) for sample in samples],
         )
 
     def _load_or_next(self, visit: Visit) -> Sample:

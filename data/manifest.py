@@ -14,14 +14,15 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from data import DataError
 from data.fetch import PATIENCE, Absent, Cache, Patience, read_text
 from data.shards import Shard
-from data.sources import Source, expand, told
+from data.sources import Source, expand, short
+from ldm.errors import DataError
+from ldm.files.atomic import write_atomically
+from ldm.files.digest import sha256_of
 
 NAME = "manifest.json"
 SIZES = "sizes.json"
@@ -39,15 +40,7 @@ class Entry:
 
 def entry_of(path: Path) -> Entry:
     """What a shard that is whole holds. Raises DataError if it is not whole."""
-    return Entry(len(Shard(path)), path.stat().st_size, digest(path))
-
-
-def digest(path: Path) -> str:
-    found = sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
+    return Entry(len(Shard(path)), path.stat().st_size, sha256_of(path))
 
 
 def mismatch(path: Path, entry: Entry) -> str:
@@ -55,7 +48,7 @@ def mismatch(path: Path, entry: Entry) -> str:
     size = path.stat().st_size
     if entry.size is not None and size != entry.size:
         return f"it takes {size:,} bytes, the manifest says {entry.size:,}"
-    return "its sha256 is not that of the manifest" if entry.sha256 not in (None, digest(path)) else ""
+    return "its sha256 is not that of the manifest" if entry.sha256 not in (None, sha256_of(path)) else ""
 
 
 def manifest_text(entries: Mapping[str, Entry]) -> str:
@@ -103,7 +96,7 @@ def _read(source: Source, patience: Patience) -> dict[str, Entry] | None:
         return {name: _parsed(value) for name, value in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{source.shown} is no JSON object of shards ({told(error)}): write it again with python -m data.manifest"
+            f"{source.shown} is no JSON object of shards ({short(error)}): write it again with python -m data.manifest"
         ) from error
 
 
@@ -127,11 +120,9 @@ def write(sources: Iterable[Source], out: Path | None) -> list[str]:
                 place = out or _beside(source)
                 entries.setdefault(place, {})[source.location if out else source.name] = _entry_at(source)
             except (DataError, Absent) as error:
-                failed.append(told(error))
+                failed.append(short(error))
     for place, own in entries.items():
-        partial = place.with_name(place.name + ".partial")
-        partial.write_text(manifest_text(own))
-        partial.replace(place)
+        write_atomically(place, manifest_text(own).encode())
         print(f"{place}: {len(own)} shards, {sum(entry.count for entry in own.values())} samples")
     return failed
 
@@ -150,7 +141,7 @@ def _entry_at(source: Source) -> Entry:
 
 
 def _suffixes(folder: Path) -> list[str]:
-    return [suffix for suffix in SUFFIXES if any(folder.glob(suffix))] or [SUFFIXES[0]]  # the last is told as missing
+    return [suffix for suffix in SUFFIXES if any(folder.glob(suffix))] or [SUFFIXES[0]]  # the last is short as missing
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -169,7 +160,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 sources += expand(pattern, allow_pipe=True)  # whoever types a command here means it
         failed = write(sources, args.out)
     except (ValueError, OSError, DataError) as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        print(f"error: {short(error)}", file=sys.stderr)
         return 3 if isinstance(error, DataError) else 2
     for line in failed:
         print(f"error: {line}", file=sys.stderr)

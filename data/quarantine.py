@@ -7,15 +7,9 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ldm.files.messages import printable
+
 LONGEST = 1000  # characters of a line
-
-
-def printable(text: str) -> str:
-    """The text, cut if very long, with escapes for what a terminal would obey or could not show."""
-    if text.isprintable() and len(text) <= LONGEST:
-        return text
-    cut = text[:LONGEST] + "..." * (len(text) > LONGEST)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +21,7 @@ class BadSample:
     reason: str
 
     def __str__(self) -> str:
-        return printable(f"{self.key} in {self.shard}: {self.reason}")
+        return printable(f"{self.key} in {self.shard}: {self.reason}", LONGEST)
 
 
 class BadSampleError(Exception):

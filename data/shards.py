@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data import DataError
 from data.quarantine import BadSampleError, MissingSampleError
 from data.tar import Damage, Member, read_members
+from ldm.errors import DataError
 
 # KEY.EXTENSION as webdataset splits it: folders belong to the key, all behind the first dot of the file's name
 # to the extension. What has no such name (a README, macOS's ._files) is no sample.

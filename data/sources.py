@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from data import DataError
+from ldm.errors import DataError
+from ldm.files.messages import one_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -120,7 +121,7 @@ def _matching(source: Source, *, allow_pipe: bool) -> list[Source]:
     try:
         return [Source(files.unstrip_protocol(str(path))) for path in sorted(files.glob(source.location))]
     except Exception as error:  # each protocol has its own
-        raise DataError(f"{source.shown} cannot be listed ({told(error)}): give a brace range instead") from error
+        raise DataError(f"{source.shown} cannot be listed ({short(error)}): give a brace range instead") from error
 
 
 def file_system(source: Source, *, timeout: float = 30.0) -> AbstractFileSystem:
@@ -145,6 +146,6 @@ def file_system(source: Source, *, timeout: float = 30.0) -> AbstractFileSystem:
         raise ValueError(f"{source.shown}: {source.protocol}:// is no protocol that fsspec knows ({error})") from error
 
 
-def told(error: BaseException) -> str:
-    """An error in one short line, which is never empty."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def short(error: BaseException) -> str:
+    """An error in one line of at most 300 characters."""
+    return one_line(error, 300)

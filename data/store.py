@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from data import DataError
 from data.config import ReadingConfig
 from data.fetch import PATIENCE, Absent, Cache, Patience
 from data.manifest import Entry, entries_for, mismatch
 from data.shards import RawSample, Shard
-from data.sources import Source, told
+from data.sources import Source, short
+from ldm.errors import DataError
 
 AHEAD = 2  # shards made ready at once in the background
 
@@ -26,7 +26,7 @@ class ShardStore:
     Others are opened at once to be counted, if they are on this machine. What can be read of a damaged shard is read;
     a shard that cannot be read at all raises DataError wherever it is asked for, until `keep` others have been opened.
 
-    keep: how many are held open; keep_copies: how many copies of remote ones stay at least. on_damage(line): told once
+    keep: how many are held open; keep_copies: how many copies of remote ones stay at least. on_damage(line): short once
     of each shard that is not what its manifest says.
     Raises DataError for a shard that is nowhere counted and not on this machine, and where counting fails.
     """
@@ -137,7 +137,7 @@ class ShardStore:
         try:
             future.set_result(self._opened(source, number))
         except (Absent, OSError) as error:
-            future.set_exception(DataError(f"shard {source.shown} cannot be read ({told(error)}): copy it again"))
+            future.set_exception(DataError(f"shard {source.shown} cannot be read ({short(error)}): copy it again"))
         except BaseException as error:
             future.set_exception(error)
 

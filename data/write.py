@@ -11,6 +11,7 @@ from typing import Any
 
 from data.manifest import NAME as MANIFEST
 from data.manifest import SIZES, entry_of, manifest_text
+from ldm.files.atomic import write_atomically
 
 KEY_DIGITS_IN_SHARD = 4  # as img2dataset names samples: shard number, then four digits
 
@@ -38,7 +39,7 @@ def write_shards(samples: Sequence[tuple[bytes, str, dict[str, Any]]], folder: P
         sizes[f"{number:05d}.tar.gz"] = len(own)
     _write_json(sizes, folder / SIZES)
     entries = {name: entry_of(folder / name) for name in sizes}
-    _write(manifest_text(entries).encode(), folder / MANIFEST)
+    write_atomically(folder / MANIFEST, manifest_text(entries).encode())
 
 
 def _write_tar(samples: Sequence[tuple[bytes, str, dict[str, Any]]], path: Path, number: int) -> None:
@@ -52,17 +53,8 @@ def _write_tar(samples: Sequence[tuple[bytes, str, dict[str, Any]]], path: Path,
             record = record | {"key": key, "status": "success"}
             text = json.dumps(record, ensure_ascii=False, sort_keys=True)
             tar.write({"__key__": key, "webp": image, "txt": caption.encode(), "json": text.encode()})
-    _write(gzip.compress(buffer.getvalue(), compresslevel=9, mtime=0), path)
+    write_atomically(path, gzip.compress(buffer.getvalue(), compresslevel=9, mtime=0))
 
 
 def _write_json(value: dict[str, Any], path: Path) -> None:
-    _write((json.dumps(value, indent=1, sort_keys=True) + "\n").encode(), path)
-
-
-def _write(data: bytes, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())

@@ -13,7 +13,8 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ldm.cli.commands import run_command, training_arguments
+from ldm.cli.parser import training_arguments
+from ldm.cli.run import run_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from data.loader import Batch
-    from ldm.config import TrainConfig
     from ldm.diffusion import LossHistory
     from ldm.model.latent_diffusion import LatentDiffusion
+    from ldm.training.configs import TrainConfig
     from ldm.training.engine.distributed import World
     from ldm.training.engine.engine import Engine
     from ldm.training.loop import Session
@@ -34,10 +35,10 @@ NOISE, POSTERIOR = 0, 1  # streams of random numbers, each a function of (seed, 
 def main(args: Namespace) -> None:
     import torch
 
-    from ldm.config import TrainConfig
     from ldm.denoisers import attention_length, describe_attention
     from ldm.diffusion import LossHistory
     from ldm.training.checkpoints.rng_state import seed_generators
+    from ldm.training.configs import TrainConfig
     from ldm.training.loop import open_session, train
 
     session = open_session(TrainConfig, args)

@@ -4,9 +4,8 @@ transformers 5.6 took the prefix `text_model.` off CLIPTextModel's keys. Both fo
 one, which versions 4 and 5 load, is written.
 """
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm.files.messages import describe_misfit, some
+from ldm.files.strict_json import read_json, write_json
 from text.encoder import (
     LAYER_NORM_EPS,
     Hidden,
@@ -72,7 +73,7 @@ def open_clip_to_transformers(state_dict: StateDict) -> dict[str, Tensor]:
         elif not _NOT_TEXT.fullmatch(key):
             unknown.append(key)
     if unknown:
-        raise ValueError(f"not a text tower of open_clip's CLIP: {_some('unexpected', unknown)}")
+        raise ValueError(f"not a text tower of open_clip's CLIP: {len(unknown)} unexpected ({some(unknown)})")
     return result
 
 
@@ -95,12 +96,12 @@ def transformers_to_open_clip(state_dict: StateDict) -> dict[str, Tensor]:
         elif layer and layer[2] == "self_attn.q_proj":
             names = [f"encoder.layers.{layer[1]}.self_attn.{name}.{layer[3]}" for name in _QKV]
             if lost := [name for name in names if name not in flat]:
-                raise ValueError(f"not the weights of a CLIPTextModel: {_some('missing', lost)}")
+                raise ValueError(f"not the weights of a CLIPTextModel: {len(lost)} missing ({some(lost)})")
             result[f"transformer.resblocks.{layer[1]}.attn.in_proj_{layer[3]}"] = torch.cat([flat[n] for n in names])
         elif not layer or layer[2] not in ("self_attn.k_proj", "self_attn.v_proj"):
             unknown.append(key)
     if unknown:
-        raise ValueError(f"not the weights of a CLIPTextModel: {_some('unexpected', unknown)}")
+        raise ValueError(f"not the weights of a CLIPTextModel: {len(unknown)} unexpected ({some(unknown)})")
     return result
 
 
@@ -204,8 +205,7 @@ def save_text_encoder(
         weights = {key: value for key, value in weights.items() if not key.startswith(last)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(text_encoder_config_json(encoder.config), indent=2) + "\n"
-    (folder / "config.json").write_bytes(text.encode("utf-8"))
+    write_json(text_encoder_config_json(encoder.config), folder / "config.json")
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -230,12 +230,7 @@ def load_text_encoder(folder: str | Path, hidden: Hidden = "last") -> Transforme
             raise FileNotFoundError(
                 f"{folder / name} is missing; a text encoder's folder has config.json and model.safetensors"
             )
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON ({error}): copy it again") from error
-    if type(content) is not dict:
-        raise ValueError(f"{folder / 'config.json'} must hold a JSON object, not a {type(content).__name__}")
+    content = read_json(folder / "config.json")
     try:
         config = read_text_encoder_config(content, hidden)
         return text_encoder_from_weights(config, load_file(folder / "model.safetensors"))
@@ -251,19 +246,9 @@ def _shipped(config: TextEncoderConfig) -> TextEncoderConfig:
 
 
 def _check_fit(given: StateDict, wanted: StateDict) -> None:
-    shapes = [
-        f"{key} {tuple(given[key].shape)} for {tuple(wanted[key].shape)}"
-        for key in wanted.keys() & given.keys()
-        if given[key].shape != wanted[key].shape
-    ]
-    faults = {
-        "missing": wanted.keys() - given.keys(),
-        "unexpected": given.keys() - wanted.keys(),
-        "mis-shaped": shapes,
-    }
-    if any(faults.values()):
-        found = "; ".join(_some(name, keys) for name, keys in faults.items() if keys)
-        raise ValueError(f"the weights do not fit the text encoder's configuration: {found}")
+    shapes = [{key: tensor.shape for key, tensor in state.items()} for state in (wanted, given)]
+    if misfit := describe_misfit(*shapes):
+        raise ValueError(f"the weights do not fit the text encoder's configuration: {misfit}")
 
 
 def _without_prefix(state_dict: StateDict, prefix: str) -> dict[str, Tensor]:
@@ -271,11 +256,6 @@ def _without_prefix(state_dict: StateDict, prefix: str) -> dict[str, Tensor]:
     if len(result) < len(state_dict):
         raise ValueError(f"some weights are there twice, with and without the prefix {prefix!r}")
     return result
-
-
-def _some(fault: str, keys: Iterable[str]) -> str:
-    ordered = sorted(keys)
-    return f"{len(ordered)} {fault}: " + ", ".join(ordered[:5]) + (", ..." if len(ordered) > 5 else "")
 
 
 def _whole(content: Mapping[str, Any], name: str, default: int | None = None) -> int:

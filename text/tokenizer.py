@@ -18,6 +18,9 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from ldm.files.atomic import write_atomically
+from ldm.files.strict_json import read_json, read_text, write_json
+
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 BOS_ID, EOS_ID = 49406, 49407
 
@@ -25,6 +28,9 @@ BOS_ID, EOS_ID = 49406, 49407
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _MERGES = 49152 - 256 - 2  # of the 262,144 merges in open_clip's file CLIP uses the first 48,894
 _MAX_FILE_BYTES = 32 * 2**20  # a CLIP tokenizer.json has 2 to 4 MB
+_MISSING = (
+    "is missing; a CLIP tokenizer folder has tokenizer_config.json and tokenizer.json, or vocab.json and merges.txt"
+)
 
 
 class Vocabulary(NamedTuple):
@@ -136,12 +142,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     pad = next(token for token, i in vocab.items() if i == tokenizer.config.pad_id)
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": pad, "unk_token": EOS}
     limits = {"model_max_length": tokenizer.config.context_length, "tokenizer_class": "CLIPTokenizer"}
-    _write_json(folder / "tokenizer.json", document)
-    _write_json(folder / "vocab.json", vocab)
-    _write_json(folder / "special_tokens_map.json", special, indent=2)
-    _write_json(folder / "tokenizer_config.json", {"add_prefix_space": False, **special, **limits}, indent=2)
+    config = {"add_prefix_space": False, **special, **limits}
+    write_json(document, folder / "tokenizer.json", indent=None, ensure_ascii=False)
+    write_json(vocab, folder / "vocab.json", indent=None, ensure_ascii=False)
+    write_json(special, folder / "special_tokens_map.json", ensure_ascii=False)
+    write_json(config, folder / "tokenizer_config.json", ensure_ascii=False)
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-    (folder / "merges.txt").write_bytes(("\n".join(lines) + "\n").encode("utf-8"))
+    write_atomically(folder / "merges.txt", ("\n".join(lines) + "\n").encode())
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -237,7 +244,7 @@ def _read_vocabulary(folder: Path) -> tuple[Vocabulary, set[str]]:
         added = {_token_name(token) for token in document.get("added_tokens", [])}
     else:
         ids = _read_json(folder / "vocab.json")
-        lines = _read_text(folder / "merges.txt").split("\n")
+        lines = read_text(folder / "merges.txt", most=_MAX_FILE_BYTES, missing=_MISSING).split("\n")
         merges = [_merge(line) for line in (lines[1:] if lines[0].startswith("#version") else lines) if line]
         added = set(_read_json(folder / "added_tokens.json")) if (folder / "added_tokens.json").is_file() else set()
     if not isinstance(ids, dict) or not all(isinstance(i, int) for i in ids.values()):
@@ -250,26 +257,5 @@ def _token_name(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing; a CLIP tokenizer folder has tokenizer_config.json and tokenizer.json,"
-            " or vocab.json and merges.txt"
-        )
-    if path.stat().st_size > _MAX_FILE_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; a tokenizer's file has at most {_MAX_FILE_BYTES}")
-    return path.read_text(encoding="utf-8")
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
-    if type(content) is not dict:
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
-def _write_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
-    path.write_bytes((json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode("utf-8"))
+    return read_json(path, most=_MAX_FILE_BYTES, missing=_MISSING)

@@ -13,12 +13,13 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ldm.cli.commands import run_command, training_arguments
+from ldm.cli.parser import training_arguments
+from ldm.cli.run import run_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ldm.config import TextTrainConfig
+    from ldm.training.configs import TextTrainConfig
     from ldm.training.loop import Session
 
 
@@ -26,9 +27,9 @@ def main(args: Namespace) -> None:
     from open_clip import ClipLoss
 
     from data.loader import Batch
-    from ldm.config import TextTrainConfig
     from ldm.diffusion import sample_randomness
     from ldm.training.checkpoints.rng_state import seed_generators
+    from ldm.training.configs import TextTrainConfig
     from ldm.training.loop import open_session, train
     from text import Tokenizer
     from text.clip import MAX_LOGIT_SCALE, build_clip, shifted
@@ -80,19 +81,20 @@ def validate(session: Session[TextTrainConfig], step: int, weights: dict[str, Te
 
 def finish(session: Session[TextTrainConfig], weights: dict[str, Tensor]) -> None:
     """Write the averaged weights, once training is complete."""
-    from ldm.files.atomic import whole_folder
-    from ldm.interop.network_files import write_json, write_weights
+    from ldm.files.atomic import atomic_folder
+    from ldm.files.strict_json import write_json
+    from ldm.interop.network_files import write_weights
     from text import OpenClipTextEncoder, Tokenizer, save_text_encoder, save_tokenizer
     from text.clip import open_clip_config_json
 
     config, path = session.config, session.config.run.path
     network = averaged_network(session, weights)
     encoder = OpenClipTextEncoder(network, hidden=config.text.hidden, pad_id=config.text.pad_id)
-    with whole_folder(path / "text_encoder") as folder:
+    with atomic_folder(path / "text_encoder") as folder:
         save_text_encoder(encoder, folder)
-    with whole_folder(path / "tokenizer") as folder:
+    with atomic_folder(path / "tokenizer") as folder:
         save_tokenizer(Tokenizer(config.text.tokenizer), folder)
-    with whole_folder(path / "clip") as folder:
+    with atomic_folder(path / "clip") as folder:
         write_weights(network.state_dict(), folder / "open_clip_model.safetensors")
         write_json(open_clip_config_json(config.text, config.image), folder / "open_clip_config.json")
     session.run.tell(f"wrote {path / 'text_encoder'}, {path / 'tokenizer'} and {path / 'clip'}")

@@ -14,13 +14,14 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ldm.cli.commands import run_command, training_arguments
+from ldm.cli.parser import training_arguments
+from ldm.cli.run import run_command
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from ldm.config import VAETrainConfig
+    from ldm.training.configs import VAETrainConfig
     from ldm.training.loop import Session
     from vae import AutoencoderKL
 
@@ -31,9 +32,9 @@ def main(args: Namespace) -> None:
     import torch
 
     from data.loader import Batch
-    from ldm.config import VAETrainConfig
     from ldm.diffusion import sample_randomness
     from ldm.training.checkpoints.rng_state import seed_generators
+    from ldm.training.configs import VAETrainConfig
     from ldm.training.loop import open_session, train
     from vae import AutoencoderKL
     from vae.losses import VAELoss
@@ -95,7 +96,7 @@ def validate(session: Session[VAETrainConfig], step: int, weights: dict[str, Ten
 
 def finish(session: Session[VAETrainConfig], weights: dict[str, Tensor]) -> None:
     """Measure the latents over the training set and write the averaged weights, once training is complete."""
-    from ldm.files.atomic import whole_folder
+    from ldm.files.atomic import atomic_folder
     from ldm.interop.diffusers_layout.vae import save_vae
     from vae.measure import latent_statistics
 
@@ -105,7 +106,7 @@ def finish(session: Session[VAETrainConfig], weights: dict[str, Tensor]) -> None
     batches = session.images.once(config.data.batch_size)
     mean, std = latent_statistics(vae, (batch.pixels.to(session.world.device) for batch in batches))
     vae.config = dataclasses.replace(config.vae, latent_mean=mean, latent_std=std)
-    with whole_folder(config.run.path / "vae") as folder:
+    with atomic_folder(config.run.path / "vae") as folder:
         save_vae(vae, folder)
     run.tell(f"latents: mean {[round(m, 3) for m in mean]}, standard deviation {[round(s, 3) for s in std]}")
     run.tell(f"wrote {config.run.path / 'vae'}")

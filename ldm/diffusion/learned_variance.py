@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import EDMPath, PathConfig, RectifiedFlowPath, expand_times
+from ldm.diffusion.nodes import Step, nodes_at
 from ldm.diffusion.paths import TablePath
-from ldm.samplers import Step
-from ldm.samplers.single_step import ddpm_mean, learned_log_variance, variance_range
-from ldm.samplers.steps import nodes_at
+from ldm.diffusion.posterior import ddpm_mean, learned_log_variance, variance_range
 
 
 def bound_terms(x0: Tensor, x_t: Tensor, x0_hat: Tensor, share: Tensor, path: PathConfig, t: Tensor) -> Tensor:

@@ -1,28 +1,35 @@
-"""Files and folders that appear under their names only when whole; what was begun in vain is taken away again."""
+"""Write to a temporary path and rename it into place on success; on failure, remove what was written."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTIAL = ".partial"  # suffix of what is being written
+
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path`, in place of an older file, when the block has ended well."""
-    partial = path.with_name(path.name + ".partial")
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; on success it replaces `path`, readable by whom the umask allows."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")  # a name that no other process has
     try:
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777
         yield partial
+        partial.chmod(mode)  # libraries that write a file of their own under this name may have another opinion
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder`, in place of an older one, when the block has ended well."""
-    partial, older = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".older.partial"))
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to fill; on success it replaces `folder`."""
+    partial, older = (folder.with_name(folder.name + suffix) for suffix in (PARTIAL, f".older{PARTIAL}"))
     if older.exists() and not folder.exists():  # the last attempt was cut off between its two renamings
         older.rename(folder)
     for leftover in (partial, older):
@@ -36,3 +43,48 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         for leftover in (partial, older):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    with atomic_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_new(content: bytes, paths: Iterable[Path]) -> Path:
+    """Write a file under the first of these paths, all of one folder, that is free; nothing is ever replaced."""
+    partial: Path | None = None
+    try:
+        for path in paths:
+            if partial is None:
+                partial = path.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
+                with partial.open("xb") as file:
+                    file.write(content)
+            try:
+                _link(partial, path)
+                return path
+            except FileExistsError:  # another process took this name
+                continue
+        raise FileExistsError("none of the names is free")
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def _link(partial: Path, path: Path) -> None:
+    """Give a complete file its name. Raises FileExistsError if that is taken."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # FAT and some network drives have no hard links; there the name stands empty for an instant
+        path.open("xb").close()
+        partial.replace(path)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of files, is on the disk and not only in the system's cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ldm.files.atomic import whole_file
+from ldm.files.atomic import atomic_file
 
 GAP = 2  # pixels between pictures
 LABEL_LINES, LINE_HEIGHT = 2, 11
@@ -63,5 +63,5 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG that appears under its name only when whole."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         image.save(partial, format="PNG")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-from ldm.cli.commands import OneLineParser
 from ldm.inference.options import SCHEDULES, WEIGHTINGS, DrawOptions
 from ldm.inference.prompt_file import RANDOM_SEED, Request
 
@@ -18,9 +17,8 @@ PRECISIONS = {"auto": "auto", "fp32": "fp32", "bf16": "bf16", "full": "fp32", "a
 PREDICTIONS = ("eps", "v", "x0", "velocity", "edm")
 
 
-def txt2img_parser(description: str, *, weights: Path) -> ArgumentParser:
-    """weights: the model where none is named."""
-    parser = OneLineParser(description)
+def add_options(parser: ArgumentParser, *, weights: Path) -> None:
+    """All of txt2img.py's. weights: the model where none is named."""
     add = parser.add_argument
     # fmt: off
     add("--ckpt", "--model", type=Path, default=weights, metavar="PATH",
@@ -57,7 +55,6 @@ def txt2img_parser(description: str, *, weights: Path) -> ArgumentParser:
     add_model_options(parser)
     add_picture_options(parser)
     add_finer_options(parser)
-    return parser
 
 
 def add_model_options(parser: ArgumentParser) -> None:

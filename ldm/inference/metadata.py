@@ -9,10 +9,8 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
-import os
 import re
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any, get_type_hints
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.files.atomic import write_new
 from ldm.inference.options import PLAIN, DrawOptions
 from ldm.samplers import SAMPLERS
 
@@ -163,28 +162,10 @@ class NumberedFiles:
         The folder is made with the first file, so that a drawing that fails leaves none.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".{uuid.uuid4().hex}.partial"
-        try:
-            with open(partial, "xb") as file:
-                file.write(content)
-            while True:
-                path = self.folder / f"{self.prefix}{self.next:0{self.digits}d}.png"
-                self.next += 1
-                try:
-                    _name(partial, path)
-                    return path
-                except FileExistsError:  # another process took this number
-                    continue
-        finally:
-            partial.unlink(missing_ok=True)
+        return write_new(content, self._paths())
 
-
-def _name(partial: Path, path: Path) -> None:
-    """Give a file its name, unless that is taken (FileExistsError)."""
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        raise
-    except OSError:  # FAT and some network drives have no hard links; there the name stands empty for an instant
-        path.open("xb").close()
-        partial.replace(path)
+    def _paths(self) -> Iterator[Path]:
+        while True:
+            path = self.folder / f"{self.prefix}{self.next:0{self.digits}d}.png"
+            self.next += 1
+            yield path

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+
+from ldm.files.messages import unknown_name
 
 WEIGHTINGS = ("none", "a1111")  # of words in a prompt
 FORMATS = ("diffusers", "single-file")  # of what is exported
@@ -37,9 +38,7 @@ class DrawOptions:
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}, expected 0 to 1")
         if self.guidance_schedule not in SCHEDULES:
-            near = difflib.get_close_matches(self.guidance_schedule, SCHEDULES, 1)
-            hint = f", did you mean {near[0]}?" if near else ":"
-            raise ValueError(f"no guidance schedule {self.guidance_schedule!r}{hint} There are {', '.join(SCHEDULES)}")
+            raise unknown_name("guidance schedule", self.guidance_schedule, {name: name for name in SCHEDULES})
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"no weighting {self.weighting!r}, expected {' or '.join(WEIGHTINGS)}")
         start, stop = self.guidance_interval

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ldm.denoisers import attention_length, describe_attention
 from ldm.diffusion import Prediction
 from ldm.inference.contact_sheet import to_images
+from ldm.inference.guided import guided
 from ldm.inference.img2img import Canvas, Start, begin, canvas, fitting, keeping, remaining
 from ldm.inference.options import FORMATS, PLAIN, DrawOptions
 from ldm.interop.compvis.writing import write_single_file
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.read_model import Lora, model_name, read_model
 from ldm.model.components import Parts
-from ldm.model.latent_diffusion import guided
 from ldm.samplers import SAMPLERS, Denoise, sampler_named, time_grid, with_share_of
 
 if TYPE_CHECKING:

@@ -152,9 +152,3 @@ def split_line(line: str) -> list[tuple[str, str]]:
         fields.append((option[1], text))
         option = following
     return fields
-
-
-def one_line(text: str) -> str:
-    """Text to show on a terminal: control characters, line ends and reversing marks appear as escapes."""
-    joiner = "\u200d"  # not printable by itself, but part of many emoji
-    return "".join(c if c.isprintable() or c == joiner else c.encode("unicode_escape").decode() for c in text)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from ldm.config import TrainConfig, loads
+from ldm.config import read_tree
 from ldm.denoisers import UNetConfig
 from ldm.interop.diffusers_layout.folder import NOTES, own_file
 from ldm.interop.network_files import RUN_MODEL
@@ -95,8 +95,8 @@ def model_card(
     length: float | None = None,
 ) -> str:
     """The text. What is not known of the training is left out. length: of the average, if it is not the run's own."""
-    config = _config(parts.notes)
-    prompts = config.preview.prompts if config else ("a red apple",)
+    config = _training_config(parts.notes)
+    prompts = config["preview"]["prompts"] if config else ("a red apple",)
     size = parts.sample_size * parts.model.vae.config.factor
     return CARD_TEXT.substitute(
         name=name,
@@ -111,11 +111,11 @@ def model_card(
     )
 
 
-def _config(notes: str) -> TrainConfig | None:
-    try:
-        return loads(TrainConfig, notes, source=NOTES)
-    except ValueError:  # of another program, or of an older version
-        return None
+def _training_config(notes: str) -> dict[str, Any] | None:
+    """The configuration of a run of ldm/train.py as plain values; None for another program's notes, or none."""
+    tree = read_tree(notes)
+    sections = [tree.get(name) for name in ("run", "data", "validation", "model", "optim", "preview")]
+    return tree if all(isinstance(section, dict) for section in sections) else None
 
 
 def _what(parts: Parts, size: int) -> str:
@@ -130,14 +130,15 @@ def _what(parts: Parts, size: int) -> str:
     )
 
 
-def _sheet(config: TrainConfig | None) -> str:
+def _sheet(config: dict[str, Any] | None) -> str:
     if config is None:
         return f"![Drawings of the model]({SHEET})\n\n"
-    told = config.preview
-    rows = "".join(f"- {prompt}\n" for prompt in told.prompts)
+    preview = config["preview"]
+    rows = "".join(f"- {prompt}\n" for prompt in preview["prompts"])
     return (
-        f"![Drawings of the model]({SHEET})\n\nDrawn at the end of training, a row a prompt, {told.pictures} seeds "
-        f"from {told.seed} on, none picked out ({told.sampler}, {told.steps} steps, scale {told.scale:g}):\n\n{rows}\n"
+        f"![Drawings of the model]({SHEET})\n\nDrawn at the end of training, one row per prompt, "
+        f"{preview['pictures']} seeds from {preview['seed']} on, none picked out ({preview['sampler']}, "
+        f"{preview['steps']} steps, scale {preview['scale']:g}):\n\n{rows}\n"
     )
 
 
@@ -150,30 +151,39 @@ def _extra(parts: Parts, size: int) -> str:
     return f"{sized}, max_sequence_length={length}, use_resolution_binning=False, clean_caption=False"
 
 
-def _training(config: TrainConfig, records: list[dict[str, Any]], length: float | None) -> str:
-    steps, batch = max((record["step"] for record in records), default=config.run.steps), config.data.batch_size
+def _training(config: dict[str, Any], records: list[dict[str, Any]], length: float | None) -> str:
+    data, optim, model = config["data"], config["optim"], config["model"]
+    steps = max((record["step"] for record in records), default=config["run"]["steps"])
+    patterns = [one["shards"] for one in data.get("sets") or ()] or [data["shards"]]
     rows = {
-        "pictures": ", ".join(f"`{shards}`" for patterns in config.data.patterns for shards in _listed(patterns))
-        + f", {config.data.image_size} pixels a side",
-        "steps": f"{steps} of {batch} pictures: {steps * batch:,} pictures seen",
-        "learning rate": f"{config.optim.lr:g}, {config.optim.schedule}, AdamW {config.optim.betas}",
-        "averaged weights": f"EMA {config.optim.ema_decay:g}" if length is None else f"of relative length {length:g}",
-        "captions left out": f"{config.model.caption_dropout:.0%}, for guidance",
+        "pictures": ", ".join(f"`{shards}`" for own in patterns for shards in _listed(own))
+        + f", {data['image_size']} pixels a side",
+        "steps": f"{steps} of {data['batch_size']} pictures: {steps * data['batch_size']:,} pictures seen",
+        "learning rate": f"{optim['lr']:g}, {optim['schedule']}, {_optimizer(optim)}",
+        "averaged weights": f"EMA {optim['ema_decay']:g}" if length is None else f"of relative length {length:g}",
+        "captions left out": f"{model['caption_dropout']:.0%}, for guidance",
     }
-    if config.model.start:
-        rows["began with"] = f"`{config.model.start}`"
+    if model.get("start"):
+        rows["began with"] = f"`{model['start']}`"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     text = f"## Training\n\n| | |\n|---|---|\n{table}\n\nThe whole configuration is in `{NOTES}`.\n\n"
-    told = [record for record in records if "held_out_loss" in record]
-    if told:
-        last, shards = told[-1], ", ".join(_listed(config.validation.shards))
+    measured = [record for record in records if "held_out_loss" in record]
+    if measured:
+        first, last, shards = measured[0], measured[-1], ", ".join(_listed(config["validation"]["shards"]))
         text += (
             f"The error on held-out pictures ({shards}) was {last['held_out_loss']:.4f} at step "
-            f"{last['step']}, {told[0]['held_out_loss']:.4f} at step {told[0]['step']}: the mean of the objective over "
+            f"{last['step']}, {first['held_out_loss']:.4f} at step {first['step']}: the mean of the objective over "
             "times, unweighted, with the averaged weights.\n\n"
         )
     return text
 
 
-def _listed(shards: str | tuple[str, ...]) -> tuple[str, ...]:
+def _optimizer(optim: dict[str, Any]) -> str:
+    adamw = f"AdamW {tuple(optim['betas'])}"
+    if optim.get("optimizer", "adamw") == "adamw":
+        return adamw
+    return f"Muon (momentum {optim['muon_momentum']:g}) for linear layers, {adamw} for all others"
+
+
+def _listed(shards: str | Sequence[str]) -> Sequence[str]:
     return (shards,) if isinstance(shards, str) else shards

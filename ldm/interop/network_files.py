@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,43 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.files.atomic import whole_file
+from ldm.errors import NonFiniteError
+from ldm.files.atomic import atomic_file
+from ldm.files.messages import describe_misfit
 from ldm.interop.identify import looks_like, shapes_of
 from ldm.interop.weight_reader import Weights, is_finite
 
-SHOWN_KEYS = 5  # of a long list of wrong ones
 CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal")
 MAX_LEVELS, MAX_LAYERS = 16, 32  # of a U-Net or an autoencoder: made of these before its weights are compared
-MAX_JSON_BYTES = 2**24  # an index of a million tensors would be larger
 RUN_MODEL = "model"  # folder of a run of ldm/train.py that holds its newest export
 
 
 def model_folder(path: Path) -> Path:
     """Where the model lies: a run of ldm/train.py keeps its newest in its folder model/."""
     return path / RUN_MODEL if (path / RUN_MODEL / "model_index.json").exists() else path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError, naming the file, if it is missing or is no JSON object."""
-    try:
-        if path.exists() and not path.is_file():  # a pipe or a device might never end
-            raise ValueError(f"{path} is not a plain file, expected JSON")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES} of JSON")
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: give the folder of a whole model") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): give the folder of a whole model") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object: copy it again")
-    return content
 
 
 def refuse_other(content: dict[str, Any], known: dict[str, Any], *, source: Path) -> None:
@@ -104,15 +80,10 @@ def described_by(source: Path) -> Iterator[None]:
         raise ValueError(f"{source} holds a value of another kind than expected ({error}): copy it again") from error
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Contiguous float tensors; the metadata names the format, without which other readers refuse the file.
 
-    Raises FloatingPointError, naming it, for a tensor that is not finite: it would only be found when it is read.
+    Raises NonFiniteError, naming it, for a tensor that is not finite: it would only be found when it is read.
     """
     from safetensors.torch import save_file
 
@@ -120,8 +91,8 @@ def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, st
     for name, tensor in own.items():
         if not is_finite(tensor):
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise FloatingPointError(f"{name} holds NaN, or more than {kind} can: nothing is written to {path}")
-    with whole_file(path) as partial:
+            raise NonFiniteError(f"{name} holds NaN, or more than {kind} can: nothing is written to {path}")
+    with atomic_file(path) as partial:
         save_file(own, partial, {"format": "pt"} | (metadata or {}))
 
 
@@ -144,18 +115,9 @@ def check_fit(
     wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, source: Path, to: str = "its config"
 ) -> None:
     """Raise ValueError unless there are the same names with the same shapes."""
-    misshapen = [
-        f"{name} {tuple(found[name].shape)} for {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & found.keys()
-        if wanted[name].shape != found[name].shape
-    ]
-    faults = {
-        "missing": wanted.keys() - found.keys(),
-        "unexpected": found.keys() - wanted.keys(),
-        "of another shape": misshapen,
-    }
-    told = [f"{len(keys)} {fault} ({', '.join(sorted(keys)[:SHOWN_KEYS])})" for fault, keys in faults.items() if keys]
-    if told:
-        foreign = looks_like(shapes_of(found))
+    shapes = shapes_of(found)
+    misfit = describe_misfit(shapes_of(wanted), shapes)
+    if misfit:
+        foreign = looks_like(shapes)
         hint = f"this looks like {foreign.name}, {foreign.remedy}" if foreign else "give the file that belongs to it"
-        raise ValueError(f"{source} does not fit {to}: {'; '.join(told)}: {hint}")
+        raise ValueError(f"{source} does not fit {to}: {misfit}: {hint}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ldm.interop.network_files import described_by, read_json
+from ldm.files.strict_json import read_json
+from ldm.interop.network_files import described_by
 from ldm.interop.weight_reader import Weights, open_weights
 
 WEIGHTS_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"  # diffusers', transformers'

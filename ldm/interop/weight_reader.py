@@ -5,7 +5,6 @@ They are mapped into memory and not read until a number is asked for: 4 GB of we
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -97,16 +96,6 @@ def describe(tensors: Mapping[str, Tensor]) -> str:
     """The precision and the number of tensors: "fp16, 1131 tensors"."""
     kinds = sorted({FLOATS.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")) for tensor in tensors.values()})
     return f"{' and '.join(kinds)}, {len(tensors)} tensors"
-
-
-def hash_of(files: Iterable[Path]) -> str:
-    """The first 10 hex digits of the SHA-256 of these files, one after the other: A1111's short hash, for one file."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-    return digest.hexdigest()[:10]
 
 
 def _kind(path: Path) -> Literal["safetensors", "pickle"]:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
 from ldm.denoisers import DenoiserConfig, UNet, UNetConfig
-from ldm.interop.diffusers_layout.denoiser import LoadedDenoiser
-from ldm.interop.weight_reader import hash_of
+from ldm.files.digest import short_hash
 from ldm.model.latent_diffusion import LatentDiffusion
 from text import TextEncoderConfig, Tokenizer
 from vae import AutoencoderKL
+
+
+class LoadedDenoiser(NamedTuple):
+    network: nn.Module
+    config: DenoiserConfig
+    sample_size: int  # side of its native latents
+    in_channels: int
+    context_width: int
+    learned_variance: bool  # whether it has a second half of output channels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +34,7 @@ class Origin:
 
     def hash(self) -> str:
         """First 10 hex digits of the denoiser's files' SHA-256. Reads all of them: 4 GB take 3 seconds."""
-        return hash_of(self.files)
+        return short_hash(self.files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,8 @@ from ldm.diffusion import (
     to_x0,
 )
 from ldm.diffusion.learned_variance import bound_terms
-from ldm.inference.options import DrawOptions
-from ldm.samplers import Denoise, LearnedDenoise, noise_like, with_share_of
-from ldm.samplers.guidance import Schedule, classifier_free, projected, rescaled, scheduled, within_interval
+from ldm.errors import NonFiniteError
+from ldm.samplers import Denoise, LearnedDenoise, noise_like
 from text import TextCondition, TextEncoder, Tokenizer, chunk_count, encode_weighted
 from vae import AutoencoderKL
 
@@ -155,29 +154,8 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> pixels, float32. Raises FloatingPointError if they are not numbers."""
+        """Latents -> pixels, float32. Raises NonFiniteError if they are not numbers."""
         pixels = self.vae.decode(latents.to(next(self.vae.parameters()).dtype)).float()
         if not pixels.isfinite().all():
-            raise FloatingPointError("the decoded picture holds NaN or infinity: compute in fp32")
+            raise NonFiniteError("the decoded picture holds NaN or infinity: compute in fp32")
         return pixels
-
-
-def guided(with_prompt: Denoise, without: Denoise, scale: float, options: DrawOptions) -> Denoise:
-    """denoise(x_t, t) under guidance, of the answers with the prompts and with the negative ones."""
-    over_time = scheduled(cast(Schedule, options.guidance_schedule), scale)
-    if options.is_projected:
-        denoise = projected(
-            with_prompt,
-            without,
-            over_time,
-            parallel=options.guidance_parallel,
-            norm_limit=options.guidance_norm_limit,
-            momentum=options.guidance_momentum,
-        )
-    elif options.guidance_rescale:
-        denoise = rescaled(with_prompt, without, over_time, options.guidance_rescale)
-    else:
-        denoise = classifier_free(with_prompt, without, over_time)
-    if options.guidance_interval != (0.0, 1.0):
-        denoise = within_interval(denoise, with_prompt, *options.guidance_interval)
-    return with_share_of(with_prompt, denoise)

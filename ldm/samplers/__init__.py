@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
+from ldm.files.messages import unknown_name
 from ldm.samplers.inversion import invert
 from ldm.samplers.linear_multistep import deis, lms, plms, pndm
 from ldm.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc_2, unipc_3
@@ -29,7 +30,7 @@ from ldm.samplers.single_step import (
     heun,
     lcm,
 )
-from ldm.samplers.steps import Denoise, Generators, LearnedDenoise, Node, Step, noise_like, unknown_name, with_share_of
+from ldm.samplers.steps import Denoise, Generators, LearnedDenoise, noise_like, with_share_of
 from ldm.samplers.time_grids import TIME_GRIDS, time_grid
 
 if TYPE_CHECKING:
@@ -41,10 +42,8 @@ __all__ = [
     "Denoise",
     "Generators",
     "LearnedDenoise",
-    "Node",
     "Sampler",
     "SamplerFunction",
-    "Step",
     "invert",
     "noise_like",
     "sampler_named",

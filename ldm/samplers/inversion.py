@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ldm.samplers.steps import Denoise, ddim_step, grid_steps
+from ldm.diffusion.nodes import grid_steps
+from ldm.samplers.steps import Denoise, ddim_step
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig

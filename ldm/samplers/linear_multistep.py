@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ldm.samplers.steps import Denoise, Generators, Node, Step, ddim_step, grid_steps, nodes_at
+from ldm.diffusion.nodes import Node, Step, grid_steps, nodes_at
+from ldm.samplers.steps import Denoise, Generators, ddim_step
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ldm.samplers.steps import Denoise, Generators, Step, add_noise, ddim_step, grid_steps
+from ldm.diffusion.nodes import Step, grid_steps
+from ldm.samplers.steps import Denoise, Generators, add_noise, ddim_step
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig

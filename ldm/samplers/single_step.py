@@ -6,17 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ldm.samplers.steps import (
-    Denoise,
-    Generators,
-    Step,
-    add_noise,
-    ancestral,
-    ddim_step,
-    grid_steps,
-    node_between,
-    share_of,
-)
+from ldm.diffusion.nodes import Step, grid_steps
+from ldm.diffusion.posterior import ddpm_mean, learned_log_variance, variance_range
+from ldm.samplers.steps import Denoise, Generators, add_noise, ancestral, ddim_step, node_between, share_of
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig
@@ -40,31 +32,6 @@ def euler_ancestral(
 ) -> Tensor:
     """Euler's method with fresh noise at each step, which is DDIM with eta = 1 under another name."""
     return ddim(denoise, x, path, times, generator, eta=eta)
-
-
-def ddpm_mean(step: Step) -> tuple[float, float]:
-    """Coefficients of x and x0 in the mean of q(x' | x, x0): (a sigma'^2 x + alpha' b^2 x0) / sigma^2.
-
-    a = alpha / alpha', b^2 = sigma^2 - a^2 sigma'^2. Ho et al. 2020 (arXiv 2006.11239), eq. 7; for any path and stride
-    as in Kingma et al. 2021 (arXiv 2107.00630), appendix A.
-    """
-    start, end = step
-    return (
-        start.alpha / end.alpha * end.sigma**2 / start.sigma**2,
-        end.alpha * variance_added(step) / start.sigma**2,
-    )
-
-
-def variance_range(step: Step) -> tuple[float, float]:
-    """The variance of q(x' | x, x0), b^2 sigma'^2 / sigma^2, and the larger b^2. Ho et al. 2020, eq. 7."""
-    added = variance_added(step)
-    return added * step.end.sigma**2 / step.start.sigma**2, added
-
-
-def variance_added(step: Step) -> float:
-    """b^2 of q(x | x') = N(a x', b^2): beta where the grid has every node. Ho et al. 2020, eq. 2."""
-    start, end = step
-    return start.sigma**2 - (start.alpha / end.alpha * end.sigma) ** 2
 
 
 def ddpm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
@@ -109,14 +76,6 @@ def ancestral_sampling(
         mean = x_share * x + x0_share * denoise(x, step.start.t)
         x = add_noise(mean, deviation(x, step), generator) if step.end.sigma > 0 else mean
     return x
-
-
-def learned_log_variance(share: Tensor, log_small: float | Tensor, log_large: float | Tensor) -> Tensor:
-    """log variance = v log large + (1 - v) log small, v = (share + 1) / 2: share runs from -1 to 1 about.
-
-    Nichol & Dhariwal 2021, eq. 15.
-    """
-    return log_small + (share + 1) / 2 * (log_large - log_small)
 
 
 def lcm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:

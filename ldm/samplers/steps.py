@@ -1,17 +1,14 @@
-"""What all samplers share: nodes, the DDIM step between two of them, and noise.
+"""What all samplers share: the DDIM step between two nodes, and noise."""
 
-Everything is written over (alpha, sigma), never over sigma / alpha: that is infinite at alpha = 0, where rectified
-flow starts.
-"""
-
-import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from ldm.diffusion.nodes import Node, Step
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig
@@ -20,64 +17,11 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 Generators = Sequence[torch.Generator]
 
 
-class Node(NamedTuple):
-    """A time and what the path is there."""
-
-    t: Tensor
-    alpha: float
-    sigma: float
-
-    @property
-    def half_log_snr(self) -> float:
-        """lambda = log(alpha / sigma), with its limits."""
-        if self.alpha == 0:
-            return -math.inf
-        return math.log(self.alpha / self.sigma) if self.sigma > 0 else math.inf
-
-
-class Step(NamedTuple):
-    """From a node to the next of the grid; sigma > 0 at the first and alpha > 0 at the second."""
-
-    start: Node
-    end: Node
-
-    @property
-    def h(self) -> float:
-        """The step in lambda; infinite from alpha = 0, and to sigma = 0."""
-        return self.end.half_log_snr - self.start.half_log_snr
-
-
-def nodes_at(path: "PathConfig", times: Tensor) -> list[Node]:
-    """The nodes of some times, 1-D."""
-    return [Node(*node) for node in zip(times, path.alpha(times).tolist(), path.sigma(times).tolist(), strict=True)]
-
-
-def grid_steps(path: "PathConfig", times: Tensor) -> Iterator[Step]:
-    """The grid's steps in order. Raises ValueError for times that do not fall strictly within [0, 1]."""
-    if times.ndim != 1 or len(times) < 2:
-        raise ValueError(f"times must be two or more numbers in one row, not of shape {tuple(times.shape)}")
-    if not (times[:-1] > times[1:]).all() or times[0] > 1 or times[-1] < 0:
-        raise ValueError(f"times must fall strictly, from at most 1 to at least 0, not {times.tolist()}")
-    nodes = nodes_at(path, times)
-    if any(node.sigma == 0 for node in nodes[:-1]):
-        raise ValueError(f"times are {times.tolist()}, of which some leave no noise: leave out what is so near to 0")
-    for start, end in zip(nodes[:-1], nodes[1:], strict=True):
-        yield Step(start, end)
-
-
 def node_between(path: "PathConfig", step: Step, share: float) -> Node:
     """The node at lambda + share h, for a finite h."""
     log_snr = 2 * (step.start.half_log_snr + share * step.h)
     t = path.time_of_log_snr(torch.tensor(log_snr, dtype=torch.float64))
     return Node(t.to(step.start.t), path.alpha(t).item(), path.sigma(t).item())
-
-
-def unknown_name(what: str, given: str, names: Mapping[str, str]) -> ValueError:
-    """The error for a name that is none: it suggests the nearest and lists all. names: as they may be written, in small
-    letters, and the name itself of each."""
-    near = difflib.get_close_matches(given.lower(), names, 1)
-    hint = f", did you mean {names[near[0]]}?" if near else ":"
-    return ValueError(f"no {what} {given!r}{hint} There are {', '.join(dict.fromkeys(names.values()))}")
 
 
 def noise_like(x: Tensor, generator: Generators) -> Tensor:

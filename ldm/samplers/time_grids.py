@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ldm.samplers.steps import unknown_name
+from ldm.files.messages import unknown_name
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from data.loader import Batch, CaptionedImages, Tokenize, held_out
 from data.quarantine import Quarantine
-from ldm.cli.commands import IN_TRAINING, is_broken_connection
-from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, dump, load_config
+from ldm.config import dump, load_config
+from ldm.errors import IN_TRAINING, CheckpointError, NonFiniteError, is_broken_connection
 from ldm.training.checkpoints.rng_state import generator_states, restore_generators
 from ldm.training.checkpoints.select import resume
-from ldm.training.checkpoints.train_state import CheckpointError, Saved
+from ldm.training.checkpoints.train_state import Saved
+from ldm.training.configs import TextTrainConfig, TrainConfig, VAETrainConfig
 from ldm.training.engine.distributed import World
-from ldm.training.engine.engine import Engine, NonFiniteError, Update, start_process
+from ldm.training.engine.engine import Engine, Update, start_process
 from ldm.training.faults.signals import StopRequest
 from ldm.training.faults.watchdog import Watch, meeting_store
 from ldm.training.optim.post_hoc_ema import Snapshot

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.commands import one_line
-from ldm.files.atomic import whole_file
+from ldm.files.atomic import atomic_file
+from ldm.files.messages import one_line
 from ldm.training.checkpoints import Checkpoints
 from ldm.training.faults.file_lock import Taken, lock_folder
 
@@ -76,7 +76,7 @@ class Run:
         self.lock()
         (self.config.path / "config.yaml").write_text(self.config_text)
         kept = [] if step is None else [record for record in self._records() if record["step"] <= step]
-        with whole_file(self.metrics_path) as partial:
+        with atomic_file(self.metrics_path) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self.checkpoints.clear()
 

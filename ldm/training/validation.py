@@ -16,8 +16,8 @@ from ldm.inference.pipeline import TextToImage
 from ldm.training.latent_cache import LatentEncoder
 
 if TYPE_CHECKING:
-    from ldm.config import PreviewConfig, TrainConfig
     from ldm.model.latent_diffusion import LatentDiffusion
+    from ldm.training.configs import PreviewConfig, TrainConfig
 
 HELD_OUT_SEED = 1_000_003  # noise and times of the held-out loss, the same for every run and step
 

@@ -14,11 +14,11 @@ from helpers.loading import BAD, SIZES, first, images, same
 from helpers.serving import served, until
 from PIL import ImageFile
 
-from data import DataError
 from data.config import DataConfig, HeldOutConfig, ShardSet
 from data.loader import CaptionedImages, held_out
 from data.manifest import main as write_manifest
 from data.quarantine import BadSample, Quarantine
+from ldm.errors import DataError
 
 # --- mixtures ---
 

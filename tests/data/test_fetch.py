@@ -13,9 +13,9 @@ import fsspec
 import pytest
 from helpers.serving import Site, served
 
-from data import DataError
 from data.fetch import Absent, Cache, Patience, read_text
 from data.sources import Source
+from ldm.errors import DataError
 
 QUICK = Patience(tries=3, timeout=1.0, pause=0.01)
 

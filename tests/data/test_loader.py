@@ -11,12 +11,12 @@ import pytest
 import torch
 from helpers.loading import BAD, SIZES, first, images, same
 
-from data import DataError
 from data.config import HeldOutConfig
 from data.loader import held_out
 from data.manifest import main as write_manifest
 from data.quarantine import BadSample, BadSampleError
 from data.shards import RawSample
+from ldm.errors import DataError
 
 
 def test_pixels_captions_and_samples_belong_together(tiny_shards: Callable[..., str]):

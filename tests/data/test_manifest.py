@@ -9,10 +9,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from data import DataError
 from data.fetch import Patience
 from data.manifest import Entry, entries_for, entry_of, main
 from data.sources import Source, expand
+from ldm.errors import DataError
 
 QUICK = Patience(tries=2, timeout=1.0, pause=0.01)
 

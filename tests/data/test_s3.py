@@ -13,8 +13,8 @@ from helpers.loading import SIZES, first, images, same
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from data import DataError
 from data.manifest import main as write_manifest
+from ldm.errors import DataError
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from data import DataError
 from data.quarantine import BadSampleError
 from data.shards import Shard
 from data.sources import Source, expand
+from ldm.errors import DataError
 
 MEMBERS = [
     ("000000000.jpg", b"J" * 700),

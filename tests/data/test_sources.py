@@ -9,8 +9,8 @@ import fsspec
 import pytest
 from fsspec.registry import _registry as used_protocols
 
-from data import DataError
 from data.sources import Source, expand
+from ldm.errors import DataError
 
 
 def locations(patterns: str | list[str], *, allow_pipe: bool = False) -> list[str]:

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from helpers.serving import served, until
 
-from data import DataError
 from data.config import DataConfig
 from data.fetch import Patience
 from data.manifest import main as write_manifest
 from data.shards import Shard
 from data.sources import expand
 from data.store import ShardStore
+from ldm.errors import DataError
 
 QUICK = Patience(tries=3, timeout=1.0, pause=0.01)
 

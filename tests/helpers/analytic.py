@@ -9,9 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ldm.diffusion.nodes import Node, Step
 from ldm.diffusion.paths import PathConfig
-from ldm.samplers import Denoise, LearnedDenoise, Node, Step
-from ldm.samplers.single_step import ddpm_mean, variance_range
+from ldm.diffusion.posterior import ddpm_mean, variance_range
+from ldm.samplers import Denoise, LearnedDenoise
 
 MEAN, STD = 0.4, 0.6
 CENTRES = torch.tensor([[1.5, 0.0], [-1.0, 1.0], [-0.5, -1.5]])

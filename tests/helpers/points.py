@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import threading
 import time
@@ -35,6 +36,7 @@ class Point(NamedTuple):
         return f"{self.call} {self.target}" + f" ({self.number})" * (self.number > 1)
 
 
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")  # the name that ldm.files.atomic writes a file under
 RANKS, KEEP, NEW = 2, 2, 3  # step NEW is saved beside two older ones, the first of which is then removed
 # full: the disk is, as soon as the call is made; half: when half of it is done. death: of the process.
 How = Literal["full", "half", "death before", "death half-way", "death after"]
@@ -98,8 +100,9 @@ class Calls:
         if threading.get_ident() in self._dead:
             raise Death
         with self._lock:
-            self._counts[name, target.name] += 1
-            point = Point(name, target.name, self._counts[name, target.name])
+            shown = TEMPORARY.sub(r"\1.partial", target.name)
+            self._counts[name, shown] += 1
+            point = Point(name, shown, self._counts[name, shown])
             self.points.append(point)
         if name == "fsync":  # what the system's cache loses is another matter, and waiting for the disk takes long
             real = _nothing

@@ -6,8 +6,9 @@ import pytest
 import torch
 import yaml
 
-from ldm.config import TextTrainConfig, TrainConfig, VAETrainConfig, check_continues, dump, load_config, parse
+from ldm.config import dump, load_config, parse
 from ldm.denoisers import DiTConfig, build_denoiser
+from ldm.training.configs import TextTrainConfig, TrainConfig, VAETrainConfig, check_continues
 from text.clip import build_clip
 from vae import AutoencoderKL
 

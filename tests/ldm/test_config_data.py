@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ldm.config import TrainConfig, check_continues, dump, load_config, parse
+from ldm.config import dump, load_config, parse
+from ldm.training.configs import TrainConfig, check_continues
 
 DIT = Path(__file__).parents[2] / "configs" / "emoji64_dit.yaml"
 SETS = "data.sets=[{name: a, shards: [a/*.tar], weight: 3}, {name: b, shards: 'pipe:cat b.tar'}]"

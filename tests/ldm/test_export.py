@@ -11,14 +11,15 @@ from helpers.stable_diffusion import stable_diffusion
 from safetensors.torch import load_file, save_file
 
 from ldm import TextToImage
-from ldm.cli.commands import run_command
-from ldm.config import TrainConfig, dump, load_config
+from ldm.cli.run import run_command
+from ldm.config import dump, load_config
 from ldm.export import arguments, main
 from ldm.interop.compvis.names import ema_name
 from ldm.interop.compvis.writing import single_file_tensors
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.identify import DENOISER
 from ldm.interop.model_card import model_card
+from ldm.training.configs import TrainConfig
 from ldm.training.optim.post_hoc_ema import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.painting import FakeTextToImage
 
-from ldm.cli.commands import hyphenated, run_command
+from ldm.cli.parser import hyphenated
+from ldm.cli.run import run_command
 
 SCRIPT = Path(__file__).parents[2] / "txt2img.py"
 

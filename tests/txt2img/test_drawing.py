@@ -10,7 +10,7 @@ import pytest
 from helpers.painting import colour, pngs
 from PIL import Image
 
-from ldm import flags
+from ldm.inference import flags
 from ldm.inference.contact_sheet import GAP
 from ldm.inference.metadata import Recipe, read_recipes, software
 from ldm.inference.options import DrawOptions

@@ -11,8 +11,8 @@ import pytest
 from helpers.painting import pngs
 
 from ldm.diffusion import RectifiedFlowPath, ScaledLinearBetaPath
+from ldm.files.strict_json import write_json
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
-from ldm.interop.network_files import write_json
 
 SCRIPT = Path(__file__).parents[2] / "txt2img.py"
 

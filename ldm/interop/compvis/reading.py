@@ -26,7 +26,7 @@ from ldm.interop.compvis.names import (
 )
 from ldm.interop.compvis.sidecar import HIDDEN_KEY, Told, read_told, with_heads
 from ldm.interop.compvis.text_encoder import Conditioner, find_conditioner
-from ldm.interop.diffusers_layout.denoiser import LoadedDenoiser, unet_config
+from ldm.interop.diffusers_layout.denoiser import unet_config
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json, scheduler_from
 from ldm.interop.diffusers_layout.vae import vae_config
 from ldm.interop.identify import (
@@ -41,7 +41,7 @@ from ldm.interop.identify import (
 )
 from ldm.interop.network_files import check_fit, described_by
 from ldm.interop.weight_reader import Weights, describe, open_weights
-from ldm.model.components import Origin, Parts, check_parts_fit, inpainting_channels
+from ldm.model.components import LoadedDenoiser, Origin, Parts, check_parts_fit, inpainting_channels
 from ldm.model.latent_diffusion import LatentDiffusion
 from text import Tokenizer, TransformersTextEncoder, read_text_encoder_config, text_encoder_from_weights
 from vae import AutoencoderKL

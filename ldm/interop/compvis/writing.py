@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.denoisers import UNetConfig
 from ldm.diffusion import ScaledLinearBetaPath
-from ldm.files.atomic import whole_file
+from ldm.files.atomic import atomic_file
 from ldm.interop.compvis.names import as_convolution, is_attention_of_vae, unet_names, vae_names
 from ldm.interop.compvis.sidecar import HIDDEN_KEY, OWN_KEY, dump_yaml
 from ldm.interop.compvis.text_encoder import OPEN_CLIP, TRANSFORMERS
@@ -51,7 +51,7 @@ def write_single_file(parts: Parts, path: Path, *, dtype: torch.dtype) -> None:
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in single_file_tensors(parts).items()}
     text = dump_yaml(ldm_config(parts))
     write_weights(tensors, path, header(parts, tensors, title=path.stem))
-    with whole_file(path.with_suffix(".yaml")) as partial:
+    with atomic_file(path.with_suffix(".yaml")) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import nn
 
 from ldm.denoisers import DenoiserConfig, DiT, DiTConfig, UNet, UNetConfig
+from ldm.files.strict_json import read_json, write_json
 from ldm.interop.network_files import (
     MAX_LAYERS,
     check_known,
@@ -17,12 +18,11 @@ from ldm.interop.network_files import (
     check_whole_numbers,
     described_by,
     fill,
-    read_json,
     refuse_other,
-    write_json,
     write_weights,
 )
 from ldm.interop.weight_files import WEIGHTS_STEM, find_weights
+from ldm.model.components import LoadedDenoiser
 
 # What these networks always are; other values would load, and compute something else.
 UNET_ALWAYS = {
@@ -137,15 +137,6 @@ def save_denoiser(
         {name: tensor.to(dtype) for name, tensor in denoiser.state_dict().items()},
         folder / f"{WEIGHTS_STEM}.safetensors",
     )
-
-
-class LoadedDenoiser(NamedTuple):
-    network: nn.Module
-    config: DenoiserConfig
-    sample_size: int  # side of its native latents
-    in_channels: int
-    context_width: int
-    learned_variance: bool  # whether it has a second half of output channels
 
 
 def load_denoiser(folder: Path, *, dtype: torch.dtype = torch.float32) -> LoadedDenoiser:

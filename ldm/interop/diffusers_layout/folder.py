@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from ldm.diffusion import Prediction
-from ldm.files.atomic import whole_folder
+from ldm.files.atomic import atomic_folder
+from ldm.files.strict_json import read_json, write_json
 from ldm.interop.diffusers_layout.denoiser import denoiser_folder, open_denoiser, save_denoiser
 from ldm.interop.diffusers_layout.scheduler import read_scheduler, scheduler_config_json
 from ldm.interop.diffusers_layout.vae import folded, open_vae, save_vae, vae_weights
-from ldm.interop.network_files import check_no_code, described_by, fill, read_json, write_json
+from ldm.interop.network_files import check_no_code, described_by, fill
 from ldm.interop.weight_files import TEXT_STEM, WEIGHTS_STEM, find_weights
 from ldm.interop.weight_reader import Weights, describe
 from ldm.model.components import Origin, Parts, check_parts_fit, denoiser_channels
@@ -153,7 +154,7 @@ def write_folder(parts: Parts, folder: Path, *, dtype: torch.dtype, beside: Mapp
     no export: nothing else is ever deleted.
     """
     check_target(folder)
-    with whole_folder(folder) as whole:
+    with atomic_folder(folder) as whole:
         write_parts(parts, whole, dtype=dtype)
         for name, content in (beside or {}).items():
             (whole / name).parent.mkdir(exist_ok=True)

@@ -16,7 +16,8 @@ from ldm.diffusion import (
     ScaledLinearBetaPath,
 )
 from ldm.diffusion.paths import BetaTablePath, TablePath
-from ldm.interop.network_files import check_whole_numbers, described_by, read_json
+from ldm.files.strict_json import read_json
+from ldm.interop.network_files import check_whole_numbers, described_by
 
 _NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _SCHEDULES: dict[str, type[BetaTablePath]] = {

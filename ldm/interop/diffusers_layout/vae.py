@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.files.strict_json import read_json, write_json
 from ldm.interop.network_files import (
     MAX_LAYERS,
     check_known,
@@ -17,9 +18,7 @@ from ldm.interop.network_files import (
     check_whole_numbers,
     described_by,
     fill,
-    read_json,
     refuse_other,
-    write_json,
     write_weights,
 )
 from ldm.interop.weight_files import WEIGHTS_STEM, find_weights

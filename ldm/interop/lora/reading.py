@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm.files.messages import SHOWN
 from ldm.interop.identify import is_single_file, looks_like, shapes_of
 from ldm.interop.lora.layers import Adaptable, LoraLayer, Part, adaptable_layers, factor_shapes, misfit
 from ldm.interop.lora.names import (
@@ -20,7 +21,6 @@ from ldm.interop.lora.names import (
     split_name,
 )
 from ldm.interop.lora.settings import Settings, alpha_by_settings, read_settings
-from ldm.interop.network_files import SHOWN_KEYS
 from ldm.interop.weight_reader import FLOATS
 
 Tensors = dict[str, dict[Role, Tensor]]  # by the layer's name in the file
@@ -152,5 +152,5 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _some(names: list[str], what: str = "") -> str:
-    shown = ", ".join(names[:SHOWN_KEYS]) + (", ..." if len(names) > SHOWN_KEYS else "")
+    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     return f"{len(names)}{f' {what}' if what else ''} ({shown})"

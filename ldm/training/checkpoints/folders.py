@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ldm.files.atomic import whole_file
-from ldm.training.checkpoints.manifest import Digest, fault, seal, to_disk
+from ldm.files.atomic import atomic_file, to_disk
+from ldm.training.checkpoints.manifest import Digest, fault, seal
 
 NAME = re.compile(r"step_(\d{7,})")
 LATEST = "latest"  # a file that names the newest, for people and scripts; what is taken up again is what verifies
@@ -50,7 +50,7 @@ class Checkpoints:
         to_disk(self.folder)
         self._good.add(path)
         with contextlib.suppress(OSError):  # the checkpoint is there, whatever is said of it
-            with whole_file(self.folder / LATEST) as latest:
+            with atomic_file(self.folder / LATEST) as latest:
                 latest.write_text(path.name + "\n")
                 to_disk(latest)
             to_disk(self.folder)

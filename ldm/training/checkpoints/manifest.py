@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ldm.files.atomic import to_disk
+from ldm.files.digest import sha256_of
 
 MANIFEST = "manifest.json"
 
@@ -18,18 +20,7 @@ class Digest(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Digest:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(path.stat().st_size, sha256)
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file's content, or which files a folder holds, is on the disk and not only in the system's cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return cls(path.stat().st_size, sha256_of(path))
 
 
 def write_json(path: Path, value: Any) -> Digest:

@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.files.atomic import whole_file
+from ldm.errors import NonFiniteError
+from ldm.files.atomic import atomic_file, to_disk
 from ldm.training.checkpoints.folders import Checkpoints
 from ldm.training.checkpoints.fragments import Span, rank_file, write_fragments
-from ldm.training.checkpoints.manifest import Digest, to_disk, write_json
+from ldm.training.checkpoints.manifest import Digest, write_json
 from ldm.training.checkpoints.staging import Copies
 
 STATE = "state.json"
@@ -36,7 +37,7 @@ class Abandoned(Exception):
     """Another rank could not write its part."""
 
 
-class NonFiniteStateError(FloatingPointError):
+class NonFiniteStateError(NonFiniteError):
     """A tensor that was to be saved holds a number that is not finite."""
 
 
@@ -141,7 +142,7 @@ class Saver:
         to_disk(path)
         digest = Digest.of(path)
         if self.rank != 0:
-            with whole_file(path.with_suffix(".json")) as partial:
+            with atomic_file(path.with_suffix(".json")) as partial:
                 write_json(partial, digest._asdict())
         return digest
 

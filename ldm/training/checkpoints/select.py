@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldm.config import check_continues
+from ldm.errors import CheckpointError
 from ldm.training.checkpoints import NAME, STATE, Checkpoints, fault, step_of
-from ldm.training.checkpoints.train_state import CheckpointError, read_record
+from ldm.training.checkpoints.train_state import read_record
+from ldm.training.configs import check_continues
 from ldm.training.engine.distributed import World
 from ldm.training.engine.engine import Engine
 from ldm.training.run import Run

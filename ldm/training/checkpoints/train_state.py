@@ -14,17 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.cli.commands import one_line
+from ldm.errors import CheckpointError
+from ldm.files.messages import one_line
 from ldm.training.checkpoints import STATE, Checkpoints, Fragments, Saver, Span, Status
 from ldm.training.checkpoints.rng_state import generator_states, restore_generators
 from ldm.training.checkpoints.saver import POLL_SECONDS
 from ldm.training.engine.distributed import World
 from ldm.training.engine.zero_partition import Partition
 from ldm.training.optim.ema import EMA
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be used for this run, or could not be written."""
 
 
 class Saved(NamedTuple):
@@ -69,7 +66,7 @@ class Resumption:
             try:
                 self._saver.prepare(step, size * self.world.ranks)
             except OSError as error:
-                reason = _told(error)
+                reason = one_line(error)
         if self.world.agree(reason is not None):
             return Saved(self._writing, True, reason)
         self._saver.begin(step, tensors, spans, record | self._about)
@@ -89,7 +86,7 @@ class Resumption:
         error = self._saver.error
         # What fails after the checkpoint has its name is no failure; the main rank knows, for its thread gives it.
         lost = failed > 0 and not self.world.agree(self.world.is_main and self._writing.exists())
-        return Saved(self._writing, lost, None if error is None else _told(error))
+        return Saved(self._writing, lost, None if error is None else one_line(error))
 
     def finish(self) -> Saved | None:
         """Wait until the checkpoint that is being written, if one is, is there or has failed."""
@@ -170,10 +167,6 @@ def read_record(folder: Path) -> dict[str, Any]:
         return record
 
 
-def _told(error: Exception) -> str:
-    return one_line(error) or type(error).__name__
-
-
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     """What is raised for files that are missing or of another form, as a CheckpointError."""
@@ -182,4 +175,4 @@ def _readable(folder: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # safetensors' own error is a plain Exception
-        raise CheckpointError(f"{folder} cannot be read ({_told(error)[:200]}): take an earlier one") from error
+        raise CheckpointError(f"{folder} cannot be read ({one_line(error, 200)}): take an earlier one") from error

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ldm.errors import NonFiniteError
 from ldm.training.checkpoints import Checkpoints
 from ldm.training.checkpoints.train_state import Resumption, Saved
 from ldm.training.engine.activation_checkpointing import recompute_blocks
@@ -36,10 +37,6 @@ from ldm.training.optim.optimizers import build_optimizer
 from ldm.training.optim.power_profile import PowerProfile
 
 SKIPPED_AT_MOST = 10  # steps in a row without a finite gradient, before a run is stopped
-
-
-class NonFiniteError(Exception):
-    """Losses or gradients stopped being numbers."""
 
 
 class Update(NamedTuple):

@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ldm.errors import Stopped
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class Stopped(BaseException):
-    """Raised where nothing is lost by stopping. No Exception, so that nobody takes it for a failure of their own."""
 
 
 class StopRequest:

@@ -20,7 +20,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ldm.cli.commands import PEER_ERROR, one_line
+from ldm.errors import PeerError
+from ldm.files.messages import one_line
 from ldm.training.engine.distributed import World
 from ldm.training.faults.signals import StopRequest
 
@@ -32,10 +33,6 @@ SUSPENDED_SECONDS = 5.0  # without a turn for a thread that wants one twice a se
 VERDICT = "verdict"
 STOP = "stop"  # a rank was asked to
 REMEDY = "start again, and training goes on from the last checkpoint"
-
-
-class PeerError(Exception):
-    """Another rank died or hangs."""
 
 
 class Store(Protocol):
@@ -207,7 +204,7 @@ class Watch:
         it returns the error to raise."""
         self.judge.hang_seconds = min(self.hang_seconds, 4 * BEAT_SECONDS)  # somebody is gone: look closer
         time.sleep(within)
-        short = one_line(error)[:200]
+        short = one_line(error, 200)
         return PeerError(f"another rank ended, or cannot be reached, at step {self._step} ({short}): {REMEDY}")
 
     def _talk(self, store: Store) -> None:
@@ -273,7 +270,7 @@ class Watch:
                 with suppress(OSError):
                     os.kill(beat.pid, signal.SIGKILL)  # launchers wait half a minute for a process that is stopped
         time.sleep(2 * BEAT_SECONDS)  # so that the others can read the verdict
-        os._exit(PEER_ERROR)
+        os._exit(PeerError.exit_code)
 
 
 def meeting_store(world: World) -> Store | None:

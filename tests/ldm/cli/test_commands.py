@@ -6,12 +6,10 @@ import sys
 
 import pytest
 
-from data import DataError
-from ldm.cli.commands import IN_TRAINING, OneLineParser, hyphenated, run_command, training_arguments
-from ldm.training.checkpoints.train_state import CheckpointError
-from ldm.training.engine.engine import NonFiniteError
-from ldm.training.faults.signals import Stopped
-from ldm.training.faults.watchdog import PeerError
+from ldm.cli.parser import OneLineParser, hyphenated, training_arguments
+from ldm.cli.run import run_command
+from ldm.errors import IN_TRAINING, CheckpointError, DataError, NonFiniteError, PeerError, Stopped
+from ldm.training.checkpoints.saver import NonFiniteStateError
 
 
 def fail(error: Exception, *, note: str = "") -> int:
@@ -32,7 +30,7 @@ CODES = [
     (DataError("shard"), 3),
     (CheckpointError("cut"), 4),
     (NonFiniteError("nan"), 6),
-    (FloatingPointError("nan"), 6),
+    (NonFiniteStateError("the weights"), 6),
 ]
 
 

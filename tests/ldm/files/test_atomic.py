@@ -1,20 +1,21 @@
 """Files and folders that appear whole or not at all, and leave nothing behind."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from ldm.files.atomic import whole_file, whole_folder
+from ldm.files.atomic import atomic_file, atomic_folder, write_new
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path):
     path = tmp_path / "file.txt"
     for text in ("one", "two"):
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(text)
             assert not path.exists() or path.read_text() == "one"
         assert path.read_text() == text
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as partial:
         partial.write_text("thr")
         raise KeyboardInterrupt
     assert path.read_text() == "two"
@@ -22,7 +23,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path):
 
 
 def fill(folder: Path, text: str) -> None:
-    with whole_folder(folder) as whole:
+    with atomic_folder(folder) as whole:
         (whole / "first.txt").write_text(text)
         if text == "fault":
             raise OSError("the disk is full")
@@ -50,3 +51,43 @@ def test_a_folder_cut_off_between_its_renamings_comes_back(tmp_path: Path):
     with pytest.raises(OSError, match="full"):
         fill(tmp_path / "model", "fault")
     assert (tmp_path / "model" / "second.txt").read_text() == "one"
+
+
+def test_nobody_elses_file_is_touched(tmp_path: Path):
+    other = tmp_path / "file.txt.partial"
+    other.write_text("mine")
+    with atomic_file(tmp_path / "file.txt") as partial:
+        partial.write_text("one")
+    assert other.read_text() == "mine"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_is_readable_by_whom_the_umask_allows(tmp_path: Path, umask: int):
+    """Whatever a library makes of its mode: safetensors writes files that their owner alone may read."""
+    before = os.umask(umask)
+    try:
+        with atomic_file(tmp_path / "file") as partial:
+            partial.unlink()
+            partial.write_text("of a library")
+            partial.chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_takes_the_first_free_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool):
+    if not links:
+        monkeypatch.setattr("os.link", refuse)
+    paths = [tmp_path / name for name in "abc"]
+    paths[0].write_text("there before")
+    assert write_new(b"new", paths) == paths[1]
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["there before", "new"]
+    paths[2].write_text("taken too")
+    with pytest.raises(FileExistsError):
+        write_new(b"newer", paths)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def refuse(*_: object) -> None:
+    raise OSError("no hard links here")

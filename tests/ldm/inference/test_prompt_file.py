@@ -14,7 +14,6 @@ from ldm.inference.prompt_file import (
     MAX_STEPS,
     OPTION,
     Request,
-    one_line,
     parse_line,
     read_prompts,
 )
@@ -143,8 +142,3 @@ def test_ranges(field, good, bad):
     for value in bad:
         with pytest.raises(ValueError, match=f"{field.replace('_', ' ')} (is|has|holds)"):
             Request(**{field: value})
-
-
-def test_one_line():
-    assert one_line("a\nb\x1b[31m\u202ec\x9b") == r"a\nb\x1b[31m\u202ec\x9b"
-    assert one_line("👩\u200d🚀 ❤\ufe0f é") == "👩\u200d🚀 ❤\ufe0f é"

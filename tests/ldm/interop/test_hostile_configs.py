@@ -184,14 +184,13 @@ def test_a_config_that_never_ends(part, instead, folder, tmp_path, capsys):
         path.symlink_to("/dev/zero")
     else:
         path.write_text("[" * 200_000 if instead == "nested without end" else '{"a": ' + "9" * 5000 + "}")
-    told = "is missing" if part == "tokenizer" and instead in ("a pipe", "a device") else "JSON"
-    assert_refused(lambda: TextToImage.load(copy), told, capsys)
+    assert_refused(lambda: TextToImage.load(copy), "JSON", capsys)
 
 
 @pytest.mark.parametrize("name", ["foundry.yaml", "README.md", "assets/a.png"])
 def test_what_lies_elsewhere_is_not_published(name, folder, tmp_path, capsys):
     """An export carries notes, card and pictures along: a link among them must not bring a secret."""
-    from ldm.cli.commands import run_command
+    from ldm.cli.run import run_command
     from ldm.export import arguments, main
 
     copy = copied(folder, tmp_path)

@@ -15,11 +15,12 @@ import torch
 from helpers.analytic import double, node_at
 from torch import Tensor
 
+from ldm.diffusion.nodes import Step
 from ldm.diffusion.paths import EDMPath, LinearBetaPath, ScaledLinearBetaPath
+from ldm.diffusion.posterior import variance_range
 from ldm.diffusion.predictions import to_x0
-from ldm.samplers import SAMPLERS, Step, invert, time_grid
+from ldm.samplers import SAMPLERS, invert, time_grid
 from ldm.samplers.linear_multistep import adams
-from ldm.samplers.single_step import variance_range
 
 RAMP = (torch.arange(768).double().reshape(3, 8, 8, 4) / 768).permute(3, 0, 1, 2)
 NOISE = RAMP.max() - RAMP

@@ -9,10 +9,12 @@ import torch
 from helpers.analytic import double, generators, ideal_denoiser, node_at
 from torch import Tensor
 
+from ldm.diffusion.nodes import Step
 from ldm.diffusion.paths import LinearBetaPath, RectifiedFlowPath, ScaledLinearBetaPath
-from ldm.samplers import SAMPLERS, LearnedDenoise, Step, noise_like, time_grid
+from ldm.diffusion.posterior import ddpm_mean, variance_added, variance_range
+from ldm.samplers import SAMPLERS, LearnedDenoise, noise_like, time_grid
 from ldm.samplers.linear_multistep import adams_weights, mean_weights
-from ldm.samplers.single_step import ddim, ddpm_mean, variance_added, variance_range
+from ldm.samplers.single_step import ddim
 
 
 def test_ddpm_posterior_is_bayes_rule(path):

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EDMDPMSolverMu
 
 from ldm.diffusion import CosinePath, EDMPath, LinearBetaPath, RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.diffusion.predictions import to_x0
+from ldm.files.strict_json import write_json
 from ldm.interop.diffusers_layout.scheduler import read_scheduler, scheduler_config_json
-from ldm.interop.network_files import write_json
 from ldm.samplers import time_grid
 
 PAIRS = [

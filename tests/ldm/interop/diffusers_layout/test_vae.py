@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from ldm.files.strict_json import read_json, write_json
 from ldm.interop.diffusers_layout.vae import folded, load_vae, save_vae, vae_config, vae_config_json
-from ldm.interop.network_files import read_json, write_json, write_weights
+from ldm.interop.network_files import write_weights
 from ldm.interop.weight_reader import open_weights
 from vae import AutoencoderKL, AutoencoderKLConfig
 

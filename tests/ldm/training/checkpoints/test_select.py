@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from ldm.config import TrainConfig, dump, load_config
+from ldm.config import dump, load_config
 from ldm.training.checkpoints import Digest, fault, step_of
 from ldm.training.checkpoints.select import check_record, choose, rewound_to
 from ldm.training.checkpoints.train_state import CheckpointError
+from ldm.training.configs import TrainConfig
 from ldm.training.engine.distributed import World
 from ldm.training.run import Run, RunConfig
 

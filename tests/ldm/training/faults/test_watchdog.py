@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from ldm.cli.commands import PEER_ERROR
+from ldm.errors import PeerError
 from ldm.training.engine.distributed import World
 from ldm.training.faults.signals import StopRequest
-from ldm.training.faults.watchdog import DONE, ELSEWHERE, REMEDY, STEP, Beat, PeerError, Watch, this_host
+from ldm.training.faults.watchdog import DONE, ELSEWHERE, REMEDY, STEP, Beat, Watch, this_host
 
 # os._exit, which does not return, is played by an exception.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception in thread guard")
@@ -126,7 +126,7 @@ def test_what_rank_0_finds_ends_all_ranks(ends: Ends, dead_pid: int, capfd: pyte
     for rank in (0, 2):
         ends.watch(rank, MemoryStore(content)).moved(5)
     until(lambda: len(ends.codes) == 2)
-    assert ends.codes == [PEER_ERROR] * 2 and content["verdict"] == "rank 1 died"
+    assert ends.codes == [PeerError.exit_code] * 2 and content["verdict"] == "rank 1 died"
     told = capfd.readouterr().err.splitlines()
     assert sorted(told) == [
         f"error: rank 1 died, training being at step 5 (told by rank {rank}): {REMEDY}" for rank in (0, 2)
@@ -139,7 +139,7 @@ def test_a_rank_that_is_stopped_is_killed(ends: Ends, capfd: pytest.CaptureFixtu
     stopped = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         ends.watch(0, MemoryStore({"beat/1": beat(pid=stopped.pid)}), ranks=2, hang_seconds=0.3)
-        until(lambda: ends.codes == [PEER_ERROR])
+        until(lambda: ends.codes == [PeerError.exit_code])
     finally:
         stopped.communicate(b"\n")
     assert "error: rank 1 has not answered for " in capfd.readouterr().err
@@ -152,7 +152,7 @@ def test_a_store_that_is_gone_is_rank_0s_end(ends: Ends, rank: int, capfd: pytes
     ends.watch(rank, store)
     until(lambda: f"beat/{rank}" in store.content)
     store.gone = True
-    until(lambda: ends.codes == [PEER_ERROR])
+    until(lambda: ends.codes == [PeerError.exit_code])
     assert "error: rank 0, where all ranks meet, is gone" in capfd.readouterr().err
 
 
@@ -161,7 +161,7 @@ def test_a_store_that_does_not_answer_is_rank_0s_hang(ends: Ends, capfd: pytest.
     ends.watch(2, store, hang_seconds=0.3)
     until(lambda: "beat/2" in store.content)
     store.answers.clear()
-    until(lambda: ends.codes == [PEER_ERROR])
+    until(lambda: ends.codes == [PeerError.exit_code])
     assert "error: rank 0, where all ranks meet, has not answered for " in capfd.readouterr().err
     store.answers.set()
 

@@ -1,0 +1,55 @@
+"""JSON files from anywhere: read as data, of a bounded size, and an object or an error that names the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ldm.files.atomic import write_atomically
+
+MAX_BYTES = 2**24  # an index of a million tensors would be larger
+
+
+def read_json(
+    path: Path, *, most: int = MAX_BYTES, missing: str = "is missing: give the folder of a whole model"
+) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    most: bytes. missing: what the error says of a file that is not there. Raises FileNotFoundError if it is not there,
+    ValueError, naming the file, if it is no JSON object of at most `most` bytes.
+    """
+    return parse_json(read_text(path, most=most, missing=missing, kind="JSON"), source=path)
+
+
+def read_text(path: Path, *, most: int = MAX_BYTES, missing: str, kind: str = "text") -> str:
+    """A file's text in UTF-8. Raises FileNotFoundError or ValueError as read_json does. kind: what errors call it."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device might never end
+            raise ValueError(f"{path} is not a plain file, expected {kind}")
+        if path.stat().st_size > most:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, expected at most {most} of {kind}")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} {missing}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give another, or copy it again") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not {kind} in UTF-8 ({error}): copy it again") from error
+
+
+def parse_json(text: str, *, source: Path | str) -> dict[str, Any]:
+    """The JSON object that a text holds. Raises ValueError, naming the source."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not JSON ({error}): copy it again") from error
+    if type(content) is not dict:
+        raise ValueError(f"{source} must hold a JSON object, not a {type(content).__name__}: copy it again")
+    return content
+
+
+def write_json(content: Any, path: Path, *, indent: int | None = 2, ensure_ascii: bool = True) -> None:
+    """Write a JSON file atomically."""
+    text = json.dumps(content, indent=indent, ensure_ascii=ensure_ascii) + "\n"
+    write_atomically(path, text.encode())
