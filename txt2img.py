@@ -204,16 +204,15 @@ def check_model_serves(ckpt: Path, requests: list[Request]) -> None:
 
     Only two small files of the model are read. One that is not there is left to TextToImage.load.
     """
-    from ldm.files.strict_json import read_json
-    from ldm.interop.diffusers_layout.denoiser import learns_variance
+    from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, read_denoiser_config
     from ldm.interop.diffusers_layout.scheduler import read_scheduler
-    from ldm.interop.network_files import described_by, model_folder
+    from ldm.interop.network_files import model_folder
     from ldm.samplers import SAMPLERS, time_grid
 
     folder = model_folder(ckpt)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     path = read_scheduler(scheduler)[0] if scheduler.exists() else None
-    networks = [file for part in ("transformer", "unet") if (file := folder / part / "config.json").exists()]
+    networks = [file for layout in ALL_LAYOUTS if (file := folder / layout.folder / "config.json").exists()]
     for request in requests:
         sampler = SAMPLERS[request.sampler]
         try:
@@ -221,9 +220,7 @@ def check_model_serves(ckpt: Path, requests: list[Request]) -> None:
             if path is not None:
                 time_grid(path, request.steps, request.options.grid)
             for network in networks if sampler.learned_variance else []:
-                with described_by(network):
-                    learned = learns_variance(read_json(network))
-                sampler.check(learned=learned)
+                sampler.check(learned=read_denoiser_config(network)[1].learned_variance)
         except ValueError as error:
             raise ValueError(f"{request.place}{error}") from error
 

@@ -55,10 +55,10 @@ def main() -> None:
 def network() -> Any:
     import torch
 
-    from ldm.denoisers import DiTConfig, build_denoiser
+    from ldm.denoisers import DiTConfig
 
     torch.manual_seed(0)
-    return build_denoiser(DiTConfig(depth=8, width=256, heads=4, sample_size=16), latent_channels=4, context_width=256)
+    return DiTConfig(depth=8, width=256, heads=4, sample_size=16).build(latent_channels=4, context_width=256)
 
 
 def batch(size: int) -> tuple[Any, ...]:

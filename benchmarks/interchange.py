@@ -39,7 +39,7 @@ def random_model(version: int) -> Any:
     """Stable Diffusion 1.5, or 2.1 with v-prediction, as to sizes."""
     from ldm.denoisers import UNet, UNetConfig
     from ldm.diffusion import ScaledLinearBetaPath
-    from ldm.model.components import Parts
+    from ldm.model.components import ModelComponents
     from ldm.model.latent_diffusion import LatentDiffusion
     from text import TextEncoderConfig, Tokenizer, TransformersTextEncoder
     from vae import AutoencoderKL, AutoencoderKLConfig
@@ -47,7 +47,7 @@ def random_model(version: int) -> Any:
     torch.manual_seed(0)
     text = TextEncoderConfig(**TEXT[version])
     config = UNetConfig() if version == 1 else UNetConfig(heads=(5, 10, 20, 20), use_linear_projection=True)
-    unet = UNet(config, in_channels=4, out_channels=4, context_width=text.width)
+    unet = UNet(config, latent_channels=4, context_width=text.width)
     with torch.no_grad():
         for parameter in unet.parameters():  # what a fresh network has at zero must count
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -58,7 +58,7 @@ def random_model(version: int) -> Any:
         path=ScaledLinearBetaPath(),
         prediction="eps" if version == 1 else "v",
     )
-    return Parts(model=model, denoiser=unet, config=config, sample_size=64)
+    return ModelComponents(model=model, denoiser=unet, config=config, sample_size=64)
 
 
 def write(version: int, scratch: Path, name: str) -> None:

@@ -20,7 +20,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import load_config
-from ldm.denoisers import build_denoiser
 from ldm.interop.diffusers_layout.vae import load_vae
 from ldm.training.configs import TrainConfig
 from text import load_text_encoder
@@ -46,7 +45,7 @@ def main() -> None:
 def measure(config: TrainConfig, *, rounds: int) -> dict[str, float]:
     vae = load_vae(Path(config.model.vae) / "vae").config
     text = load_text_encoder(Path(config.model.text) / "text_encoder").config
-    denoiser = build_denoiser(config.model.denoiser, latent_channels=vae.latent_channels, context_width=text.width)
+    denoiser = config.model.denoiser.build(latent_channels=vae.latent_channels, context_width=text.width)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, fused=True)
     batch, side = config.data.batch_size, config.data.image_size // vae.factor
     x = torch.randn(batch, vae.latent_channels, side, side)

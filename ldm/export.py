@@ -20,7 +20,7 @@ from ldm.cli.run import run_command
 from ldm.inference.options import FORMATS
 
 if TYPE_CHECKING:
-    from ldm.model.components import Parts
+    from ldm.model.components import ModelComponents
 
 STORED = ("fp32", "fp16", "bf16")
 
@@ -55,14 +55,14 @@ def ema_wanted(text: str) -> bool | float:
         raise ValueError(f"--ema is {text!r}, expected yes, no, or an average's relative length, as 0.1") from None
 
 
-def read_source(source: Path, ema: bool | float) -> Parts:
+def read_source(source: Path, ema: bool | float) -> ModelComponents:
     """The model in float32. ema: which weights of a file that holds two kinds; or the length of an average that is made
     of a run's snapshots. Raises ValueError or FileNotFoundError for what is not there."""
     import torch
 
     from ldm.interop.read_model import read_model
     from ldm.training.optim.post_hoc_ema import Snapshot, mixture
-    from ldm.training.optim.snapshot_files import mixed_parts, read_snapshots
+    from ldm.training.optim.snapshot_files import mixed_components, read_snapshots
 
     if isinstance(ema, bool):
         return read_model(source, dtype=torch.float32, ema=ema)
@@ -70,7 +70,7 @@ def read_source(source: Path, ema: bool | float) -> Parts:
     if not known:
         raise ValueError(f"{source} holds no snapshots, of which --ema {ema} could be made: give yes, or no")
     made = mixture(list(known), Snapshot(max(snapshot.step for snapshot in known), ema))
-    return mixed_parts(source, list(known.values()), made.shares)
+    return mixed_components(source, list(known.values()), made.shares)
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
 
     from ldm.interop.diffusers_layout.folder import check_target, write_folder
     from ldm.training.optim.post_hoc_ema import mixture
-    from ldm.training.optim.snapshot_files import mixed_parts, read_snapshots
+    from ldm.training.optim.snapshot_files import mixed_components, read_snapshots
 
     check_target(args.target)
     known = read_snapshots(args.run)
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
             "nearer to those of the snapshots, would be met better",
             file=sys.stderr,
         )
-    parts = mixed_parts(args.run, list(known.values()), made.shares)
+    parts = mixed_components(args.run, list(known.values()), made.shares)
     write_folder(parts, args.target, dtype=torch.float32)
     print(f"wrote {args.target}")
 

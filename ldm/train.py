@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from data.loader import Batch
+    from ldm.denoisers import Denoiser
     from ldm.diffusion import LossHistory
     from ldm.model.latent_diffusion import LatentDiffusion
     from ldm.training.configs import TrainConfig
@@ -35,7 +36,7 @@ NOISE, POSTERIOR = 0, 1  # streams of random numbers, each a function of (seed, 
 def main(args: Namespace) -> None:
     import torch
 
-    from ldm.denoisers import attention_length, describe_attention
+    from ldm.denoisers import describe_attention
     from ldm.diffusion import LossHistory
     from ldm.training.checkpoints.rng_state import seed_generators
     from ldm.training.configs import TrainConfig
@@ -51,7 +52,7 @@ def main(args: Namespace) -> None:
     engine = session.engine(denoiser)
     run.tell(f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M parameters, {len(session.images)} pictures, "
              f"{engine.precision} on {world.device}")  # fmt: skip
-    length = attention_length(config.model.denoiser, latent_side(config, model))
+    length = config.model.denoiser.attention_length(latent_side(config, model))
     run.tell(describe_attention(world.device, length, torch.bfloat16 if engine.bf16 else torch.float32))
     history = LossHistory() if config.model.objective.time_sampling == "importance" else None
     losses = training_losses(config, engine, model, history)
@@ -83,7 +84,8 @@ def training_losses(
         numbers = uniforms if history is None else history.numbers(uniforms)
         t = draw_times(objective, model.path, numbers)
         captions = drop_captions(batch.captions, random.drop_uniforms, config.model.caption_dropout)
-        found = model.loss(engine, x0, eps.to(device), t, captions, added=added.to(device))
+        condition = model.conditioner(captions)
+        found = model.losses(engine, x0, eps.to(device), t, condition, added=added.to(device))
         weighted = found.weighted(objective, model.path, t)
         if history is not None:
             weighted = by_importance(weighted, numbers, positions, history, engine)
@@ -113,17 +115,17 @@ def frozen_half(config: TrainConfig, world: World) -> LatentDiffusion:
     from pathlib import Path
 
     from ldm.interop.diffusers_layout.vae import load_vae
+    from ldm.model.conditioner import Conditioner, TextTower
     from ldm.model.latent_diffusion import LatentDiffusion
     from text import load_text_encoder, load_tokenizer
 
     text = Path(config.model.text)
+    encoder = load_text_encoder(text / "text_encoder").eval().requires_grad_(False).to(world.device)
     return LatentDiffusion(
         vae=load_vae(Path(config.model.vae) / "vae").eval().requires_grad_(False).to(world.device),
-        text_encoder=load_text_encoder(text / "text_encoder").eval().requires_grad_(False).to(world.device),
-        tokenizer=load_tokenizer(text / "tokenizer"),
+        conditioner=Conditioner(TextTower(encoder, load_tokenizer(text / "tokenizer"))),
         path=config.model.path,
         prediction=config.model.objective.prediction,
-        learned_variance=config.model.objective.learned_variance,
     )
 
 
@@ -135,21 +137,17 @@ def latent_side(config: TrainConfig, model: LatentDiffusion) -> int:
     return size // factor
 
 
-def build(config: TrainConfig, model: LatentDiffusion) -> nn.Module:
-    from ldm.denoisers import build_denoiser
-
-    side = latent_side(config, model)
-    native = getattr(config.model.denoiser, "sample_size", side)
-    if native != side:
+def build(config: TrainConfig, model: LatentDiffusion) -> Denoiser:
+    side, native = latent_side(config, model), config.model.denoiser.native_side
+    if native not in (None, side):
         raise ValueError(
             f"model.denoiser.sample_size is {native}, but pictures of {config.data.image_size} pixels have latents of "
             f"{side} a side: set it to {side}"
         )
-    return build_denoiser(
-        config.model.denoiser,
+    return config.model.denoiser.build(
         latent_channels=model.vae.config.latent_channels,
-        context_width=model.text_encoder.config.width,
-        learned_variance=model.learned_variance,
+        context_width=model.conditioner.width,
+        learned_variance=config.model.objective.learned_variance,
     )
 
 
@@ -171,7 +169,7 @@ def preview(session: Session[TrainConfig], model: LatentDiffusion, step: int, we
     from ldm.inference.pipeline import TextToImage
     from ldm.interop.diffusers_layout.folder import write_folder
     from ldm.interop.network_files import RUN_MODEL
-    from ldm.model.components import Parts
+    from ldm.model.components import ModelComponents
     from ldm.training.engine.config import resolved_precision
     from ldm.training.validation import drawings, held_out_losses
 
@@ -181,7 +179,7 @@ def preview(session: Session[TrainConfig], model: LatentDiffusion, step: int, we
     denoiser.load_state_dict(weights)
     losses = held_out_losses(config, model, denoiser, session.validation, bf16=bf16)
     run.tell(f"step {step}: held-out loss {losses['held_out_loss']:.4f}")
-    parts = Parts(
+    parts = ModelComponents(
         model=model,
         denoiser=denoiser,
         config=config.model.denoiser,

@@ -105,7 +105,7 @@ def remembering(workshop: Path, few_emoji: str) -> list[str]:
 
 def test_a_network_learns_its_variance_and_draws_with_it(workshop, remembering):
     pipe = TextToImage.load(workshop / "runs" / "remembered")
-    assert pipe.model.learned_variance
+    assert pipe.denoiser.learned_variance
     assert pipe("a red apple", steps=3, sampler="ddpm_learned")[0].size == (64, 64)
     lines = (workshop / "runs/remembered/metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]

@@ -6,14 +6,17 @@ Legend: B batch, C latent channels, H x W latent size, p patch size, L = H W / p
 M x E context.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.denoisers.attention import Attention
+from ldm.denoisers.contract import Condition, Denoiser, DenoiserFacts, Output
 from ldm.denoisers.embeddings import TimestepEmbedding, position_table
 
 NORM_EPS = 1e-6
@@ -21,7 +24,7 @@ TIME_FREQUENCIES_WIDTH = 256  # of the sinusoidal embedding, whatever the networ
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig:
+class DiTConfig(DenoiserFacts):
     """The transformer's shape. sample_size: side of the native latents, for which the position table is made.
 
     interpolation_scale divides all positions; None: max(sample_size // 64, 1), PixArt's rule, under which a
@@ -35,6 +38,7 @@ class DiTConfig:
     sample_size: int
     patch_size: int = 2
     interpolation_scale: float | None = None
+    can_learn_variance: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.depth, self.width, self.heads, self.sample_size, self.patch_size) < 1:
@@ -59,6 +63,31 @@ class DiTConfig:
         if self.interpolation_scale is None:
             return max(self.sample_size // 64, 1)
         return self.interpolation_scale
+
+    @property
+    def stride(self) -> int:
+        return self.patch_size
+
+    @property
+    def native_side(self) -> int:
+        return self.sample_size
+
+    def attention_length(self, side: int) -> int:
+        return (side // self.patch_size) ** 2
+
+    def describe(self, context_width: int) -> str:
+        return f"a DiT of {self.depth} blocks"
+
+    def build(
+        self, *, latent_channels: int, context_width: int, concat_channels: int = 0, learned_variance: bool = False
+    ) -> DiT:
+        return DiT(
+            self,
+            latent_channels=latent_channels,
+            context_width=context_width,
+            concat_channels=concat_channels,
+            learned_variance=learned_variance,
+        )
 
 
 class PatchEmbed(nn.Module):
@@ -164,22 +193,29 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, h, 1 + scale)
 
 
-class DiT(nn.Module):
-    """Denoiser over latents of any whole number of patches. context_width: of the text encoder's states.
+class DiT(Denoiser):
+    """Denoiser over latents of any full number of patches. context_width: of the text encoder's states."""
 
-    out_channels differs from in_channels where the variance is learned too (twice as many).
-    """
-
-    def __init__(self, config: DiTConfig, *, in_channels: int, out_channels: int, context_width: int) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        latent_channels: int,
+        context_width: int,
+        concat_channels: int = 0,
+        learned_variance: bool = False,
+    ) -> None:
+        super().__init__(
+            latent_channels=latent_channels, concat_channels=concat_channels, learned_variance=learned_variance
+        )
         self.patch_size = config.patch_size
-        self.pos_embed = PatchEmbed(config, in_channels)
+        self.pos_embed = PatchEmbed(config, self.in_channels)
         self.adaln_single = AdaLNSingle(config.width)
         self.caption_projection = CaptionProjection(context_width, config.width)
         blocks = [DiTBlock(config.width, config.heads) for _ in range(config.depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
         self.scale_shift_table = nn.Parameter(torch.empty(2, config.width))
-        self.proj_out = nn.Linear(config.width, config.patch_size**2 * out_channels)
+        self.proj_out = nn.Linear(config.width, config.patch_size**2 * self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -215,27 +251,24 @@ class DiT(nn.Module):
         # The output layer is zero: a fresh network predicts exactly zero, whatever it is asked.
         nn.init.zeros_(self.proj_out.weight)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, context_mask: Tensor, pooled: Tensor) -> Tensor:
-        """Predicts a tensor like x, in its shape and dtype.
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Output:
+        """H and W are multiples of the patch size (else ValueError).
 
-        x B x C x H x W latents, H and W multiples of the patch size (else ValueError). t B float timesteps in
-        0..1000, the scale of the sinusoidal embedding: the caller maps a path's times in [0, 1] to it.
-        context B x M x E token states. context_mask B x M bool, True for a real token: what it excludes has
-        no influence. Each row needs one at least (a tokenizer always gives two, the text's start and end).
-        pooled B x D is not used, for PixArt conditions on the token states alone.
+        What the mask excludes has no influence. Each row needs one token at least (a tokenizer always gives two, the
+        text's start and end). pooled is not used, for PixArt conditions on the token states alone.
         """
         height, width = x.shape[2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"latents of {height} x {width} do not divide into patches of {self.patch_size}")
-        mask = context_mask[:, None, None, :]                                           # B x 1 x 1 x M
-        h = self.pos_embed(x)                                                           # B x L x D
+        mask = condition.mask[:, None, None, :]                                         # B x 1 x 1 x M
+        h = self.pos_embed(self.with_concat(x, condition))                              # B x L x D
         modulation, embedded_time = self.adaln_single(t, x.dtype)                       # B x 6 x D, B x D
-        context = self.caption_projection(context)                                      # B x M x D
+        context = self.caption_projection(condition.context)                            # B x M x D
         for block in self.transformer_blocks:
             h = block(h, modulation, context, mask)
         shift, scale = (self.scale_shift_table + embedded_time[:, None]).chunk(2, dim=1)
         patches = self.proj_out(modulate(h, shift, scale))                              # B x L x p^2 C
-        return self._unpatchify(patches, height, width).to(x.dtype)
+        return self.answer(self._unpatchify(patches, height, width).to(x.dtype))
 
     def _unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """B x L x p^2 C, channels innermost -> B x C x H x W."""

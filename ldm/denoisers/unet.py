@@ -4,12 +4,15 @@ down to a few million for latents of 16 x 16. Parameter names and shapes are tho
 Legend: B batch, C channels, H x W latent size, T time width, M x D context.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.denoisers.contract import Condition, Denoiser, DenoiserFacts, Output
 from ldm.denoisers.embeddings import TimestepEmbedding
 from ldm.denoisers.unet_blocks import (
     BlockSettings,
@@ -23,7 +26,7 @@ from ldm.denoisers.unet_blocks import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(DenoiserFacts):
     """The U-Net's shape; the defaults are those of Stable Diffusion 1.5.
 
     One entry a level, from the full resolution down; each level halves the one before. attention_levels:
@@ -84,18 +87,49 @@ class UNetConfig:
     def heads_per_level(self) -> tuple[int, ...]:
         return self.heads if isinstance(self.heads, tuple) else (self.heads,) * len(self.block_out_channels)
 
+    def attention_length(self, side: int) -> int:
+        attending = [level for level, attends in enumerate(self.attention_levels) if attends]
+        coarsest = len(self.attention_levels) - 1  # where the middle block attends in any case
+        return (side // 2 ** min([*attending, coarsest])) ** 2
 
-class UNet(nn.Module):
+    def describe(self, context_width: int) -> str:
+        standard = UNetConfig()
+        shape = (self.block_out_channels, self.layers_per_block, self.attention_levels)
+        if shape == (standard.block_out_channels, standard.layers_per_block, standard.attention_levels):
+            versions = {(768, False): "Stable Diffusion 1", (1024, True): "Stable Diffusion 2"}
+            return versions.get((context_width, self.use_linear_projection), "a U-Net of Stable Diffusion's size")
+        return f"a U-Net of widths {'-'.join(map(str, self.block_out_channels))}"
+
+    def build(
+        self, *, latent_channels: int, context_width: int, concat_channels: int = 0, learned_variance: bool = False
+    ) -> UNet:
+        return UNet(
+            self,
+            latent_channels=latent_channels,
+            context_width=context_width,
+            concat_channels=concat_channels,
+            learned_variance=learned_variance,
+        )
+
+
+class UNet(Denoiser):
     """Denoiser over latents of any size, conditioned on text by cross-attention.
 
-    in_channels differs from out_channels in inpainting models alone (9 and 4). context_width: of the text
-    encoder's token states.
+    concat_channels are 5 in inpainting models and 0 in all others. context_width: of the text encoder's token states.
     """
 
     def __init__(
-        self, config: UNetConfig, *, in_channels: int, out_channels: int, context_width: int
+        self,
+        config: UNetConfig,
+        *,
+        latent_channels: int,
+        context_width: int,
+        concat_channels: int = 0,
+        learned_variance: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            latent_channels=latent_channels, concat_channels=concat_channels, learned_variance=learned_variance
+        )
         channels = config.block_out_channels
         settings = BlockSettings(
             layers=config.layers_per_block,
@@ -109,7 +143,7 @@ class UNet(nn.Module):
         last = len(channels) - 1
         self.skips_per_block = config.layers_per_block + 1
 
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(self.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], settings.time_width)
 
         width = channels[0]
@@ -129,7 +163,7 @@ class UNet(nn.Module):
             width = channels[level]
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, width, eps=1e-5)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, self.out_channels, 3, padding=1)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -154,17 +188,15 @@ class UNet(nn.Module):
         # The output convolution is zero: a fresh network predicts exactly zero, whatever it is asked.
         _zero(self.conv_out)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, context_mask: Tensor, pooled: Tensor) -> Tensor:
-        """Predicts a tensor like x, in its shape and dtype (for out_channels = in_channels).
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Output:
+        """H and W are any.
 
-        x B x C x H x W latents, any H and W. t B float timesteps in 0..1000, the scale of the sinusoidal
-        embedding: the caller maps a path's times in [0, 1] to it. context B x M x D token states.
-        context_mask B x M and pooled B x D are not used, for Stable Diffusion uses neither: padding is
-        attended like any token. A model trained with a mask would meet unknown tokens in pipelines, which
-        pass none.
+        mask and pooled are not used, for Stable Diffusion uses neither: padding is attended like any token. A model
+        trained with a mask would meet unknown tokens in pipelines, which pass none.
         """
+        context = condition.context                                                     # B x M x D
         time = F.silu(self.time_embedding(t, x.dtype))                                  # B x T
-        h = self.conv_in(x)
+        h = self.conv_in(self.with_concat(x, condition))
         skips = [h]
         for block in self.down_blocks:
             h, block_skips = block(h, time, context)
@@ -175,7 +207,7 @@ class UNet(nn.Module):
             # The next skip's size, not twice this one: down-sampling rounds odd sizes up.
             out_size = skips[-1].shape[2:] if skips else x.shape[2:]
             h = block(h, taken, time, context, out_size)
-        return self.conv_out(F.silu(self.conv_norm_out(h))).to(x.dtype)                 # B x C_out x H x W
+        return self.answer(self.conv_out(F.silu(self.conv_norm_out(h))).to(x.dtype))    # B x C_out x H x W
 
 
 def _zero(layer: nn.Module) -> None:

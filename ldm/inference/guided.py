@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from ldm.inference.options import DrawOptions
-from ldm.samplers import Denoise, with_share_of
+from ldm.samplers import Denoise
 from ldm.samplers.guidance import Schedule, classifier_free, projected, rescaled, scheduled, within_interval
 
 
@@ -27,4 +27,4 @@ def guided(with_prompt: Denoise, without: Denoise, scale: float, options: DrawOp
         denoise = classifier_free(with_prompt, without, over_time)
     if options.guidance_interval != (0.0, 1.0):
         denoise = within_interval(denoise, with_prompt, *options.guidance_interval)
-    return with_share_of(with_prompt, denoise)
+    return denoise

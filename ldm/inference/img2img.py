@@ -18,7 +18,7 @@ from torch import Tensor
 from data.samples import eight_bits, over_white, to_pixels
 from ldm.diffusion import PathConfig, noise_sample
 from ldm.model.latent_diffusion import LatentDiffusion
-from ldm.samplers import Denoise, LearnedDenoise
+from ldm.samplers import Denoise
 from vae import DiagonalGaussian
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Start:
     """Where a sampler begins, and what it must keep."""
 
     x: Tensor  # B x C x h x w, noisy as at the first time
-    beside: Tensor | None = None  # B x (1 + C) x h x w: what an inpainting network sees beside x_t
+    concat: Tensor | None = None  # B x (1 + C) x h x w: what an inpainting network sees next to x_t
     clean: Tensor | None = None  # B x C x h x w: the picture's latents, and the noise that they are seen in
     noise: Tensor | None = None
     mask: Tensor | None = None  # 1 x 1 x h x w, of what `keeping` keeps
@@ -148,7 +148,7 @@ def begin(
     if not for_inpainting:
         return Start(x=x, clean=z, noise=noise, mask=mask, is_noise=from_noise)
     masked = latents(drawn_on.pixels * (1 - drawn_on.mask))
-    return Start(x=x, beside=torch.cat([mask.expand(len(masked), -1, -1, -1), masked], dim=1))
+    return Start(x=x, concat=torch.cat([mask.expand(len(masked), -1, -1, -1), masked], dim=1))
 
 
 def keeping(denoise: Denoise, start: Start, path: PathConfig, times: Tensor) -> Denoise:
@@ -159,18 +159,10 @@ def keeping(denoise: Denoise, start: Start, path: PathConfig, times: Tensor) -> 
     """
     clean, noise, mask = start.clean, start.noise, start.mask
     assert clean is not None and noise is not None and mask is not None
-    last: tuple[Tensor, Tensor, Tensor] | None = None  # x_t, t and what was seen: a sampler may ask again for its share
-
-    def seen(x_t: Tensor, t: Tensor) -> Tensor:
-        nonlocal last
-        if last is None or last[0] is not x_t or last[1] != t:
-            at_first = start.is_noise and t >= times[0]
-            last = x_t, t, x_t if at_first else mask * x_t + (1 - mask) * noise_sample(clean, noise, path, t)
-        return last[2]
 
     def kept(x_t: Tensor, t: Tensor) -> Tensor:
-        return mask * denoise(seen(x_t, t), t) + (1 - mask) * clean
+        at_first = start.is_noise and t >= times[0]
+        seen = x_t if at_first else mask * x_t + (1 - mask) * noise_sample(clean, noise, path, t)
+        return mask * denoise(seen, t) + (1 - mask) * clean
 
-    if not isinstance(denoise, LearnedDenoise):
-        return kept
-    return LearnedDenoise(kept, lambda x_t, t: denoise.share(seen(x_t, t), t))
+    return kept

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.denoisers import attention_length, describe_attention
+from ldm.denoisers import Denoiser, describe_attention
 from ldm.diffusion import Prediction
 from ldm.inference.contact_sheet import to_images
 from ldm.inference.guided import guided
@@ -18,8 +18,8 @@ from ldm.inference.options import FORMATS, PLAIN, DrawOptions
 from ldm.interop.compvis.writing import write_single_file
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.read_model import Lora, model_name, read_model
-from ldm.model.components import Parts
-from ldm.samplers import SAMPLERS, Denoise, sampler_named, time_grid, with_share_of
+from ldm.model.components import ModelComponents
+from ldm.samplers import SAMPLERS, Denoise, Variance, sampler_named, time_grid
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,19 +38,19 @@ class TextToImage:
     images = pipe("a noto emoji of red apple", steps=30, scale=5.0, seed=7, n=4)
     """
 
-    def __init__(self, parts: Parts, *, name: str, weights_hash: str | None = None) -> None:
+    def __init__(self, parts: ModelComponents, *, name: str, weights_hash: str | None = None) -> None:
         self.parts, self.name = parts, name
         self._weights_hash = weights_hash
         self.native_size = parts.sample_size * self.model.vae.config.factor  # pixels a side, as in training
         # H and W must be multiples of this: whole latents, and whole patches of them.
-        self.factor = self.model.vae.config.factor * getattr(parts.config, "patch_size", 1)
+        self.factor = self.model.vae.config.factor * parts.config.stride
 
     @property
     def model(self) -> LatentDiffusion:
         return self.parts.model
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Denoiser:
         return self.parts.denoiser
 
     @property
@@ -82,7 +82,7 @@ class TextToImage:
     @property
     def attention(self) -> str:
         """One line: which attention draws at the native size, and why."""
-        length = attention_length(self.parts.config, self.native_size // self.model.vae.config.factor)
+        length = self.parts.config.attention_length(self.native_size // self.model.vae.config.factor)
         return describe_attention(self.device, length, self.dtype, training=False)
 
     @classmethod
@@ -223,15 +223,16 @@ class TextToImage:
         if drawn_on is not None:
             times = remaining(times, drawn_on.strength)
         found = SAMPLERS[sampler_named(sampler)]
-        found.check(learned=model.learned_variance)
-        function = found.with_eta(options.eta)
-        rounds = model.batches(prompts, options.weighting, largest=MAX_BATCH)
+        found.check(learned=self.denoiser.learned_variance)
+        found.with_eta(options.eta)  # raises before anything is drawn
+        rounds = model.conditioner.batches(prompts, options.weighting, largest=MAX_BATCH)
         drawn: list[Tensor] = []
         for number, own in enumerate(rounds):
             first = seed + sum(map(len, rounds[:number]))
             generators = [torch.Generator().manual_seed(first + i) for i in range(len(own))]
             begun = self._begin(drawn_on, generators, times, size)
-            denoise = self._denoise(own, negative_prompt, scale, options, begun, times)
+            denoise, variance = self._denoise(own, negative_prompt, scale, options, begun, times)
+            function = found.with_options(eta=options.eta, variance=variance)
             if progress is not None:
                 denoise = counted(denoise, progress, times, number=number, of=len(rounds))
             with torch.no_grad():
@@ -256,19 +257,22 @@ class TextToImage:
         options: DrawOptions,
         begun: Start,
         times: Tensor,
-    ) -> Denoise:
-        """The function that a sampler takes: guided, and keeping what a mask covers."""
+    ) -> tuple[Denoise, Variance]:
+        """The function that a sampler takes, guided, and keeping what a mask covers; and the network's variance."""
         model = self.model
         with_prompt, without = (
-            model.denoise_with(self.denoiser, model.condition(texts, options.weighting), begun.beside)
+            model.denoise_with(
+                self.denoiser, model.conditioner(texts, options.weighting)._replace(concat=begun.concat)
+            )
             for texts in (prompts, [negative_prompt] * len(prompts))
         )
         denoise = guided(with_prompt, without, scale, options)
-        return denoise if begun.mask is None else keeping(denoise, begun, model.path, times)
+        denoise = denoise if begun.mask is None else keeping(denoise, begun, model.path, times)
+        return denoise, with_prompt.variance
 
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that is longer than the text encoder can read; "" if all of it is read."""
-        return self.model.tokenizer.cut_off(prompt)
+        return self.model.conditioner.cut_off(prompt)
 
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
         for name, value in (("height", height), ("width", width)):
@@ -293,7 +297,7 @@ def counted(denoise: Denoise, progress: Callable[[int, int], None], times: Tenso
             progress(number * steps + done, of * steps)
         return x0
 
-    return with_share_of(denoise, counting)
+    return counting
 
 
 def choose_device(device: str) -> torch.device:

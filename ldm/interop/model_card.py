@@ -10,10 +10,10 @@ from string import Template
 from typing import Any
 
 from ldm.config import read_tree
-from ldm.denoisers import UNetConfig
+from ldm.interop.diffusers_layout.denoiser import layout_of
 from ldm.interop.diffusers_layout.folder import NOTES, own_file
 from ldm.interop.network_files import RUN_MODEL
-from ldm.model.components import Parts, kind_of
+from ldm.model.components import ModelComponents
 
 CARD, SHEET = "README.md", "assets/samples.png"
 MAX_PICTURES, MAX_PICTURE_BYTES, MAX_METRICS_BYTES = 16, 2**26, 2**30
@@ -58,7 +58,7 @@ their captions use, and has their faults.
 """)
 
 
-def files_beside(parts: Parts, source: Path, *, name: str, length: float | None = None) -> dict[str, bytes]:
+def files_beside(parts: ModelComponents, source: Path, *, name: str, length: float | None = None) -> dict[str, bytes]:
     """The card and its pictures, by their path in the export.
 
     source: the run, its model, or another export, whose own card is carried along if it has one. length: of the average
@@ -87,7 +87,7 @@ def read_records(run: Path) -> list[dict[str, Any]]:
 
 
 def model_card(
-    parts: Parts,
+    parts: ModelComponents,
     *,
     name: str,
     records: Iterable[dict[str, Any]] = (),
@@ -103,7 +103,9 @@ def model_card(
         what=_what(parts, size),
         sheet=_sheet(config) if has_sheet else "",
         prompt=prompts[0].replace('"', "'"),
-        extra=_extra(parts, size),
+        extra=layout_of(parts.config).call_words(
+            size=size, context_length=parts.model.conditioner.context_length, for_inpainting=parts.for_inpainting
+        ),
         beginning=", image=image, mask=mask" * parts.for_inpainting,
         words=" --init-img photo.png --mask mask.png" * parts.for_inpainting,
         training=_training(config, list(records), length) if config else "",
@@ -118,10 +120,10 @@ def _training_config(notes: str) -> dict[str, Any] | None:
     return tree if all(isinstance(section, dict) for section in sections) else None
 
 
-def _what(parts: Parts, size: int) -> str:
+def _what(parts: ModelComponents, size: int) -> str:
     count = sum(parameter.numel() for parameter in parts.denoiser.parameters())
-    model, text = parts.model, parts.model.text_encoder.config
-    kind = kind_of(parts.config, text.width)
+    model, text = parts.model, parts.model.conditioner.encoders[0].config
+    kind = parts.config.describe(model.conditioner.width)
     return (
         f"A text-to-image model: {kind} ({count / 1e6:.1f} M parameters), which predicts {model.prediction} on path "
         f"{model.path.kind}, in the latents of a KL autoencoder (1/{model.vae.config.factor} of the picture's side, "
@@ -140,15 +142,6 @@ def _sheet(config: dict[str, Any] | None) -> str:
         f"{preview['pictures']} seeds from {preview['seed']} on, none picked out ({preview['sampler']}, "
         f"{preview['steps']} steps, scale {preview['scale']:g}):\n\n{rows}\n"
     )
-
-
-def _extra(parts: Parts, size: int) -> str:
-    """What diffusers' pipelines must be told of a model that is smaller than theirs."""
-    sized = f", height={size}, width={size}"
-    if isinstance(parts.config, UNetConfig):
-        return sized + ", image=image, mask_image=mask" * parts.for_inpainting
-    length = parts.model.text_encoder.config.context_length
-    return f"{sized}, max_sequence_length={length}, use_resolution_binning=False, clean_caption=False"
 
 
 def _training(config: dict[str, Any], records: list[dict[str, Any]], length: float | None) -> str:

@@ -9,16 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-from ldm.denoisers import UNetConfig
 from ldm.diffusion import Prediction
-from ldm.interop.compvis.names import unet_modules
 from ldm.interop.compvis.reading import read_single_file
 from ldm.interop.compvis.standalone_vae import read_vae
+from ldm.interop.diffusers_layout.denoiser import layout_of
 from ldm.interop.diffusers_layout.folder import read_folder
 from ldm.interop.lora import merge_lora, read_lora
 from ldm.interop.network_files import RUN_MODEL, model_folder
 from ldm.interop.weight_reader import open_weights
-from ldm.model.components import Parts
+from ldm.model.components import ModelComponents
 
 
 class Lora(NamedTuple):
@@ -34,7 +33,7 @@ def read_model(
     lora: Sequence[Lora] = (),
     ema: bool = True,
     prediction: Prediction | None = None,
-) -> Parts:
+) -> ModelComponents:
     """A model in this precision, on the CPU: see ldm.TextToImage.load.
 
     LoRAs are merged in float32, and what comes of it is rounded once; so that is read first, in twice the memory.
@@ -58,13 +57,11 @@ def read_model(
     return parts
 
 
-def add_lora(parts: Parts, file: Path, strength: float) -> None:
+def add_lora(parts: ModelComponents, file: Path, strength: float) -> None:
     """Merge one file into the weights. Raises ValueError, with no weight changed, if it does not belong to them."""
     weights = open_weights(file)
-    names = {}
-    if isinstance(parts.config, UNetConfig):
-        names = {theirs: ours for ours, theirs in unet_modules(parts.denoiser, parts.config).items()}
-    encoder = parts.model.text_encoder
+    names = layout_of(parts.config).other_names(parts.denoiser, parts.config)
+    encoder = parts.model.conditioner.encoders[0]
     layers = read_lora(
         weights.tensors,
         weights.metadata,
@@ -76,7 +73,7 @@ def add_lora(parts: Parts, file: Path, strength: float) -> None:
     merge_lora(layers, denoiser=parts.denoiser, text_encoder=encoder, strength=strength)
 
 
-def with_remark(parts: Parts, remark: str) -> Parts:
+def with_remark(parts: ModelComponents, remark: str) -> ModelComponents:
     assert parts.origin is not None
     return replace(parts, origin=replace(parts.origin, remarks=(*parts.origin.remarks, remark)))
 

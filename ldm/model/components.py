@@ -1,14 +1,15 @@
-"""A whole text-to-image model as it lies on disk, whatever the layout."""
+"""A complete text-to-image model as it lies on disk, whatever the layout."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
-from ldm.denoisers import DenoiserConfig, UNet, UNetConfig
+from ldm.denoisers import Denoiser, DenoiserConfig
 from ldm.files.digest import short_hash
 from ldm.model.latent_diffusion import LatentDiffusion
 from text import TextEncoderConfig, Tokenizer
@@ -16,12 +17,10 @@ from vae import AutoencoderKL
 
 
 class LoadedDenoiser(NamedTuple):
-    network: nn.Module
+    network: Denoiser
     config: DenoiserConfig
     sample_size: int  # side of its native latents
-    in_channels: int
     context_width: int
-    learned_variance: bool  # whether it has a second half of output channels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,68 +37,58 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class ModelComponents:
     """What folders and single files hold."""
 
     model: LatentDiffusion
-    denoiser: nn.Module
+    denoiser: Denoiser
     config: DenoiserConfig
     sample_size: int  # side of the native latents
     notes: str = ""  # foundry.yaml: the resolved configuration of the run
     origin: Origin | None = field(default=None, compare=False)
 
     @property
-    def networks(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """The denoiser, the autoencoder and the text encoder."""
-        return self.denoiser, self.model.vae, self.model.text_encoder
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The denoiser, the autoencoder and the text encoders."""
+        return self.denoiser, self.model.vae, *self.model.conditioner.encoders
 
     @property
     def for_inpainting(self) -> bool:
         """Whether the denoiser also takes a mask and the masked picture."""
-        return denoiser_channels(self.denoiser) == inpainting_channels(self.model.vae)
+        return self.denoiser.concat_channels == inpainting_channels(self.model.vae)
 
     def describe(self) -> str:
         """One line: what it is, what it predicts, how it was read."""
-        kind = f"{kind_of(self.config, self.model.text_encoder.config.width)}{' for inpainting' * self.for_inpainting}"
+        kind = f"{self.config.describe(self.model.conditioner.width)}{' for inpainting' * self.for_inpainting}"
         origin = (self.origin.precision, *self.origin.remarks) if self.origin else ()
         return ", ".join([kind, f"predicts {self.model.prediction} on path {self.model.path.kind}", *origin])
 
 
-def kind_of(config: DenoiserConfig, context_width: int) -> str:
-    if not isinstance(config, UNetConfig):
-        return f"a DiT of {config.depth} blocks"
-    standard = UNetConfig()
-    sized = (config.block_out_channels, config.layers_per_block, config.attention_levels)
-    if sized == (standard.block_out_channels, standard.layers_per_block, standard.attention_levels):
-        versions = {(768, False): "Stable Diffusion 1", (1024, True): "Stable Diffusion 2"}
-        return versions.get((context_width, config.use_linear_projection), "a U-Net of Stable Diffusion's size")
-    return f"a U-Net of widths {'-'.join(map(str, config.block_out_channels))}"
-
-
-def denoiser_channels(denoiser: nn.Module) -> int:
-    """Channels that it takes, by its first convolution."""
-    first = denoiser.get_submodule("conv_in" if isinstance(denoiser, UNet) else "pos_embed.proj")
-    assert isinstance(first, nn.Conv2d)
-    return first.in_channels
-
-
 def inpainting_channels(vae: AutoencoderKL) -> int:
-    """Latents, a mask, and the latents of the masked picture."""
-    return 2 * vae.config.latent_channels + 1
+    """What an inpainting network sees next to x_t: a mask, and the latents of the masked picture."""
+    return 1 + vae.config.latent_channels
 
 
-def check_parts_fit(
-    denoiser: LoadedDenoiser, vae: AutoencoderKL, text: TextEncoderConfig, tokenizer: Tokenizer, *, source: Path
+def check_components_fit(
+    denoiser: LoadedDenoiser,
+    vae: AutoencoderKL,
+    towers: Sequence[tuple[TextEncoderConfig, Tokenizer]],
+    *,
+    source: Path,
 ) -> None:
-    """Raise ValueError, naming both parts, if they were not made for each other."""
-    latents = denoiser.in_channels
-    if latents == inpainting_channels(vae):
-        latents = vae.config.latent_channels
-    for what, of_one, one, of_other, other in (
-        ("latent channels", latents, "the denoiser", vae.config.latent_channels, "the autoencoder"),
-        ("wide a context", denoiser.context_width, "the denoiser", text.width, "the text encoder"),
-        ("tokens", tokenizer.vocab_size, "the tokenizer", text.vocab_size, "the text encoder"),
-    ):
+    """Raise ValueError, naming both, if two components were not made for each other."""
+    network, channels = denoiser.network, vae.config.latent_channels
+    further = f" and {network.concat_channels} more" * (network.concat_channels not in (0, inpainting_channels(vae)))
+    width = sum(config.width for config, _ in towers)
+    pairs = [
+        ("latent channels", f"{network.latent_channels}{further}", "the denoiser", str(channels), "the autoencoder"),
+        ("wide a context", str(denoiser.context_width), "the denoiser", str(width), "the text encoder"),
+        *(
+            ("tokens", str(tokenizer.vocab_size), "the tokenizer", str(config.vocab_size), "the text encoder")
+            for config, tokenizer in towers
+        ),
+    ]
+    for what, of_one, one, of_other, other in pairs:
         if of_one != of_other:
             raise ValueError(
                 f"{source}: {one} is made for {of_one} {what}, {other} for {of_other}: give a model whose parts "

@@ -9,6 +9,7 @@ A sampler is a pure function `sampler(denoise, x, path, times, generator) -> x`:
                 stochastic samplers draw from it
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -30,7 +31,7 @@ from ldm.samplers.single_step import (
     heun,
     lcm,
 )
-from ldm.samplers.steps import Denoise, Generators, LearnedDenoise, noise_like, with_share_of
+from ldm.samplers.steps import Denoise, Generators, Variance, noise_like
 from ldm.samplers.time_grids import TIME_GRIDS, time_grid
 
 if TYPE_CHECKING:
@@ -41,14 +42,13 @@ __all__ = [
     "TIME_GRIDS",
     "Denoise",
     "Generators",
-    "LearnedDenoise",
     "Sampler",
     "SamplerFunction",
+    "Variance",
     "invert",
     "noise_like",
     "sampler_named",
     "time_grid",
-    "with_share_of",
 ]
 
 
@@ -60,14 +60,14 @@ class SamplerFunction(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    function: SamplerFunction
+    function: Callable[..., Tensor]  # a SamplerFunction, for some with more keywords
     order: int  # error ~ (step size)^order: of the picture, or where stochastic of mean and variance
     stochastic: bool
     label: str  # the name in A1111 and in the metadata of its pictures
     evaluations: int = 1  # of the denoiser in a step; one where the step comes from alpha = 0 or goes to sigma = 0
     more_at_first: int = 0  # evaluations of the first steps beyond those
     eta: float | None = None  # of its own; None: it takes none
-    learned_variance: bool = False  # whether it needs a LearnedDenoise
+    learned_variance: bool = False  # whether it needs a network that has learned one
 
     def check(self, *, learned: bool) -> None:
         """Raise ValueError if it needs a variance, and the network has learned none."""
@@ -75,14 +75,19 @@ class Sampler:
             raise ValueError(f"sampler {self.label} needs a network that has learned its variance: use ddpm")
 
     def with_eta(self, eta: float | None) -> SamplerFunction:
-        """The function with this share of noise, from 0 to 1; None: its own. Raises ValueError if it cannot have it."""
+        """The function with this fraction of noise, 0 to 1; None: its own. Raises ValueError if it cannot have it."""
         if eta is None:
-            return self.function
+            return cast(SamplerFunction, self.function)
         if self.eta is None:
             raise ValueError(f"sampler {self.label} has no eta: leave it out, or use {', '.join(_WITH_ETA)}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}, expected 0 (no noise) to 1 (DDPM's)")
         return partial(cast(Any, self.function), eta=eta)
+
+    def with_options(self, *, eta: float | None = None, variance: Variance) -> SamplerFunction:
+        """with_eta's function, which gets the network's variance if it needs that."""
+        function = self.with_eta(eta)
+        return partial(cast(Any, function), variance=variance) if self.learned_variance else function
 
 
 # DDIM, Euler's method on x / alpha (k-diffusion) and Euler's method for rectified flow are one and the

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.diffusion.nodes import Step, grid_steps
 from ldm.diffusion.posterior import ddpm_mean, learned_log_variance, variance_range
-from ldm.samplers.steps import Denoise, Generators, add_noise, ancestral, ddim_step, node_between, share_of
+from ldm.samplers.steps import Denoise, Generators, Variance, add_noise, ancestral, ddim_step, node_between
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig
@@ -50,14 +50,18 @@ def ddpm_large(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, g
     return ancestral_sampling(denoise, x, path, times, generator, lambda x, step: math.sqrt(variance_range(step)[1]))
 
 
-def ddpm_learned(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """DDPM with the variance that the network has learned, between the small and the large one: denoise.share says
-    where. Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15. Raises ValueError if it says nothing."""
-    share = share_of(denoise)
+def ddpm_learned(
+    denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators, *, variance: Variance
+) -> Tensor:
+    """DDPM with the variance that the network has learned, between the small and the large one.
+
+    variance() says where, of x's shape, -1 (as little as q(x' | x, x0)) to 1 (as much as the forward step added) about,
+    at denoise's last evaluation. Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15.
+    """
 
     def deviation(x: Tensor, step: Step) -> Tensor:
         small, large = variance_range(step)
-        return (learned_log_variance(share(x, step.start.t), math.log(small), math.log(large)) / 2).exp()
+        return (learned_log_variance(variance(), math.log(small), math.log(large)) / 2).exp()
 
     return ancestral_sampling(denoise, x, path, times, generator, deviation)
 

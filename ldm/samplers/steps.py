@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from ldm.diffusion import PathConfig
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+Variance = Callable[[], Tensor]  # what the network answered at its last evaluation: see ldm.denoisers.Output
 Generators = Sequence[torch.Generator]
 
 
@@ -59,27 +59,3 @@ def add_noise(x: Tensor, deviation: float | Tensor, generator: Generators) -> Te
     if isinstance(deviation, float) and deviation == 0:
         return x
     return x + deviation * noise_like(x, generator)
-
-
-@dataclass(frozen=True, slots=True)
-class LearnedDenoise:
-    """A denoiser that also says how wide its next step scatters: share(x_t, t), of x_t's shape, -1 (as little as
-    q(x' | x, x0)) to 1 (as much as the forward step added) about."""
-
-    denoise: Denoise
-    share: Denoise
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.denoise(x_t, t)
-
-
-def with_share_of(source: Denoise, denoise: Denoise) -> Denoise:
-    """denoise, which was made of source, with source's share, if there is one."""
-    return LearnedDenoise(denoise, source.share) if isinstance(source, LearnedDenoise) else denoise
-
-
-def share_of(denoise: Denoise) -> Denoise:
-    """Its share. Raises ValueError if the network has learned none."""
-    if not isinstance(denoise, LearnedDenoise):
-        raise ValueError("the network has learned no variance, which sampler ddpm_learned needs: use ddpm")
-    return denoise.share

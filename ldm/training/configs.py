@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from data.config import DataConfig, HeldOutConfig, ReadingConfig
 from ldm.config import BY_KIND, dump, parse, read_tree
-from ldm.denoisers import DenoiserConfig, DiTConfig
+from ldm.denoisers import DenoiserConfig
 from ldm.diffusion import EDMPath, ObjectiveConfig, PathConfig, RectifiedFlowPath
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
 from ldm.samplers import SAMPLERS, sampler_named, time_grid
@@ -101,8 +101,11 @@ class ModelConfig:
                 f"model.objective.learned_variance is that of a table's steps, and path {self.path.kind} has none: use "
                 "scaled_linear_beta, or leave it out"
             )
-        if self.objective.learned_variance and not isinstance(self.denoiser, DiTConfig):
-            raise ValueError("model.objective.learned_variance needs a DiT: diffusers opens no such U-Net")
+        if self.objective.learned_variance and not self.denoiser.can_learn_variance:
+            raise ValueError(
+                f"model.objective.learned_variance is not for a denoiser of kind {self.denoiser.kind}, which no other "
+                "program opens with it: use a DiT, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

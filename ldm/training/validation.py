@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from data.loader import CaptionedImages
 from ldm.diffusion import by_quantile, draw_times, sample_randomness
@@ -16,6 +15,7 @@ from ldm.inference.pipeline import TextToImage
 from ldm.training.latent_cache import LatentEncoder
 
 if TYPE_CHECKING:
+    from ldm.denoisers import Denoiser
     from ldm.model.latent_diffusion import LatentDiffusion
     from ldm.training.configs import PreviewConfig, TrainConfig
 
@@ -24,7 +24,7 @@ HELD_OUT_SEED = 1_000_003  # noise and times of the held-out loss, the same for 
 
 @torch.no_grad()
 def held_out_losses(
-    config: TrainConfig, model: LatentDiffusion, denoiser: nn.Module, validation: CaptionedImages, *, bf16: bool
+    config: TrainConfig, model: LatentDiffusion, denoiser: Denoiser, validation: CaptionedImages, *, bf16: bool
 ) -> dict[str, float]:
     """The error's mean over the validation set, "held_out_loss", and over each quarter of the times.
 
@@ -43,7 +43,7 @@ def held_out_losses(
         random = sample_randomness(HELD_OUT_SEED, positions, x0.shape[1:])
         eps, t = random.eps.to(x0.device), draw_times(objective, model.path, random.time_uniforms)
         with torch.autocast(x0.device.type, dtype=torch.bfloat16, enabled=bf16):
-            found.append(model.loss(denoiser, x0, eps, t, batch.captions).error)
+            found.append(model.losses(denoiser, x0, eps, t, model.conditioner(batch.captions)).error)
         uniforms = torch.cat([uniforms, random.time_uniforms])
     errors = torch.cat(found)
     parts = {f"held_out_{name}": part for name, part in by_quantile(errors, uniforms).items() if len(part)}

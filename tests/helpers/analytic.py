@@ -4,6 +4,7 @@ Their ideal denoisers and the solutions of the ODE are closed-form, so samplers 
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ldm.diffusion.nodes import Node, Step
 from ldm.diffusion.paths import PathConfig
 from ldm.diffusion.posterior import ddpm_mean, variance_range
-from ldm.samplers import Denoise, LearnedDenoise
+from ldm.samplers import Denoise
 
 MEAN, STD = 0.4, 0.6
 CENTRES = torch.tensor([[1.5, 0.0], [-1.0, 1.0], [-0.5, -1.5]])
@@ -45,9 +46,15 @@ def ideal_denoiser(path: PathConfig, mean: float | Tensor = MEAN, std: float | T
     return denoise
 
 
-def ideal_scatter(path: PathConfig, times: Tensor, denoise: Denoise, std: float = STD) -> LearnedDenoise:
-    """denoise, and the true variance of each of these steps: that of q(x' | x, x0), and what x0 is uncertain by."""
-    shares: dict[float, float] = {}
+def ideal_scatter(
+    path: PathConfig, times: Tensor, denoise: Denoise, std: float = STD
+) -> tuple[Denoise, Callable[[], Tensor]]:
+    """denoise, and the true variance of each of these steps: that of q(x' | x, x0), and what x0 is uncertain by.
+
+    The second is as a network answers it: of the last evaluation.
+    """
+    fractions: dict[float, float] = {}
+    last: list[Tensor] = []
     for t, t_next in pairwise(times):
         step = Step(node_at(path, t), node_at(path, t_next))
         if step.end.sigma > 0:
@@ -55,8 +62,13 @@ def ideal_scatter(path: PathConfig, times: Tensor, denoise: Denoise, std: float 
             alpha, sigma = step.start.alpha, step.start.sigma
             uncertain = std**2 * sigma**2 / (alpha**2 * std**2 + sigma**2)
             variance = small + ddpm_mean(step)[1] ** 2 * uncertain
-            shares[t.item()] = 2 * math.log(variance / small) / math.log(large / small) - 1
-    return LearnedDenoise(denoise, lambda x, t: torch.full_like(x, shares[t.item()]))
+            fractions[t.item()] = 2 * math.log(variance / small) / math.log(large / small) - 1
+
+    def remembering(x: Tensor, t: Tensor) -> Tensor:
+        last[:] = [torch.full_like(x, fractions.get(t.item(), math.nan))]
+        return denoise(x, t)
+
+    return remembering, lambda: last[0]
 
 
 def marginal(path: PathConfig, t: Tensor, z: Tensor, mean: float | Tensor = MEAN, std: float | Tensor = STD) -> Tensor:

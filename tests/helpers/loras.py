@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.denoisers import DiTConfig, UNetConfig, build_denoiser
+from ldm.denoisers import DiTConfig, UNetConfig
 from ldm.interop.lora import LoraLayer, Part, merge_lora, read_lora
 from ldm.interop.weight_reader import open_weights
 from text import TextEncoderConfig, TransformersTextEncoder
@@ -62,7 +62,7 @@ class Model(NamedTuple):
 def build(config: UNetConfig | DiTConfig) -> Model:
     torch.manual_seed(0)
     text = TextEncoderConfig(width=16, layers=2, heads=2, intermediate_size=32, projection_dim=16)
-    denoiser = build_denoiser(config, latent_channels=4, context_width=16)
+    denoiser = config.build(latent_channels=4, context_width=16)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from ldm.denoisers import DiT, DiTConfig, UNet, UNetConfig
+from ldm.denoisers import DiTConfig, UNet, UNetConfig
 from ldm.diffusion import PathConfig, Prediction, ScaledLinearBetaPath
-from ldm.model.components import Parts
+from ldm.model.components import ModelComponents
+from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
 from text import TextEncoderConfig, Tokenizer, TransformersTextEncoder
 from vae import AutoencoderKL, AutoencoderKLConfig
@@ -37,8 +38,10 @@ TEXTS: dict[Version, TextEncoderConfig] = {
 VAE = AutoencoderKLConfig(block_out_channels=(32, 32, 64), layers_per_block=1, latent_std=(1 / 0.18215,) * 4)
 DIT = DiTConfig(depth=2, width=64, heads=2, sample_size=8)
 
+Network = TypeVar("Network", bound=nn.Module)
 
-def stirred(network: nn.Module, *, by: float, seed: int) -> nn.Module:
+
+def stirred(network: Network, *, by: float, seed: int) -> Network:
     """No parameter at a value that hides a mistake, such as zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -54,25 +57,24 @@ def stable_diffusion(
     inpainting: bool = False,
     transformer: bool = False,
     path: PathConfig | None = None,
-) -> Parts:
+) -> ModelComponents:
     """A whole model with latents of 8 x 8 x 4 for pictures of 32 x 32; the same weights each time."""
     torch.manual_seed(version)
     config, text = DIT if transformer else UNETS[version], TEXTS[version]
-    channels = {"in_channels": 9 if inpainting else 4, "out_channels": 4, "context_width": text.width}
-    denoiser = DiT(config, **channels) if isinstance(config, DiTConfig) else UNet(config, **channels)
+    denoiser = config.build(latent_channels=4, concat_channels=5 * inpainting, context_width=text.width)
+    encoder = stirred(TransformersTextEncoder(text), by=0.05, seed=2)
     model = LatentDiffusion(
-        vae=stirred(AutoencoderKL(VAE), by=0.05, seed=1),  # pyright: ignore[reportArgumentType]
-        text_encoder=stirred(TransformersTextEncoder(text), by=0.05, seed=2),  # pyright: ignore[reportArgumentType]
-        tokenizer=Tokenizer(text.tokenizer),
+        vae=stirred(AutoencoderKL(VAE), by=0.05, seed=1),
+        conditioner=Conditioner(TextTower(encoder, Tokenizer(text.tokenizer))),
         path=path or ScaledLinearBetaPath(),
         prediction=prediction,
     )
-    return Parts(model=model, denoiser=stirred(denoiser, by=0.05, seed=3), config=config, sample_size=8)
+    return ModelComponents(model=model, denoiser=stirred(denoiser, by=0.05, seed=3), config=config, sample_size=8)
 
 
-def states(parts: Parts) -> dict[str, torch.Tensor]:
+def states(parts: ModelComponents) -> dict[str, torch.Tensor]:
     """All parameters of a model, by part and name."""
-    encoder = parts.model.text_encoder
+    encoder = parts.model.conditioner.encoders[0]
     assert isinstance(encoder, TransformersTextEncoder)
     networks = {"denoiser": parts.denoiser, "vae": parts.model.vae, "text": encoder.model}
     return {f"{part}.{name}": t for part, network in networks.items() for name, t in network.state_dict().items()}

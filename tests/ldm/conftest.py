@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from ldm.denoisers import DenoiserConfig, DiTConfig, UNetConfig, build_denoiser
+from ldm.denoisers import DenoiserConfig, DiTConfig, UNetConfig
 from ldm.diffusion import (
     CosinePath,
     EDMPath,
@@ -19,7 +19,8 @@ from ldm.diffusion import (
 )
 from ldm.diffusion.paths import BetaTablePath
 from ldm.interop.diffusers_layout.folder import write_folder
-from ldm.model.components import Parts
+from ldm.model.components import ModelComponents
+from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
 from text import TextEncoderConfig, Tokenizer, TransformersTextEncoder
 from vae import AutoencoderKL, AutoencoderKLConfig
@@ -37,7 +38,7 @@ def tiny_trained(
     *,
     tokens: int = 32,
     learned_variance: bool = False,
-) -> Parts:
+) -> ModelComponents:
     """A whole model of some thousand random parameters, with latents of 8 x 8 x 4 for pictures of 16 x 16."""
     torch.manual_seed(0)
     vae_config = AutoencoderKLConfig(
@@ -50,19 +51,19 @@ def tiny_trained(
     text_config = TextEncoderConfig(
         width=16, layers=2, heads=2, intermediate_size=32, context_length=tokens, projection_dim=16
     )
-    denoiser = build_denoiser(config, latent_channels=4, context_width=16, learned_variance=learned_variance)
+    denoiser = config.build(latent_channels=4, context_width=16, learned_variance=learned_variance)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    encoder = TransformersTextEncoder(text_config)
     model = LatentDiffusion(
         vae=AutoencoderKL(vae_config).eval(),
-        text_encoder=TransformersTextEncoder(text_config).eval(),
-        tokenizer=Tokenizer(text_config.tokenizer),
+        conditioner=Conditioner(TextTower(encoder.eval(), Tokenizer(text_config.tokenizer))),
         path=path,
         prediction=prediction,
-        learned_variance=learned_variance,
     )
-    return Parts(model=model, denoiser=denoiser.eval(), config=config, sample_size=8, notes="run: {name: tiny}\n")
+    notes = "run: {name: tiny}\n"
+    return ModelComponents(model=model, denoiser=denoiser.eval(), config=config, sample_size=8, notes=notes)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from ldm.config import dump, load_config, parse
-from ldm.denoisers import DiTConfig, build_denoiser
+from ldm.denoisers import DiTConfig
 from ldm.training.configs import TextTrainConfig, TrainConfig, VAETrainConfig, check_continues
 from text.clip import build_clip
 from vae import AutoencoderKL
@@ -44,7 +44,7 @@ def test_its_network_builds_without_memory(path):
                 network = build_clip(config.text, config.image)
                 assert config.image.image_size == config.data.image_size
             case TrainConfig():
-                network = build_denoiser(config.model.denoiser, latent_channels=4, context_width=128)
+                network = config.model.denoiser.build(latent_channels=4, context_width=128)
     assert sum(parameter.numel() for parameter in network.parameters()) > 100_000
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import Prediction
-from text import TextEncoder, Tokenizer
+from ldm.model.conditioner import Conditioner
 
 LAST_TIMESTEP = 999
 ASKED_SIDE = 16  # latents: 1/16 of the work of the native 64 x 64
@@ -32,8 +32,7 @@ def find_prediction(
     *,
     unet: UNet,
     config: UNetConfig,
-    text: TextEncoder,
-    tokenizer: Tokenizer,
+    conditioner: Conditioner,
 ) -> Found:
     """What the network predicts, and how that is known."""
     if wanted is not None:
@@ -42,23 +41,22 @@ def find_prediction(
         return Found(told)
     if not config.use_linear_projection:
         return Found("eps")
-    seen = noise_in_answer(unet, text, tokenizer)
+    seen = noise_in_answer(unet, conditioner)
     found: Prediction = "eps" if seen > LEAST_CORRELATION else "v"
     return Found(found, (f"prediction found by asking it (noise in its answer: {seen:.2f}; --prediction sets it)",))
 
 
 @torch.no_grad()
-def noise_in_answer(unet: UNet, text: TextEncoder, tokenizer: Tokenizer) -> float:
+def noise_in_answer(unet: UNet, conditioner: Conditioner) -> float:
     """Correlation of the answer with the noise that it was shown, for the empty prompt."""
     parameter = next(unet.parameters())
     generator = torch.Generator().manual_seed(0)
-    channels = unet.conv_in.in_channels
-    x = torch.randn(1, channels, ASKED_SIDE, ASKED_SIDE, generator=generator).to(parameter)
-    noise = x[:, : unet.conv_out.out_channels]
-    if channels > noise.shape[1]:  # for inpainting: everything masked, and nothing to be seen of the picture
-        x[:, noise.shape[1]] = 1
-        x[:, noise.shape[1] + 1 :] = 0
-    condition = text(tokenizer([""]).to(parameter.device))
+    x = torch.randn(1, unet.in_channels, ASKED_SIDE, ASKED_SIDE, generator=generator).to(parameter)
+    noise, further = x[:, : unet.latent_channels], None
+    if unet.concat_channels:  # for inpainting: everything masked, and nothing to be seen of the picture
+        further = torch.zeros_like(x[:, unet.latent_channels :])
+        further[:, 0] = 1
+    condition = conditioner([""])._replace(concat=further).to(parameter.dtype)
     t = torch.full((1,), float(LAST_TIMESTEP), device=parameter.device)
-    answer = unet(x, t, condition.context.to(parameter), condition.mask, condition.pooled.to(parameter))
+    answer = unet(noise, t, condition).prediction
     return F.cosine_similarity(answer.float().flatten(), noise.float().flatten(), dim=0).item()

@@ -25,9 +25,9 @@ from ldm.interop.compvis.names import (
     vae_names,
 )
 from ldm.interop.compvis.sidecar import HIDDEN_KEY, Told, read_told, with_heads
-from ldm.interop.compvis.text_encoder import Conditioner, find_conditioner
-from ldm.interop.diffusers_layout.denoiser import unet_config
+from ldm.interop.compvis.text_encoder import TextEncoderPlan, plan_text_encoder
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json, scheduler_from
+from ldm.interop.diffusers_layout.unet import UNetLayout
 from ldm.interop.diffusers_layout.vae import vae_config
 from ldm.interop.identify import (
     CONDITIONER,
@@ -41,7 +41,8 @@ from ldm.interop.identify import (
 )
 from ldm.interop.network_files import check_fit, described_by
 from ldm.interop.weight_reader import Weights, describe, open_weights
-from ldm.model.components import LoadedDenoiser, Origin, Parts, check_parts_fit, inpainting_channels
+from ldm.model.components import LoadedDenoiser, ModelComponents, Origin, check_components_fit, inpainting_channels
+from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
 from text import Tokenizer, TransformersTextEncoder, read_text_encoder_config, text_encoder_from_weights
 from vae import AutoencoderKL
@@ -65,19 +66,19 @@ class Plan:
     vae: AutoencoderKL
     config: UNetConfig
     context_width: int
-    conditioner: Conditioner
+    text_encoder: TextEncoderPlan
     unet_names: dict[str, str]  # ours -> the file's
     vae_names: dict[str, str]
     averaged: bool = False  # whether those of the U-Net are the averages'
 
     @property
     def text_names(self) -> list[str]:
-        return [CONDITIONER + name for name in self.conditioner.wanted]
+        return [CONDITIONER + name for name in self.text_encoder.wanted]
 
 
 def read_single_file(
     path: Path, *, dtype: torch.dtype, ema: bool = True, prediction: Prediction | None = None
-) -> Parts:
+) -> ModelComponents:
     """A model in this precision, on the CPU. ema: the averaged weights, where the file holds both.
 
     prediction: in place of what the file says, or of what it is found to be: see ldm.interop.compvis.detect_prediction.
@@ -96,19 +97,18 @@ def read_single_file(
     if averaged and ema:
         plan = replace(plan, unet_names=averaged, averaged=True)
     loaded, vae, text = fill_networks(plan, weights, dtype=dtype)
-    tokenizer = Tokenizer(plan.conditioner.config.tokenizer)
-    check_parts_fit(loaded, vae, text.config, tokenizer, source=path)
+    tokenizer = Tokenizer(plan.text_encoder.config.tokenizer)
+    check_components_fit(loaded, vae, [(text.config, tokenizer)], source=path)
+    conditioner = Conditioner(TextTower(text, tokenizer))
     with described_by(path):
         noise_path, said = path_and_prediction(told, weights, source=path)
-    found = find_prediction(prediction, said, unet=plan.unet, config=plan.config, text=text, tokenizer=tokenizer)
+    found = find_prediction(prediction, said, unet=plan.unet, config=plan.config, conditioner=conditioner)
     scheduler_config_json(noise_path, found.prediction)  # raises for a prediction that this path does not have
     with described_by(path):
         side = native_side(told, plan, found.prediction)
     remarks = (*_ema_remark(bool(averaged), ema=ema), *found.remarks)
-    return Parts(
-        model=LatentDiffusion(
-            vae=vae, text_encoder=text, tokenizer=tokenizer, path=noise_path, prediction=found.prediction
-        ),
+    return ModelComponents(
+        model=LatentDiffusion(vae=vae, conditioner=conditioner, path=noise_path, prediction=found.prediction),
         denoiser=loaded.network,
         config=plan.config,
         sample_size=side,
@@ -123,13 +123,12 @@ def fill_networks(
     """The three networks, once the file is known to hold what they need, and nothing else."""
     check_all(plan, weights.tensors, source=weights.source)
     # The text encoder first: what is mapped of the file is let go before the larger parts come.
-    text_weights = plan.conditioner.weights(weights.only(plan.text_names).read(dtype))
-    text = text_encoder_from_weights(plan.conditioner.config, text_weights, dtype=dtype)
+    text_weights = plan.text_encoder.weights(weights.only(plan.text_names).read(dtype))
+    text = text_encoder_from_weights(plan.text_encoder.config, text_weights, dtype=dtype)
     for network, names in ((plan.vae, plan.vae_names), (plan.unet, plan.unet_names)):
         found = weights.only(names.values()).read(dtype)
         network.load_state_dict({ours: found[theirs] for ours, theirs in names.items()}, strict=True, assign=True)
-    channels = plan.unet.conv_in.in_channels
-    return LoadedDenoiser(plan.unet, plan.config, DEFAULT_SIDE, channels, plan.context_width, False), plan.vae, text
+    return LoadedDenoiser(plan.unet, plan.config, DEFAULT_SIDE, plan.context_width), plan.vae, text
 
 
 def attention_as_matrices(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -156,7 +155,8 @@ def make_plan(shapes: Shapes, told: Told, *, source: Path) -> Plan:
         raise ValueError(f"it holds no autoencoder ({FIRST_STAGE}*): give a file that has one")
     below = {prefix: _below(shapes, prefix) for prefix in (DENOISER, FIRST_STAGE, CONDITIONER)}
     if told.own is not None:
-        config, context_width = unet_config(told.own["unet"], source=source), told.own["unet"]["cross_attention_dim"]
+        config, around = UNetLayout().from_json(told.own["unet"], source=source)
+        context_width = around.context_width
         vae, text = vae_config(told.own["vae"], source=source), told.own["text_encoder"]
         text = read_text_encoder_config(text, hidden=text.get(HIDDEN_KEY, "last"))
     else:
@@ -165,9 +165,12 @@ def make_plan(shapes: Shapes, told: Told, *, source: Path) -> Plan:
         vae = vae_from_shapes(below[FIRST_STAGE])
         scale = STABLE_DIFFUSION_SCALE if told.scale_factor is None else told.scale_factor
         vae = replace(vae, latent_std=(1 / scale,) * vae.latent_channels)
-    channels = {"in_channels": below[DENOISER]["input_blocks.0.0.weight"][1], "out_channels": vae.latent_channels}
+    latents = vae.latent_channels
+    further = below[DENOISER]["input_blocks.0.0.weight"][1] - latents
+    if further < 0:
+        raise ValueError(f"its U-Net takes {latents + further} channels, its autoencoder makes {latents}: give another")
     with torch.device("meta"):
-        unet = UNet(config, **channels, context_width=context_width)
+        unet = UNet(config, latent_channels=latents, concat_channels=further, context_width=context_width)
         autoencoder = AutoencoderKL(vae)
     of_unet, of_vae = unet_names(unet.state_dict(), config), vae_names(autoencoder.state_dict(), vae)
     return Plan(
@@ -175,7 +178,7 @@ def make_plan(shapes: Shapes, told: Told, *, source: Path) -> Plan:
         vae=autoencoder,
         config=config,
         context_width=context_width,
-        conditioner=find_conditioner(below[CONDITIONER], text),
+        text_encoder=plan_text_encoder(below[CONDITIONER], text),
         unet_names={ours: DENOISER + theirs for ours, theirs in of_unet.items()},
         vae_names={ours: FIRST_STAGE + theirs for ours, theirs in of_vae.items()},
     )
@@ -198,7 +201,7 @@ def check_all(plan: Plan, tensors: Mapping[str, Tensor], *, source: Path) -> Non
     """Raise ValueError unless the file holds these three networks, and nothing else but what training left there."""
     wanted = {plan.unet_names[ours]: tensor for ours, tensor in plan.unet.state_dict().items()}
     wanted |= {plan.vae_names[ours]: tensor for ours, tensor in plan.vae.state_dict().items()}
-    wanted |= {CONDITIONER + name: tensor for name, tensor in plan.conditioner.wanted.items()}
+    wanted |= {CONDITIONER + name: tensor for name, tensor in plan.text_encoder.wanted.items()}
     unasked = {name for name in tensors if name.startswith(DENOISER)} if plan.averaged else set()
     found = {
         name: tensor
@@ -210,7 +213,7 @@ def check_all(plan: Plan, tensors: Mapping[str, Tensor], *, source: Path) -> Non
 
 def nearest(plan: Plan) -> str:
     version = 2 if plan.config.use_linear_projection else 1
-    inpainting = plan.unet.conv_in.in_channels == inpainting_channels(plan.vae)
+    inpainting = plan.unet.concat_channels == inpainting_channels(plan.vae)
     return f"Stable Diffusion {version}{' for inpainting' * inpainting}"
 
 

@@ -40,7 +40,7 @@ MAX_LAYERS = 256  # that are made before the weights are compared
 OPEN_CLIP_LAYERS = 24  # if all are there, the last is not asked: Stable Diffusion 2 takes the states before it
 
 
-class Conditioner(NamedTuple):
+class TextEncoderPlan(NamedTuple):
     """How the text encoder stands in a file."""
 
     config: TextEncoderConfig
@@ -54,7 +54,7 @@ class Conditioner(NamedTuple):
         return open_clip_to_transformers(own) if self.is_open_clip else flattened(own)
 
 
-def find_conditioner(shapes: Shapes, told: TextEncoderConfig | None) -> Conditioner:
+def plan_text_encoder(shapes: Shapes, told: TextEncoderConfig | None) -> TextEncoderPlan:
     """told: the configuration, where the file has it; else it follows from the shapes and Stable Diffusion's habits.
 
     Raises ValueError for anything but CLIP, KeyError, naming it, for a tensor that is missing.
@@ -70,7 +70,7 @@ def find_conditioner(shapes: Shapes, told: TextEncoderConfig | None) -> Conditio
     with torch.device("meta"):
         state = TransformersTextEncoder(config).model.state_dict()
     own = transformers_to_open_clip(state) if is_open_clip else flattened(state)
-    return Conditioner(config, {prefix + name: tensor for name, tensor in own.items()}, is_open_clip)
+    return TextEncoderPlan(config, {prefix + name: tensor for name, tensor in own.items()}, is_open_clip)
 
 
 def _from_shapes(shapes: Shapes, is_open_clip: bool) -> TextEncoderConfig:

@@ -21,13 +21,15 @@ from ldm.files.atomic import atomic_file
 from ldm.interop.compvis.names import as_convolution, is_attention_of_vae, unet_names, vae_names
 from ldm.interop.compvis.sidecar import HIDDEN_KEY, OWN_KEY, dump_yaml
 from ldm.interop.compvis.text_encoder import OPEN_CLIP, TRANSFORMERS
-from ldm.interop.diffusers_layout.denoiser import unet_config_json
+from ldm.interop.diffusers_layout.layout import Surroundings
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
+from ldm.interop.diffusers_layout.unet import UNetLayout
 from ldm.interop.diffusers_layout.vae import folded, scale_of, vae_config_json
 from ldm.interop.identify import CONDITIONER, DENOISER, FIRST_STAGE
 from ldm.interop.network_files import write_weights
 from ldm.interop.weight_reader import open_weights
-from ldm.model.components import Parts, denoiser_channels, kind_of
+from ldm.model.components import ModelComponents
+from ldm.model.conditioner import TextTower
 from text import (
     OpenClipTextEncoder,
     TransformersTextEncoder,
@@ -41,7 +43,7 @@ SUFFIX = ".safetensors"
 ARCHITECTURES = {"Stable Diffusion 1": "stable-diffusion-v1", "Stable Diffusion 2": "stable-diffusion-v2"}
 
 
-def write_single_file(parts: Parts, path: Path, *, dtype: torch.dtype) -> None:
+def write_single_file(parts: ModelComponents, path: Path, *, dtype: torch.dtype) -> None:
     """NAME.safetensors in CompVis's layout, and NAME.yaml. An older single file of that name is replaced.
 
     Raises ValueError for what that layout, or those who read it, have no place for.
@@ -68,7 +70,7 @@ def check_target_file(path: Path) -> None:
         )
 
 
-def check_writable(parts: Parts) -> None:
+def check_writable(parts: ModelComponents) -> None:
     """Raise ValueError for what the layout, or those who read it, have no place for."""
     model = parts.model
     if not isinstance(parts.config, UNetConfig):
@@ -78,17 +80,24 @@ def check_writable(parts: Parts) -> None:
             f"{model.prediction} on path {model.path.kind} has no words in a single file, which knows eps and v on "
             "scaled_linear_beta: export a diffusers folder"
         )
+    if len(model.conditioner.towers) > 1:
+        raise ValueError("a single file has a place for one text encoder, this model has more: export a folder")
     for part, widths in (("U-Net", parts.config.block_out_channels), ("VAE", model.vae.config.block_out_channels)):
         if any(width % widths[0] for width in widths):
             raise ValueError(
                 f"the {part}'s widths {widths} are no multiples of the first, which the layout tells them by: export a "
                 "diffusers folder"
             )
-    if model.tokenizer.to_json()["model"]["vocab"] != clip_vocabulary().ids:
+    if _text_tower(parts).tokenizer.to_json()["model"]["vocab"] != clip_vocabulary().ids:
         raise ValueError("a single file has no place for a tokenizer that is not CLIP's: export a diffusers folder")
 
 
-def single_file_tensors(parts: Parts) -> dict[str, Tensor]:
+def _text_tower(parts: ModelComponents) -> TextTower:
+    (tower,) = parts.model.conditioner.towers
+    return tower
+
+
+def single_file_tensors(parts: ModelComponents) -> dict[str, Tensor]:
     """All weights under their names there; of the text encoder, gelu has OpenCLIP's names and quick_gelu CLIP's."""
     assert isinstance(parts.config, UNetConfig)
     unet, vae = parts.denoiser.state_dict(), folded(parts.model.vae)
@@ -103,8 +112,8 @@ def single_file_tensors(parts: Parts) -> dict[str, Tensor]:
     return found | {CONDITIONER + name: tensor for name, tensor in conditioner_tensors(parts).items()}
 
 
-def conditioner_tensors(parts: Parts) -> dict[str, Tensor]:
-    encoder = parts.model.text_encoder
+def conditioner_tensors(parts: ModelComponents) -> dict[str, Tensor]:
+    encoder = _text_tower(parts).encoder
     assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
     weights = prefixed_weights(encoder)
     if encoder.config.activation == "gelu":
@@ -112,21 +121,21 @@ def conditioner_tensors(parts: Parts) -> dict[str, Tensor]:
     return {TRANSFORMERS + name: tensor for name, tensor in weights.items()}
 
 
-def header(parts: Parts, tensors: Mapping[str, Tensor], *, title: str) -> dict[str, str]:
+def header(parts: ModelComponents, tensors: Mapping[str, Tensor], *, title: str) -> dict[str, str]:
     """modelspec (https://github.com/Stability-AI/ModelSpec, 1.0.1) for other programs, and our own configuration."""
     assert isinstance(parts.config, UNetConfig)
-    model, width = parts.model, parts.model.text_encoder.config.width
+    model, width = parts.model, parts.model.conditioner.width
     side = parts.sample_size * model.vae.config.factor
-    unet = unet_config_json(parts.config, sample_size=parts.sample_size, context=width,
-                            channels=model.vae.config.latent_channels)  # fmt: skip
+    text = _text_tower(parts).encoder
+    around = Surroundings.of(parts.denoiser, sample_size=parts.sample_size, context_width=width)
     own = {
-        "unet": unet | {"in_channels": denoiser_channels(parts.denoiser)},
+        "unet": UNetLayout().to_json(parts.config, around),
         "vae": vae_config_json(folded(model.vae).config),
-        "text_encoder": text_encoder_config_json(model.text_encoder.config, whole=True)
-        | {HIDDEN_KEY: model.text_encoder.config.hidden},
+        "text_encoder": text_encoder_config_json(text.config, whole=True)
+        | {HIDDEN_KEY: text.config.hidden},
         "scheduler": scheduler_config_json(model.path, model.prediction),
     }  # fmt: skip
-    kind = kind_of(parts.config, width)
+    kind = parts.config.describe(width)
     inpainting = "/inpainting" * parts.for_inpainting
     return {
         OWN_KEY: json.dumps(own),
@@ -151,7 +160,7 @@ def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def ldm_config(parts: Parts) -> dict[str, Any]:
+def ldm_config(parts: ModelComponents) -> dict[str, Any]:
     """CompVis's configuration. Its `target` words are what the programs that read it look for; here nobody follows."""
     model = parts.model
     assert isinstance(model.path, ScaledLinearBetaPath)
@@ -175,14 +184,14 @@ def ldm_config(parts: Parts) -> dict[str, Any]:
     return {"model": {"target": f"ldm.models.diffusion.ddpm.{kind}", "params": params}}
 
 
-def unet_section(parts: Parts) -> dict[str, Any]:
+def unet_section(parts: ModelComponents) -> dict[str, Any]:
     config = parts.config
     assert isinstance(config, UNetConfig)
     first = config.block_out_channels[0]
     heads = {"num_heads": config.heads} if isinstance(config.heads, int) else {"num_head_channels": head_width(config)}
     params = {
         "image_size": parts.sample_size,
-        "in_channels": denoiser_channels(parts.denoiser),
+        "in_channels": parts.denoiser.in_channels,
         "out_channels": parts.model.vae.config.latent_channels,
         "model_channels": first,
         "attention_resolutions": [2**level for level, attends in enumerate(config.attention_levels) if attends],
@@ -192,7 +201,7 @@ def unet_section(parts: Parts) -> dict[str, Any]:
         "use_spatial_transformer": True,
         "use_linear_in_transformer": config.use_linear_projection,
         "transformer_depth": 1,
-        "context_dim": parts.model.text_encoder.config.width,
+        "context_dim": parts.model.conditioner.width,
         "use_checkpoint": False,
         "legacy": False,
     }
@@ -207,7 +216,7 @@ def head_width(config: UNetConfig) -> int:
     return widths.pop()
 
 
-def first_stage_section(parts: Parts) -> dict[str, Any]:
+def first_stage_section(parts: ModelComponents) -> dict[str, Any]:
     config = parts.model.vae.config
     first = config.block_out_channels[0]
     ddconfig = {
@@ -226,8 +235,8 @@ def first_stage_section(parts: Parts) -> dict[str, Any]:
     return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
 
 
-def cond_stage_section(parts: Parts) -> dict[str, Any]:
-    config = parts.model.text_encoder.config
+def cond_stage_section(parts: ModelComponents) -> dict[str, Any]:
+    config = _text_tower(parts).encoder.config
     if config.activation == "gelu":
         layer = {"freeze": True, "layer": config.hidden}
         return {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": layer}

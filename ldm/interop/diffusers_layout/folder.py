@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 from ldm.diffusion import Prediction
 from ldm.files.atomic import atomic_folder
 from ldm.files.strict_json import read_json, write_json
-from ldm.interop.diffusers_layout.denoiser import denoiser_folder, open_denoiser, save_denoiser
+from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, OWN, layout_of, open_denoiser, save_denoiser
+from ldm.interop.diffusers_layout.layout import VERSION, DenoiserLayout
 from ldm.interop.diffusers_layout.scheduler import read_scheduler, scheduler_config_json
 from ldm.interop.diffusers_layout.vae import folded, open_vae, save_vae, vae_weights
 from ldm.interop.network_files import check_no_code, described_by, fill
 from ldm.interop.weight_files import TEXT_STEM, WEIGHTS_STEM, find_weights
 from ldm.interop.weight_reader import Weights, describe
-from ldm.model.components import Origin, Parts, check_parts_fit, denoiser_channels
+from ldm.model.components import ModelComponents, Origin, check_components_fit
+from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
 from text import (
     OpenClipTextEncoder,
@@ -37,19 +39,22 @@ MAX_NOTES_BYTES = 2**20
 # What a model_index.json may name: diffusers' own pipelines, and of the parts that are read the classes that are known.
 PIPELINES = {
     "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
-    "PixArtAlphaPipeline", "PixArtSigmaPipeline",
+    "PixArtAlphaPipeline", "PixArtSigmaPipeline", OWN.pipeline(for_inpainting=False),
 }  # fmt: skip
 KNOWN_CLASSES = {
-    "unet": [["diffusers", "UNet2DConditionModel"]],
-    "transformer": [["diffusers", "PixArtTransformer2DModel"], ["diffusers", "Transformer2DModel"]],
+    **{layout.folder: [[layout.library, name] for name in layout.classes] for layout in ALL_LAYOUTS},
     "vae": [["diffusers", "AutoencoderKL"]],
-    "text_encoder": [["transformers", "CLIPTextModel"]],
-    "tokenizer": [["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"]],
+    **{part: [["transformers", "CLIPTextModel"]] for part in ("text_encoder", "text_encoder_2")},
+    **{
+        part: [["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"]]
+        for part in ("tokenizer", "tokenizer_2")
+    },
 }
 PARTS_READ = KNOWN_CLASSES.keys()
+SUFFIXES = ("", "_2")  # of the folders of a model's text encoders and their tokenizers
 
 
-def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | None = None) -> Parts:
+def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | None = None) -> ModelComponents:
     """A model in this precision, on the CPU. prediction: in place of what the scheduler's config says.
 
     Raises ValueError or FileNotFoundError, naming the file, for anything missing, cut short or something else.
@@ -59,35 +64,41 @@ def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | No
     part = folder / _denoiser_part(folder)
     path, told = read_scheduler(folder / "scheduler" / "scheduler_config.json")
     scheduler_config_json(path, prediction or told)  # raises for a prediction that this path does not have
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizers = [load_tokenizer(folder / f"tokenizer{suffix}") for suffix in _text_suffixes(folder)]
     loaded, vae = open_denoiser(part), open_vae(folder / "vae")
-    text_folder = folder / "text_encoder"
-    text_config = _text_config(text_folder / "config.json")
-    check_parts_fit(loaded, vae, text_config, tokenizer, source=folder)
-    text_weights = _text_weights(text_folder)
+    text_folders = [folder / f"text_encoder{suffix}" for suffix in _text_suffixes(folder)]
+    text_configs = [_text_config(place / "config.json") for place in text_folders]
+    check_components_fit(loaded, vae, list(zip(text_configs, tokenizers, strict=True)), source=folder)
+    text_weights = [_text_weights(place) for place in text_folders]
     weights, of_vae = find_weights(part, WEIGHTS_STEM), vae_weights(folder / "vae")
-    # The text encoder first: what is mapped of its files is let go before the larger parts come.
-    with described_by(text_folder):
-        text_encoder = text_encoder_from_weights(text_config, text_weights.read(dtype), dtype=dtype)
+    # The text encoders first: what is mapped of their files is let go before the larger parts come.
+    towers = [
+        TextTower(_text_encoder(place, config, found, dtype=dtype), tokenizer)
+        for place, config, found, tokenizer in zip(text_folders, text_configs, text_weights, tokenizers, strict=True)
+    ]
     fill(vae, of_vae, dtype=dtype)
     fill(loaded.network, weights, dtype=dtype)
-    model = LatentDiffusion(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        path=path,
-        prediction=prediction or told,
-        learned_variance=loaded.learned_variance,
-    )
+    model = LatentDiffusion(vae=vae, conditioner=Conditioner(*towers), path=path, prediction=prediction or told)
     notes = own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES)
-    return Parts(
+    return ModelComponents(
         model=model,
         denoiser=loaded.network,
         config=loaded.config,
         sample_size=loaded.sample_size,
         notes=notes.decode(errors="replace"),
-        origin=Origin(files=weights.files, precision=_precision(weights, text_weights, of_vae)),
+        origin=Origin(files=weights.files, precision=_precision([weights, *text_weights, of_vae])),
     )
+
+
+def _text_suffixes(folder: Path) -> Sequence[str]:
+    return SUFFIXES if (folder / f"text_encoder{SUFFIXES[1]}").is_dir() else SUFFIXES[:1]
+
+
+def _text_encoder(
+    folder: Path, config: TextEncoderConfig, weights: Weights, *, dtype: torch.dtype
+) -> TransformersTextEncoder:
+    with described_by(folder):
+        return text_encoder_from_weights(config, weights.read(dtype), dtype=dtype)
 
 
 def _text_config(source: Path) -> TextEncoderConfig:
@@ -135,19 +146,20 @@ def check_index(folder: Path) -> None:
 
 
 def _denoiser_part(folder: Path) -> str:
-    parts = [name for name in ("transformer", "unet") if (folder / name).is_dir()]
+    parts = [layout.folder for layout in ALL_LAYOUTS if (folder / layout.folder).is_dir()]
     if len(parts) != 1:
         found = sorted(entry.name for entry in folder.iterdir())[:8]
         raise ValueError(f"{folder} holds {found}, expected unet/ or transformer/: this is not a text-to-image model")
     return parts[0]
 
 
-def _precision(denoiser: Weights, text: Weights, vae: Weights) -> str:
-    parts = {"denoiser": denoiser, "text": text, "vae": vae}
-    return describe({f"{part}.{name}": t for part, found in parts.items() for name, t in found.tensors.items()})
+def _precision(parts: Sequence[Weights]) -> str:
+    return describe({f"{part}.{name}": t for part, found in enumerate(parts) for name, t in found.tensors.items()})
 
 
-def write_folder(parts: Parts, folder: Path, *, dtype: torch.dtype, beside: Mapping[str, bytes] | None = None) -> None:
+def write_folder(
+    parts: ModelComponents, folder: Path, *, dtype: torch.dtype, beside: Mapping[str, bytes] | None = None
+) -> None:
     """Write the whole folder; an older export there is replaced when the new one is whole.
 
     beside: further files, by their path in the folder, as a model card. Raises ValueError if the folder exists and is
@@ -161,28 +173,26 @@ def write_folder(parts: Parts, folder: Path, *, dtype: torch.dtype, beside: Mapp
             (whole / name).write_bytes(content)
 
 
-def write_parts(parts: Parts, folder: Path, *, dtype: torch.dtype) -> None:
+def write_parts(parts: ModelComponents, folder: Path, *, dtype: torch.dtype) -> None:
     """The same into a folder that is there."""
-    model, encoder = parts.model, parts.model.text_encoder
-    assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
-    part = denoiser_folder(parts.config)
+    model, towers = parts.model, parts.model.conditioner.towers
+    layout = layout_of(parts.config)
     save_denoiser(
         parts.denoiser,
         parts.config,
-        folder / part,
+        folder / layout.folder,
         sample_size=parts.sample_size,
-        in_channels=denoiser_channels(parts.denoiser),
-        latent_channels=model.vae.config.latent_channels,
-        context_width=encoder.config.width,
-        learned_variance=model.learned_variance,
+        context_width=model.conditioner.width,
         dtype=dtype,
     )
     save_vae(folded(model.vae), folder / "vae", dtype=dtype)
-    save_text_encoder(encoder, folder / "text_encoder", dtype=dtype)
-    save_tokenizer(model.tokenizer, folder / "tokenizer")
+    for suffix, (encoder, tokenizer) in zip(SUFFIXES, towers, strict=False):
+        assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
+        save_text_encoder(encoder, folder / f"text_encoder{suffix}", dtype=dtype)
+        save_tokenizer(tokenizer, folder / f"tokenizer{suffix}")
     (folder / "scheduler").mkdir()
     write_json(scheduler_config_json(model.path, model.prediction), folder / "scheduler" / "scheduler_config.json")
-    write_json(model_index(part, for_inpainting=parts.for_inpainting), folder / INDEX)
+    write_json(model_index(layout, text_encoders=len(towers), for_inpainting=parts.for_inpainting), folder / INDEX)
     (folder / NOTES).write_text(parts.notes, encoding="utf-8")
 
 
@@ -193,18 +203,20 @@ def check_target(folder: Path) -> None:
         raise ValueError(f"{folder} exists and is no export of this program: give a new folder, or an older export")
 
 
-def model_index(part: str, *, for_inpainting: bool = False) -> dict[str, Any]:
-    """model_index.json: which of diffusers' pipelines opens the folder, and what each subfolder is."""
-    common: dict[str, Any] = {
-        "_diffusers_version": "0.30.0",
+def model_index(
+    layout: DenoiserLayout[Any], *, text_encoders: int = 1, for_inpainting: bool = False
+) -> dict[str, Any]:
+    """model_index.json: which pipeline opens the folder, and what each subfolder is."""
+    texts: dict[str, Any] = {}
+    for suffix in SUFFIXES[:text_encoders]:
+        texts[f"text_encoder{suffix}"] = ["transformers", "CLIPTextModel"]
+        texts[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+    return {
+        "_class_name": layout.pipeline(for_inpainting=for_inpainting),
+        layout.folder: [layout.library, layout.classes[0]],
+        "_diffusers_version": VERSION,
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **texts,
         "vae": ["diffusers", "AutoencoderKL"],
+        **layout.further_parts,
     }
-    if part == "transformer":
-        return {"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]} | common
-    pipeline = "StableDiffusionInpaintPipeline" if for_inpainting else "StableDiffusionPipeline"
-    nothing = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
-    unet = {"unet": ["diffusers", "UNet2DConditionModel"], "requires_safety_checker": False}
-    return {"_class_name": pipeline} | unet | common | nothing

@@ -169,7 +169,7 @@ class Engine:
                 engine.optimizer.torch_autocast_gradscaler = None
         return engine
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         """The network's forward pass, under autocast where precision says so."""
         return self._engine(*inputs)
 

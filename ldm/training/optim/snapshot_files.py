@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.interop.diffusers_layout.folder import read_folder
 from ldm.interop.network_files import RUN_MODEL, load_strictly, write_weights
 from ldm.interop.weight_reader import open_weights
-from ldm.model.components import Parts
+from ldm.model.components import ModelComponents
 from ldm.training.optim.post_hoc_ema import Snapshot
 
 FOLDER = "ema"
@@ -50,7 +50,7 @@ def mixed(paths: Sequence[Path], shares: Sequence[float]) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in total.items()}
 
 
-def mixed_parts(run: Path, paths: Sequence[Path], shares: Sequence[float]) -> Parts:
+def mixed_components(run: Path, paths: Sequence[Path], shares: Sequence[float]) -> ModelComponents:
     """The run's newest model with the weights of an average that was never kept, in these shares of those that were."""
     parts = read_folder(run / RUN_MODEL, dtype=torch.float32)
     load_strictly(parts.denoiser, mixed(paths, shares), source=run / FOLDER)

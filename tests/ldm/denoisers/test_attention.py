@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.denoisers import DiTConfig, UNetConfig, attention_length
+from ldm.denoisers import DiTConfig, UNetConfig
 from ldm.denoisers import attention as attention_module
 from ldm.denoisers.attention import Attention, attention, describe_attention
 
@@ -191,4 +191,4 @@ def test_attention_layer_equals_pytorchs():
     ],
 )
 def test_the_longest_sequence_is_that_of_the_finest_level_that_attends(config, length):
-    assert attention_length(config, 16) == length
+    assert config.attention_length(16) == length

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from helpers.denoisers import ask
 from torch import Tensor, nn
 
-from ldm.denoisers import DiT, DiTConfig, build_denoiser
+from ldm.denoisers import DiT, DiTConfig
 from ldm.denoisers.dit import DiTBlock
 
 CONTEXT_WIDTH = 24
@@ -49,7 +50,7 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 
 
 def build(config: DiTConfig) -> DiT:
-    network = build_denoiser(config, latent_channels=4, context_width=CONTEXT_WIDTH)
+    network = config.build(latent_channels=4, context_width=CONTEXT_WIDTH)
     assert isinstance(network, DiT)
     return network
 
@@ -74,7 +75,7 @@ def test_equals_diffusers_with_a_caption_mask(config, size):
     assert shapes(ours) == shapes(theirs)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x, t, context, mask, pooled = make_inputs(size)
-    out = ours(x, t, context, mask, pooled)
+    out = ask(ours, x, t, context, mask, pooled)
     expected = theirs(x, encoder_hidden_states=context, timestep=t, encoder_attention_mask=mask).sample
     assert out.std() > 0.1
     assert (out - expected).abs().max() <= 1e-5
@@ -87,7 +88,7 @@ def test_weights_of_diffusers_load_into_ours():
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x, t, context, mask, pooled = make_inputs()
     expected = theirs(x, encoder_hidden_states=context, timestep=t, encoder_attention_mask=mask).sample
-    assert (ours(x, t, context, mask, pooled) - expected).abs().max() <= 1e-5
+    assert (ask(ours, x, t, context, mask, pooled) - expected).abs().max() <= 1e-5
 
 
 @torch.no_grad()
@@ -97,17 +98,17 @@ def test_built_on_the_meta_device_it_still_has_its_positions():
     with torch.device("meta"):
         empty = build(SMALL)
     empty.load_state_dict(network.state_dict(), strict=True, assign=True)
-    assert torch.equal(empty(*make_inputs()), network(*make_inputs()))
+    assert torch.equal(ask(empty, *make_inputs()), ask(network, *make_inputs()))
 
 
 def test_fresh_network_returns_exactly_zero():
-    assert torch.equal(build(SMALL)(*make_inputs()), torch.zeros(2, 4, 8, 8))
+    assert torch.equal(ask(build(SMALL), *make_inputs()), torch.zeros(2, 4, 8, 8))
 
 
 def test_text_and_time_modulation_begin_silent_and_gates_begin_small():
     torch.manual_seed(0)
     config = DiTConfig(depth=1, width=256, heads=4, sample_size=8)
-    network = DiT(config, in_channels=4, out_channels=4, context_width=CONTEXT_WIDTH)
+    network = DiT(config, latent_channels=4, context_width=CONTEXT_WIDTH)
     block = network.transformer_blocks[0]
     x, context = torch.randn(2, 16, 256), torch.randn(2, 7, 256)
     mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
@@ -126,7 +127,7 @@ def test_every_parameter_learns_once_the_zeros_have_moved():
             if not parameter.any():
                 parameter += 0.01 * torch.randn_like(parameter)
     inputs = make_inputs()
-    (network(*inputs) - inputs[0]).square().sum().backward()
+    (ask(network, *inputs) - inputs[0]).square().sum().backward()
     # A key's bias adds the same to all scores of a query, and the softmax does not see it: its gradient is 0.
     parameters = [item for item in network.named_parameters() if not item[0].endswith("to_k.bias")]
     assert len(parameters) == len(list(network.parameters())) - 2 * SMALL.depth
@@ -142,12 +143,12 @@ def test_masked_tokens_and_pooled_have_no_influence_and_the_others_do():
     torch.manual_seed(0)
     network = perturbed(build(SMALL))
     x, t, context, mask, pooled = make_inputs()
-    out = network(x, t, context, mask, pooled)
+    out = ask(network, x, t, context, mask, pooled)
     hidden = torch.where(mask[..., None], context, 1e3)
-    assert torch.equal(out, network(x, t, hidden, mask, -pooled))
+    assert torch.equal(out, ask(network, x, t, hidden, mask, -pooled))
     shown = context.clone()
     shown[0, 2] += 1
-    difference = (out - network(x, t, shown, mask, pooled)).abs().amax(dim=(1, 2, 3))
+    difference = (out - ask(network, x, t, shown, mask, pooled)).abs().amax(dim=(1, 2, 3))
     assert difference[0] > 1e-4
     assert difference[1] == 0
 
@@ -158,23 +159,23 @@ def test_padding_to_another_length_changes_nothing():
     network = perturbed(build(SMALL))
     x, t, context, mask, pooled = make_inputs()
     mask = torch.arange(7).expand(2, 7) < 4
-    short = network(x, t, context[:, :4], mask[:, :4], pooled)
-    torch.testing.assert_close(network(x, t, context, mask, pooled), short, rtol=0, atol=1e-5)
+    short = ask(network, x, t, context[:, :4], mask[:, :4], pooled)
+    torch.testing.assert_close(ask(network, x, t, context, mask, pooled), short, rtol=0, atol=1e-5)
 
 
 def test_bfloat16_stays_close_and_returns_the_latents_dtype():
     torch.manual_seed(0)
     network = perturbed(build(SMALL), noise=0.02)
     x, t, context, mask, pooled = make_inputs()
-    exact = network(x, t, context, mask, pooled).detach()
+    exact = ask(network, x, t, context, mask, pooled).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = network(x, t, context, mask, pooled)
+        mixed = ask(network, x, t, context, mask, pooled)
     assert mixed.dtype == torch.float32
     assert (mixed - exact).abs().max() < 0.05 * exact.abs().max()
     mixed.sum().backward()
     gradients = [parameter.grad for parameter in network.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-    low = network.bfloat16()(x.bfloat16(), t, context.bfloat16(), mask, pooled)
+    low = ask(network.bfloat16(), x.bfloat16(), t, context.bfloat16(), mask, pooled)
     assert low.dtype == torch.bfloat16
     assert (low.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
@@ -187,14 +188,14 @@ def test_the_residual_stream_stays_float32_under_autocast():
         block.register_forward_hook(lambda _, inputs, out: dtypes.append((inputs[0].dtype, out.dtype)))
         block.attn1.register_forward_pre_hook(lambda _, inputs: dtypes.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        network(*make_inputs())
+        ask(network, *make_inputs())
     assert dtypes == [torch.bfloat16, (torch.float32, torch.float32)] * SMALL.depth
 
 
 @pytest.mark.parametrize("size", [(7, 8), (8, 9)])
 def test_latents_that_are_no_whole_patches_are_refused(size):
     with pytest.raises(ValueError, match=f"latents of {size[0]} x {size[1]} .* patches of 2"):
-        build(SMALL)(*make_inputs(size))
+        ask(build(SMALL), *make_inputs(size))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from helpers.denoisers import ask
 from torch import Tensor, nn
 
-from ldm.denoisers import UNet, UNetConfig, build_denoiser
+from ldm.denoisers import UNet, UNetConfig
 
 CONTEXT_WIDTH = 24
 SD1_SHAPED = UNetConfig(block_out_channels=(16, 32, 32, 48), heads=4, norm_num_groups=8)
@@ -69,12 +70,12 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_equals_diffusers(config, size):
     torch.manual_seed(0)
-    ours = perturbed(UNet(config, in_channels=4, out_channels=4, context_width=CONTEXT_WIDTH))
+    ours = perturbed(UNet(config, latent_channels=4, context_width=CONTEXT_WIDTH))
     theirs = diffusers_unet(config)
     assert shapes(ours) == shapes(theirs)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     inputs = make_inputs(size=size)
-    out = ours(*inputs)
+    out = ask(ours, *inputs)
     assert out.std() > 0.1
     assert (out - theirs(*inputs[:3]).sample).abs().max() <= 1e-5
 
@@ -83,10 +84,10 @@ def test_equals_diffusers(config, size):
 def test_inpainting_weights_of_diffusers_load_and_give_its_output():
     torch.manual_seed(0)
     theirs = perturbed(diffusers_unet(TWO_LEVELS, in_channels=9))
-    ours = UNet(TWO_LEVELS, in_channels=9, out_channels=4, context_width=CONTEXT_WIDTH)
+    ours = UNet(TWO_LEVELS, latent_channels=4, concat_channels=5, context_width=CONTEXT_WIDTH)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     inputs = make_inputs(channels=9)
-    out = ours(*inputs)
+    out = ask(ours, *inputs)
     assert out.shape == (2, 4, 8, 8)
     assert (out - theirs(*inputs[:3]).sample).abs().max() <= 1e-5
 
@@ -101,7 +102,7 @@ def test_inpainting_weights_of_diffusers_load_and_give_its_output():
 )
 def test_full_size_has_stable_diffusions_parameters(config, context_width, parameters):
     with torch.device("meta"):
-        ours = build_denoiser(config, latent_channels=4, context_width=context_width)
+        ours = config.build(latent_channels=4, context_width=context_width)
         theirs = diffusers_unet(config, context_width=context_width)
     assert sum(parameter.numel() for parameter in ours.parameters()) == parameters
     assert shapes(ours) == shapes(theirs)
@@ -109,12 +110,12 @@ def test_full_size_has_stable_diffusions_parameters(config, context_width, param
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_fresh_network_returns_exactly_zero(config):
-    network = build_denoiser(config, latent_channels=4, context_width=CONTEXT_WIDTH)
-    assert torch.equal(network(*make_inputs()), torch.zeros(2, 4, 8, 8))
+    network = config.build(latent_channels=4, context_width=CONTEXT_WIDTH)
+    assert torch.equal(ask(network, *make_inputs()), torch.zeros(2, 4, 8, 8))
 
 
 def test_fresh_residual_branches_are_their_skip_connections():
-    network = UNet(TWO_LEVELS, in_channels=4, out_channels=4, context_width=CONTEXT_WIDTH)
+    network = UNet(TWO_LEVELS, latent_channels=4, context_width=CONTEXT_WIDTH)
     x, time, context = torch.randn(2, 32, 4, 4), torch.randn(2, 64), make_inputs()[2]
     assert torch.equal(network.mid_block(x, time, context), x)
 
@@ -122,13 +123,13 @@ def test_fresh_residual_branches_are_their_skip_connections():
 @pytest.mark.parametrize("config", [SD1_SHAPED, SD2_SHAPED], ids=["SD 1", "SD 2"])
 def test_every_parameter_learns_once_the_zeros_have_moved(config):
     torch.manual_seed(0)
-    network = build_denoiser(config, latent_channels=4, context_width=CONTEXT_WIDTH)
+    network = config.build(latent_channels=4, context_width=CONTEXT_WIDTH)
     with torch.no_grad():
         for parameter in network.parameters():
             if not parameter.any():
                 parameter += 0.01 * torch.randn_like(parameter)
     inputs = make_inputs(size=(16, 16))
-    (network(*inputs) - inputs[0]).square().sum().backward()
+    (ask(network, *inputs) - inputs[0]).square().sum().backward()
     still = [name for name, parameter in network.named_parameters() if not gradient_size(parameter) > 1e-6]
     assert still == []
 
@@ -140,13 +141,13 @@ def gradient_size(parameter: Tensor) -> float:
 @torch.no_grad()
 def test_all_context_positions_are_attended_and_mask_and_pooled_ignored():
     torch.manual_seed(0)
-    network = perturbed(build_denoiser(TWO_LEVELS, latent_channels=4, context_width=CONTEXT_WIDTH))
+    network = perturbed(TWO_LEVELS.build(latent_channels=4, context_width=CONTEXT_WIDTH))
     x, t, context, mask, pooled = make_inputs()
-    out = network(x, t, context, mask, pooled)
-    assert torch.equal(out, network(x, t, context, ~mask, -pooled))
+    out = ask(network, x, t, context, mask, pooled)
+    assert torch.equal(out, ask(network, x, t, context, ~mask, -pooled))
     changed = context.clone()
     changed[0, 6] += 1
-    difference = (out - network(x, t, changed, mask, pooled)).abs().amax(dim=(1, 2, 3))
+    difference = (out - ask(network, x, t, changed, mask, pooled)).abs().amax(dim=(1, 2, 3))
     assert difference[0] > 1e-4
     assert difference[1] == 0
 
@@ -156,17 +157,17 @@ def test_bfloat16_stays_close_and_returns_the_latents_dtype():
     config = UNetConfig(
         block_out_channels=(32, 64, 96), layers_per_block=1, attention_levels=(False, True, True), heads=4
     )
-    network = perturbed(build_denoiser(config, latent_channels=4, context_width=CONTEXT_WIDTH), noise=0.02)
+    network = perturbed(config.build(latent_channels=4, context_width=CONTEXT_WIDTH), noise=0.02)
     x, t, context, mask, pooled = make_inputs(size=(16, 16))
-    exact = network(x, t, context, mask, pooled).detach()
+    exact = ask(network, x, t, context, mask, pooled).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = network(x, t, context, mask, pooled)
+        mixed = ask(network, x, t, context, mask, pooled)
     assert mixed.dtype == torch.float32
     assert (mixed - exact).abs().max() < 0.05 * exact.abs().max()
     mixed.sum().backward()
     gradients = [parameter.grad for parameter in network.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-    low = network.bfloat16()(x.bfloat16(), t, context.bfloat16(), mask, pooled)
+    low = ask(network.bfloat16(), x.bfloat16(), t, context.bfloat16(), mask, pooled)
     assert low.dtype == torch.bfloat16
     assert (low.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
@@ -194,4 +195,4 @@ def test_impossible_shapes_are_refused_by_name(fields, message):
 
 def test_levels_without_attention_need_no_divisor_for_heads():
     config = UNetConfig(block_out_channels=(32, 96), attention_levels=(False, True), heads=(5, 6))
-    assert build_denoiser(config, latent_channels=4, context_width=CONTEXT_WIDTH) is not None
+    assert config.build(latent_channels=4, context_width=CONTEXT_WIDTH) is not None

@@ -15,7 +15,7 @@ from PIL import Image
 from ldm.diffusion import EDMPath, RectifiedFlowPath, ScaledLinearBetaPath, noise_sample
 from ldm.inference.img2img import Start, begin, canvas, keeping, read_picture, remaining
 from ldm.inference.pipeline import TextToImage
-from ldm.samplers import SAMPLERS, LearnedDenoise, time_grid
+from ldm.samplers import SAMPLERS, time_grid
 
 DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if not sampler.stochastic]
 
@@ -91,7 +91,7 @@ def test_the_beginning_is_the_picture_in_noise(path):
     expected = (sigma**2 + (alpha * std) ** 2).sqrt()
     scores = (found.x - alpha * mean) / expected
     assert scores.mean().abs() < 0.02 and scores.std().item() == pytest.approx(1, abs=0.02)
-    assert found.mask is None and found.beside is None
+    assert found.mask is None and found.concat is None
 
 
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
@@ -129,19 +129,6 @@ def test_where_all_is_noise_the_first_time_is_left_alone():
     denoise(noise, times[1])
     assert torch.equal(seen[0], noise)
     assert torch.allclose(seen[1], noise_sample(clean, noise, path, times[1]))
-
-
-def test_a_learned_variance_is_asked_for_where_the_network_looked():
-    path, times = ScaledLinearBetaPath(), time_grid(ScaledLinearBetaPath(), 4)
-    clean, noise = torch.randn(2, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    start = Start(x=noise, clean=clean, noise=noise, mask=torch.zeros(1, 1, 4, 4))
-    seen: list[torch.Tensor] = []
-    inner = LearnedDenoise(lambda x_t, t: seen.append(x_t) or x_t, lambda x_t, t: seen.append(x_t) or x_t)
-    denoise = keeping(inner, start, path, times)
-    assert isinstance(denoise, LearnedDenoise)
-    denoise(noise, times[1])
-    denoise.share(noise, times[1])
-    assert seen[0] is seen[1] and torch.allclose(seen[0], noise_sample(clean, noise, path, times[1]))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "dpmpp_2m_sde", "ddpm"])

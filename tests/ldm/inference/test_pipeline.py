@@ -1,6 +1,5 @@
 """Drawing with tiny random models: what a picture depends on, what diffusers draws, and what is refused."""
 
-import json
 import math
 import shutil
 from typing import Any
@@ -69,7 +68,7 @@ def test_where_guidance_is_off_nothing_is_evaluated_twice(dit_folder, monkeypatc
 
 def test_a_learned_variance_is_drawn_with_and_costs_no_evaluation(learned_folder, monkeypatch):
     pipe, calls = TextToImage.load(learned_folder), []
-    assert pipe.model.learned_variance
+    assert pipe.denoiser.learned_variance
     forward = pipe.denoiser.forward
     monkeypatch.setattr(pipe.denoiser, "forward", lambda *inputs: calls.append(0) or forward(*inputs))
     learned = draw(pipe, sampler="ddpm_learned", options=DrawOptions(guidance_interval=(0.0, 0.6)))
@@ -246,7 +245,7 @@ def test_a_runs_folder_stands_for_its_newest_model(dit_folder, tmp_path):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("unet", "the denoiser is made for 7 latent channels, the autoencoder for 4"),
+        ("unet", "the denoiser is made for 4 and 3 more latent channels, the autoencoder for 4"),
         ("text_encoder", "the denoiser is made for 16 wide a context, the text encoder for 24"),
     ],
 )
@@ -255,10 +254,8 @@ def test_parts_that_do_not_belong_together_are_refused(unet_folder, tmp_path, pa
     if part == "unet":
         config = TextToImage.load(folder).parts.config
         assert isinstance(config, UNetConfig)
-        unet = UNet(config, in_channels=7, out_channels=4, context_width=16)
-        save_denoiser(unet, config, folder / "unet", sample_size=8, latent_channels=7, context_width=16)
-        content = json.loads((folder / "unet" / "config.json").read_text())
-        (folder / "unet" / "config.json").write_text(json.dumps(content | {"out_channels": 4}))
+        unet = UNet(config, latent_channels=4, concat_channels=3, context_width=16)
+        save_denoiser(unet, config, folder / "unet", sample_size=8, context_width=16)
     else:
         config = TextEncoderConfig(width=24, layers=1, heads=2, intermediate_size=8, projection_dim=8)
         save_text_encoder(TransformersTextEncoder(config), folder / "text_encoder")
@@ -272,11 +269,11 @@ def test_the_training_loss_is_that_of_its_parts(dit_folder):
     x0, eps = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t, captions = torch.tensor([0.1, 0.5, 0.9]), ["a cat", "", "a red apple"]
     with torch.no_grad():
-        found, bound = pipe.model.loss(pipe.denoiser, x0, eps, t, captions)
+        found, bound = pipe.model.losses(pipe.denoiser, x0, eps, t, pipe.model.conditioner(captions))
         for i in range(3):
-            text = pipe.model.condition([captions[i]])
+            condition = pipe.model.conditioner([captions[i]])
             x_t = (1 - t[i]) * x0[i : i + 1] + t[i] * eps[i : i + 1]
-            output = pipe.denoiser(x_t, 1000 * t[i : i + 1], text.context, text.mask, text.pooled)
+            output = pipe.denoiser(x_t, 1000 * t[i : i + 1], condition).prediction
             assert bound is None and found[i].item() == pytest.approx(
                 (output[0] - (eps[i] - x0[i])).square().mean().item(), rel=1e-4
             )

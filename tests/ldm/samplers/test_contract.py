@@ -6,21 +6,21 @@ from helpers.analytic import MEAN, STD, double, generators, ideal_denoiser
 from torch import Tensor
 
 from ldm.diffusion.paths import EDMPath, RectifiedFlowPath, ScaledLinearBetaPath
-from ldm.samplers import SAMPLERS, Denoise, LearnedDenoise, noise_like, time_grid
+from ldm.samplers import SAMPLERS, SamplerFunction, noise_like, time_grid
 
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 
 
-def scattering(denoise: Denoise) -> LearnedDenoise:
-    """denoise with some variance: what ddpm_learned needs, and the others must not mind."""
-    return LearnedDenoise(denoise, lambda x, t: torch.zeros_like(x))
+def drawing_with(name: str) -> SamplerFunction:
+    """The sampler, with some variance where it needs one."""
+    return SAMPLERS[name].with_options(variance=lambda: torch.zeros(()))
 
 
 @every_sampler
 def test_one_step_is_the_denoisers_answer(name, path):
     x = noise_like(torch.empty(2, 3, 4, 5), generators(1, 2))
     denoise = ideal_denoiser(path)
-    answer = SAMPLERS[name].function(scattering(denoise), x, path, time_grid(path, 1), generators(1, 2))
+    answer = drawing_with(name)(denoise, x, path, time_grid(path, 1), generators(1, 2))
     assert torch.allclose(answer, denoise(x, double(1.0)[0]).float(), atol=1e-6)
     assert answer.dtype == torch.float32 and answer.shape == x.shape
 
@@ -34,9 +34,9 @@ def test_picture_does_not_depend_on_its_batch(name, path, start):
     times = time_grid(path, 7)
     times = times[times <= start]
     x = noise_like(torch.empty(3, 4, 6, 5), generators(10, 11, 12))
-    together = SAMPLERS[name].function(scattering(denoise), x, path, times, generators(20, 21, 22))
+    together = drawing_with(name)(denoise, x, path, times, generators(20, 21, 22))
     for i in range(3):
-        alone = SAMPLERS[name].function(scattering(denoise), x[i : i + 1], path, times, generators(20 + i))
+        alone = drawing_with(name)(denoise, x[i : i + 1], path, times, generators(20 + i))
         assert torch.equal(alone[0], together[i])
 
 
@@ -44,7 +44,7 @@ def test_picture_does_not_depend_on_its_batch(name, path, start):
 def test_generators_matter_only_where_stochastic(name):
     path, x = RectifiedFlowPath(), torch.ones(1, 1, 2, 2)
     pictures = [
-        SAMPLERS[name].function(scattering(ideal_denoiser(path)), x, path, time_grid(path, 5), generators(seed))
+        drawing_with(name)(ideal_denoiser(path), x, path, time_grid(path, 5), generators(seed))
         for seed in (0, 0, 1)
     ]
     assert torch.equal(pictures[0], pictures[1])
@@ -63,7 +63,7 @@ def test_each_node_but_the_last_is_evaluated_and_inputs_are_left_alone(name):
         seen.append((t.item(), x_t, before, answer, answer.clone()))
         return answer
 
-    SAMPLERS[name].function(scattering(denoise), x, path, times, generators(0, 1))
+    drawing_with(name)(denoise, x, path, times, generators(0, 1))
     visited = [t for t, *_ in seen]
     sampler = SAMPLERS[name]
     assert len(visited) == 5 * sampler.evaluations + 1 + sampler.more_at_first
@@ -77,7 +77,7 @@ def test_each_node_but_the_last_is_evaluated_and_inputs_are_left_alone(name):
 def test_many_steps_stay_finite(name, path):
     x = noise_like(torch.empty(1, 1, 2, 2), generators(0))
     times = time_grid(path, 250).float()
-    answer = SAMPLERS[name].function(scattering(ideal_denoiser(path)), x, path, times, generators(0))
+    answer = drawing_with(name)(ideal_denoiser(path), x, path, times, generators(0))
     assert answer.isfinite().all() and (answer - MEAN).abs().max() < 5 * STD
 
 
@@ -131,6 +131,8 @@ def test_eta_where_there_is_none_is_refused():
 
 
 def test_ddpm_learned_needs_a_network_that_has_learned():
-    path, x = RectifiedFlowPath(), torch.ones(1, 1, 2, 2)
-    with pytest.raises(ValueError, match="the network has learned no variance"):
-        SAMPLERS["ddpm_learned"].function(ideal_denoiser(path), x, path, time_grid(path, 2), generators(0))
+    SAMPLERS["ddpm_learned"].check(learned=True)
+    for name in SAMPLERS.keys() - {"ddpm_learned"}:
+        SAMPLERS[name].check(learned=False)
+    with pytest.raises(ValueError, match="DDPM learned needs a network that has learned its variance: use ddpm"):
+        SAMPLERS["ddpm_learned"].check(learned=False)

@@ -97,10 +97,10 @@ def moments(name: str, path: PathConfig, times: Tensor, monkeypatch: pytest.Monk
     start_mean, unit = marginal(path, times[0], double(0.0, 1.0))
     x = torch.full((1, 1, 1, len(times) + 1), start_mean.item(), dtype=torch.float64)
     x[..., 0] = unit
-    denoise = ideal_scatter(path, times, ideal_denoiser(path))
+    denoise, variance = ideal_scatter(path, times, ideal_denoiser(path))
     with monkeypatch.context() as patch:
         patch.setattr("ldm.samplers.steps.noise_like", basis_noise)
-        x = SAMPLERS[name].function(denoise, x, path, times, []).flatten()
+        x = SAMPLERS[name].with_options(variance=variance)(denoise, x, path, times, []).flatten()
     assert drawn >= len(times) - 2
     return x[-1].item(), (x[:-1] - x[-1]).square().sum().item()
 
@@ -134,8 +134,8 @@ def test_stochastic_samplers_draw_the_data(name, path, seed):
     noise = noise_like(torch.empty(2, 1, 60, 100), generators(seed, seed + 100))
     times = time_grid(path, 400 if SAMPLERS[name].order == 1 else 100, "log_snr")
     x = marginal(path, times[0], noise)
-    denoise = ideal_scatter(path, times, ideal_denoiser(path))
-    x = SAMPLERS[name].function(denoise, x, path, times, generators(seed + 200, seed + 300))
+    denoise, variance = ideal_scatter(path, times, ideal_denoiser(path))
+    x = SAMPLERS[name].with_options(variance=variance)(denoise, x, path, times, generators(seed + 200, seed + 300))
     n = x.numel()
     assert abs(x.mean() - MEAN) < 4 * STD / n**0.5 + 0.005
     assert abs(x.var() / STD**2 - 1) < 4 * (2 / n) ** 0.5 + 0.02

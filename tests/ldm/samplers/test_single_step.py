@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.diffusion.nodes import Step
 from ldm.diffusion.paths import LinearBetaPath, RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.diffusion.posterior import ddpm_mean, variance_added, variance_range
-from ldm.samplers import SAMPLERS, LearnedDenoise, noise_like, time_grid
+from ldm.samplers import SAMPLERS, noise_like, time_grid
 from ldm.samplers.linear_multistep import adams_weights, mean_weights
 from ldm.samplers.single_step import ddim
 
@@ -93,9 +93,11 @@ def test_ddpms_large_variance_is_that_of_the_forward_step():
 @pytest.mark.parametrize(("share", "name"), [(-1.0, "ddpm"), (1.0, "ddpm_large")])
 def test_the_ends_of_the_learned_variance_are_the_fixed_ones(share, name):
     path, x = ScaledLinearBetaPath(), noise_like(torch.empty(2, 1, 4, 4), generators(1, 2)).double()
-    learned = LearnedDenoise(ideal_denoiser(path), lambda x, t: torch.full_like(x, share))
+    denoise, times = ideal_denoiser(path), time_grid(path, 6)
     pictures = [
-        SAMPLERS[sampler].function(learned, x, path, time_grid(path, 6), generators(3, 4))
+        SAMPLERS[sampler].with_options(variance=lambda: torch.full_like(x, share))(
+            denoise, x, path, times, generators(3, 4)
+        )
         for sampler in ("ddpm_learned", name)
     ]
     assert torch.allclose(*pictures, rtol=1e-9, atol=1e-12)
@@ -104,9 +106,9 @@ def test_the_ends_of_the_learned_variance_are_the_fixed_ones(share, name):
 def test_the_learned_variance_is_a_geometric_mean():
     path, times = ScaledLinearBetaPath(), double(0.8, 0.4)
     small, large = variance_range(Step(node_at(path, times[0]), node_at(path, times[1])))
-    learned = LearnedDenoise(lambda x, t: torch.zeros_like(x), lambda x, t: torch.full_like(x, 0.5))
     x = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
-    drawn = SAMPLERS["ddpm_learned"].function(learned, x, path, times, generators(5))
+    draw = SAMPLERS["ddpm_learned"].with_options(variance=lambda: torch.full_like(x, 0.5))
+    drawn = draw(lambda x, t: torch.zeros_like(x), x, path, times, generators(5))
     assert torch.allclose(drawn, (large**0.75 * small**0.25) ** 0.5 * noise_like(x, generators(5)))
 
 

@@ -18,7 +18,7 @@ from ldm.interop.compvis.names import ema_name
 from ldm.interop.compvis.reading import read_single_file
 from ldm.interop.compvis.writing import single_file_tensors, write_single_file
 from ldm.interop.diffusers_layout.folder import read_folder, write_folder
-from ldm.model.components import Parts
+from ldm.model.components import ModelComponents
 
 Tensors = dict[str, Tensor]
 UNET = "model.diffusion_model."
@@ -26,19 +26,19 @@ FP32: dict[str, Any] = {"dtype": torch.float32}
 VERSIONS = pytest.mark.parametrize(("version", "prediction"), [(1, "eps"), (2, "v")])
 
 
-def foreign(parts: Parts) -> Tensors:
+def foreign(parts: ModelComponents) -> Tensors:
     """The tensors as another program would store them: nothing in the header."""
     return {name: tensor.contiguous().clone() for name, tensor in single_file_tensors(parts).items()}
 
 
-def assert_equal(found: Parts, expected: Parts) -> None:
+def assert_equal(found: ModelComponents, expected: ModelComponents) -> None:
     ours, theirs = states(found), states(expected)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert found.config == expected.config
-    assert found.model.text_encoder.config == expected.model.text_encoder.config
     assert found.model.vae.config == expected.model.vae.config
-    assert found.model.tokenizer.config == expected.model.tokenizer.config
+    (ours, theirs) = (parts.model.conditioner.towers[0] for parts in (found, expected))
+    assert ours.encoder.config == theirs.encoder.config and ours.tokenizer.config == theirs.tokenizer.config
 
 
 @VERSIONS
@@ -152,7 +152,7 @@ def test_every_form_of_version_2_gives_the_same_model(form, tmp_path):
 
 def test_version_2s_tower_under_transformers_names_is_still_gelu_and_penultimate():
     """1024 wide is OpenCLIP's, whatever its parameters are called. Shapes alone: such a tower has a gigabyte."""
-    from ldm.interop.compvis.text_encoder import find_conditioner
+    from ldm.interop.compvis.text_encoder import plan_text_encoder
     from ldm.interop.identify import shapes_of
     from text import TextEncoderConfig, TransformersTextEncoder
 
@@ -162,7 +162,7 @@ def test_version_2s_tower_under_transformers_names_is_still_gelu_and_penultimate
         state = TransformersTextEncoder(config).model.state_dict()
     for prefix in ("transformer.text_model.", "transformer."):
         shapes = shapes_of({prefix + name.removeprefix("text_model."): tensor for name, tensor in state.items()})
-        assert find_conditioner(shapes, None).config == config
+        assert plan_text_encoder(shapes, None).config == config
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -192,7 +192,7 @@ def test_every_parameter_was_set(version, prediction, tmp_path):
     """Networks are made of meta tensors, which hold no number: one that nobody has set would be one still."""
     path = as_safetensors(foreign(stable_diffusion(version)), tmp_path / "m")
     parts = read_single_file(path, **FP32, prediction=prediction)
-    networks: list[Any] = [parts.denoiser, parts.model.vae, parts.model.text_encoder]
+    networks: list[Any] = [parts.denoiser, parts.model.vae, *parts.model.conditioner.encoders]
     tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
     assert len(tensors) > 300
     assert all(not tensor.is_meta and tensor.isfinite().all() for tensor in tensors)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm import TextToImage
 from ldm.interop.diffusers_layout.folder import check_index, model_index, read_folder, write_folder
+from ldm.interop.diffusers_layout.unet import UNetLayout
 from ldm.interop.weight_files import find_weights
 from ldm.interop.weight_reader import open_weights
 
@@ -151,7 +152,7 @@ def test_an_index_without_one_of_its_files(tmp_path):
     ],
 )
 def test_a_folder_that_asks_for_other_classes(change, message, tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps(model_index("unet") | change))
+    (tmp_path / "model_index.json").write_text(json.dumps(model_index(UNetLayout()) | change))
     with pytest.raises(ValueError, match=f"model_index.json {message}"):
         check_index(tmp_path)
 
@@ -159,7 +160,7 @@ def test_a_folder_that_asks_for_other_classes(change, message, tmp_path):
 def test_parts_that_are_not_read_may_be_anybodys(tmp_path):
     """A safety checker, say: it stays where it is."""
     change = {"feature_extractor": ["transformers.models.clip", "X"], "safety_checker": ["stable_diffusion", "Y"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(model_index("unet") | change))
+    (tmp_path / "model_index.json").write_text(json.dumps(model_index(UNetLayout()) | change))
     check_index(tmp_path)
 
 
@@ -195,13 +196,13 @@ def test_nothing_is_written_that_overflows(tmp_path):
 
 def test_every_version_is_called_by_its_name():
     from ldm.denoisers import UNetConfig
-    from ldm.model.components import kind_of
 
-    assert kind_of(UNetConfig(), 768) == "Stable Diffusion 1"
-    assert kind_of(UNetConfig(heads=(5, 10, 20, 20), use_linear_projection=True), 1024) == "Stable Diffusion 2"
-    assert kind_of(UNetConfig(), 64) == "a U-Net of Stable Diffusion's size"
-    assert kind_of(UNETS[1], 768) == "a U-Net of widths 32-64"
-    assert kind_of(stable_diffusion(transformer=True).config, 64) == "a DiT of 2 blocks"
+    assert UNetConfig().describe(768) == "Stable Diffusion 1"
+    second = UNetConfig(heads=(5, 10, 20, 20), use_linear_projection=True)
+    assert second.describe(1024) == "Stable Diffusion 2"
+    assert UNetConfig().describe(64) == "a U-Net of Stable Diffusion's size"
+    assert UNETS[1].describe(768) == "a U-Net of widths 32-64"
+    assert stable_diffusion(transformer=True).config.describe(64) == "a DiT of 2 blocks"
 
 
 def test_opening_reads_nothing(tmp_path):

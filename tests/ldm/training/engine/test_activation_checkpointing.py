@@ -62,14 +62,14 @@ def denoiser_inputs(channels: int = 4) -> tuple[Tensor, ...]:
 
 def dit() -> tuple[nn.Module, tuple[Tensor, ...]]:
     config = DiTConfig(depth=6, width=32, heads=2, sample_size=16)
-    return DiT(config, in_channels=4, out_channels=4, context_width=24), denoiser_inputs()
+    return DiT(config, latent_channels=4, context_width=24), denoiser_inputs()
 
 
 def unet() -> tuple[nn.Module, tuple[Tensor, ...]]:
     config = UNetConfig(
         block_out_channels=(16, 32), layers_per_block=2, attention_levels=(True, True), heads=2, norm_num_groups=8
     )
-    return UNet(config, in_channels=4, out_channels=4, context_width=24), denoiser_inputs()
+    return UNet(config, latent_channels=4, context_width=24), denoiser_inputs()
 
 
 class Reconstruction(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
-from ldm.denoisers import DiTConfig, build_denoiser
+from ldm.denoisers import DiTConfig
 from ldm.training.optim.muon import Cut, Join, linear_maps, muon_step, orthogonal, uncut
 
 SHAPES = pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16), (1, 5), (5, 1)])
@@ -87,7 +87,7 @@ def joining(ahead: Tensor, shapes: list[torch.Size]) -> Join:
 
 
 def test_muon_is_for_what_maps_and_not_for_tables():
-    dit = build_denoiser(DiTConfig(depth=1, width=32, heads=2, sample_size=8), latent_channels=4, context_width=16)
+    dit = DiTConfig(depth=1, width=32, heads=2, sample_size=8).build(latent_channels=4, context_width=16)
     names = {id(p): name for name, p in dit.named_parameters()}
     found = {names[id(p)] for p in linear_maps(dit)}
     assert "transformer_blocks.0.attn1.to_q.weight" in found
