@@ -10,12 +10,12 @@ from ldm.errors import CheckpointError
 from ldm.training.checkpoints import NAME, STATE, Checkpoints, fault, step_of
 from ldm.training.checkpoints.train_state import read_record
 from ldm.training.configs import check_continues
-from ldm.training.engine.distributed import World
+from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.engine import Engine
 from ldm.training.run import Run
 
 
-def resume(run: Run, engine: Engine, world: World, *, data: dict[str, Any]) -> dict[str, Any] | None:
+def resume(run: Run, engine: Engine, world: Ranks, *, data: dict[str, Any]) -> dict[str, Any] | None:
     """Load the checkpoint that run.resume asks for, if there is one, and make the run's folder; returns its record.
 
     data: the shards' fingerprint. Raises CheckpointError if there are checkpoints, but none that can be used: a run
@@ -61,13 +61,13 @@ def check_record(record: dict[str, Any], run: Run, data: dict[str, Any]) -> None
         )
 
 
-def listed(checkpoints: Checkpoints, world: World) -> list[Path]:
+def listed(checkpoints: Checkpoints, world: Ranks) -> list[Path]:
     """The checkpoints as the main rank sees them: another's view of a shared folder may be older."""
-    steps = world.from_main([float(step_of(path)) for path in checkpoints.all()] if world.is_main else [])
+    steps = world.broadcast([float(step_of(path)) for path in checkpoints.all()] if world.is_main else [])
     return [checkpoints.path(int(step)) for step in steps]
 
 
-def choose(run: Run, world: World) -> Path | None:
+def choose(run: Run, world: Ranks) -> Path | None:
     own = listed(run.checkpoints, world)
     if run.config.resume in ("auto", "never"):
         return newest_good(run, run.checkpoints, world) if own else None
@@ -92,7 +92,7 @@ def rewound_to(run: Run, chosen: Path, record: dict[str, Any]) -> str | None:
     return asked.name if sent_back else record.get("rewound_to")
 
 
-def newest_good(run: Run, checkpoints: Checkpoints, world: World) -> Path:
+def newest_good(run: Run, checkpoints: Checkpoints, world: Ranks) -> Path:
     """The newest that is as it was written; damaged ones that are newer are set aside, and named."""
     damaged: list[Path] = []
     for path in reversed(listed(checkpoints, world)):
@@ -107,29 +107,29 @@ def newest_good(run: Run, checkpoints: Checkpoints, world: World) -> Path:
     )
 
 
-def set_aside(run: Run, checkpoints: Checkpoints, damaged: list[Path], world: World) -> None:
+def set_aside(run: Run, checkpoints: Checkpoints, damaged: list[Path], world: Ranks) -> None:
     if damaged and world.is_main and checkpoints is run.checkpoints:
         for path in damaged:
             run.tell(f"{path.name} is now {checkpoints.set_aside(path, 'damaged').name}")
-    world.agree(False)  # no rank looks at the folder again before this is done
+    world.any_rank(False)  # no rank looks at the folder again before this is done
 
 
-def rewound(run: Run, path: Path, world: World) -> Path:
+def rewound(run: Run, path: Path, world: Ranks) -> Path:
     """A checkpoint of this run itself, whose later ones are set aside: they are of a past that did not happen.
 
     Where the later ones already came after that, the same command was started again: it goes on from the newest.
     """
     named = NAME.fullmatch(path.name) is not None
     later = [other for other in listed(run.checkpoints, world) if named and step_of(other) > step_of(path)]
-    if world.agree(world.is_main and bool(later) and told_of_rewinding(later[-1]) == path.name):
+    if world.any_rank(world.is_main and bool(later) and told_of_rewinding(later[-1]) == path.name):
         run.tell(f"this run was sent back to {path.name} before, and goes on from its newest checkpoint")
         return newest_good(run, run.checkpoints, world)
     checked(path, world)
-    world.agree(False)  # every rank has looked
+    world.any_rank(False)  # every rank has looked
     if world.is_main:
         for other in later:
             run.tell(f"{other.name} is now {run.checkpoints.set_aside(other, 'aside').name}")
-    world.agree(False)
+    world.any_rank(False)
     return path
 
 
@@ -141,7 +141,7 @@ def told_of_rewinding(checkpoint: Path) -> str | None:
         return None
 
 
-def checked(path: Path, world: World) -> Path:
+def checked(path: Path, world: Ranks) -> Path:
     """Raises CheckpointError if a checkpoint that was asked for is not as it was written."""
     reason = damage(path, world)
     if reason is not None:
@@ -149,10 +149,10 @@ def checked(path: Path, world: World) -> Path:
     return path
 
 
-def damage(path: Path, world: World) -> str | None:
+def damage(path: Path, world: Ranks) -> str | None:
     """What is wrong with a checkpoint, the same on every rank; each rank reads a part of it."""
     mine = fault(path, part=world.rank, parts=world.ranks)
-    if not world.agree(mine is not None):
+    if not world.any_rank(mine is not None):
         return None
     if mine is not None and not world.is_main:
         print(f"rank {world.rank}: {path}: {mine}", flush=True)

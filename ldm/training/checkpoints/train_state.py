@@ -19,7 +19,7 @@ from ldm.files.messages import one_line
 from ldm.training.checkpoints import STATE, Checkpoints, Fragments, Saver, Span, Status
 from ldm.training.checkpoints.rng_state import generator_states, restore_generators
 from ldm.training.checkpoints.saver import POLL_SECONDS
-from ldm.training.engine.distributed import World
+from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.zero_partition import Partition
 from ldm.training.optim.ema import EMA
 
@@ -37,7 +37,7 @@ class Resumption:
 
     def __init__(
         self,
-        world: World,
+        world: Ranks,
         partition: Partition,
         averages: Mapping[str, EMA],
         checkpoints: Checkpoints | None,
@@ -67,7 +67,7 @@ class Resumption:
                 self._saver.prepare(step, size * self.world.ranks)
             except OSError as error:
                 reason = one_line(error)
-        if self.world.agree(reason is not None):
+        if self.world.any_rank(reason is not None):
             return Saved(self._writing, True, reason)
         self._saver.begin(step, tensors, spans, record | self._about)
         return None
@@ -85,15 +85,15 @@ class Resumption:
         self._saver.end(abandon=failed > 0)
         error = self._saver.error
         # What fails after the checkpoint has its name is no failure; the main rank knows, for its thread gives it.
-        lost = failed > 0 and not self.world.agree(self.world.is_main and self._writing.exists())
+        lost = failed > 0 and not self.world.any_rank(self.world.is_main and self._writing.exists())
         return Saved(self._writing, lost, None if error is None else one_line(error))
 
     def finish(self) -> Saved | None:
         """Wait until the checkpoint that is being written, if one is, is there or has failed."""
-        if self._saver is None or not self.world.agree(self._saver.status is not Status.IDLE):
+        if self._saver is None or not self.world.any_rank(self._saver.status is not Status.IDLE):
             return None
         while True:
-            saved = self.settle(self.world.sums(self.report()))
+            saved = self.settle(self.world.all_reduce(self.report()))
             if saved is not None:
                 return saved
             time.sleep(POLL_SECONDS)

@@ -16,21 +16,21 @@ from ldm.training.checkpoints import Digest, fault, step_of
 from ldm.training.checkpoints.select import check_record, choose, rewound_to
 from ldm.training.checkpoints.train_state import CheckpointError
 from ldm.training.configs import TrainConfig
-from ldm.training.engine.distributed import World
+from ldm.training.engine.distributed import Ranks
 from ldm.training.run import Run, RunConfig
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-class Two(World):
+class Two(Ranks):
     """This rank of two, in a world whose other rank finds nothing wrong, or something."""
 
     other_finds = False
 
-    def from_main(self, numbers: Sequence[float]) -> list[float]:
+    def broadcast(self, numbers: Sequence[float]) -> list[float]:
         return list(numbers) if self.is_main else [10.0, 20.0]
 
-    def agree(self, wish: bool) -> bool:
+    def any_rank(self, wish: bool) -> bool:
         return wish or self.other_finds
 
 
