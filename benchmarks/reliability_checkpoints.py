@@ -45,10 +45,10 @@ from helpers.points import (  # noqa: E402
 
 from ldm.training.checkpoints import fault  # noqa: E402
 from ldm.training.checkpoints.select import choose  # noqa: E402
-from ldm.training.engine.distributed import World  # noqa: E402
+from ldm.training.engine.distributed import Ranks  # noqa: E402
 from ldm.training.run import Run, RunConfig  # noqa: E402
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 OLDER, NEWER = f"step_{NEW - 2:07d}", f"step_{NEW - 1:07d}"
 
 

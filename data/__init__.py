@@ -1,5 +1,4 @@
-"""Captioned image shards: reading them in a reproducible order, and writing them.
+"""Read captioned image shards in a reproducible order, and write them.
 
-Nothing here imports another package of this project but ldm.errors and ldm.files; the tokenizer is handed in as a
-callable.
+Of this project, only ldm.errors and ldm.files are imported here; the tokenizer is passed in as a callable.
 """

@@ -4,7 +4,7 @@
     for f in *.tgz; do mkdir -p "${f%-*}" && tar xzf "$f" -C "${f%-*}" --strip-components=1; done
     python -m data.build_emoji64 --packages .
 
-The pictures are Noto Emoji (Google, Apache-2.0) and Twemoji (Twitter and contributors, CC-BY 4.0); the labels and
+The images are Noto Emoji (Google, Apache-2.0) and Twemoji (Twitter and contributors, CC-BY 4.0); the labels and
 tags are Unicode CLDR's, through emojibase (MIT). Two builds give the same bytes.
 """
 
@@ -26,7 +26,7 @@ from data.samples import over_white
 from data.write import write_shards
 
 PACKAGES = {"emoji-datasource-google": "16.0.0", "emoji-datasource-twitter": "16.0.0", "emojibase-data": "17.0.0"}
-STYLES = {"noto": "google", "twemoji": "twitter"}  # word in the caption -> name in the packages
+STYLES = {"noto": "google", "twemoji": "twitter"}  # word in captions -> name in packages
 UNSEEN = 200  # emoji-and-skin-tone combinations held out in both styles
 VAL_FRACTION = 0.05  # of all (emoji, style) pairs, held out in one style only
 SHARDS = {"train": 8, "val": 1, "unseen": 1}
@@ -35,18 +35,18 @@ TONES = {1: "light", 2: "medium-light", 3: "medium", 4: "medium-dark", 5: "dark"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Emoji:
-    """One emoji in one skin tone (or in none)."""
+    """One emoji, with one skin tone or none."""
 
     code: str  # its code points, "1F385-1F3FB"
-    base: str  # those of the same emoji without a skin tone
+    base: str  # code points of the emoji without a skin tone
     label: str  # CLDR's short name: "Santa Claus: light skin tone"
     tags: tuple[str, ...]
-    tones: tuple[int, ...]  # 1 (light) to 5 (dark), one a person
-    image: str  # its file name in the picture packages
+    tones: tuple[int, ...]  # 1 (light) to 5 (dark), one per person
+    image: str  # file name in the image packages
 
 
 def read_emoji(packages: Path) -> list[Emoji]:
-    """All emoji that both picture packages hold, with CLDR's label and tags, in the order of their code points."""
+    """Read all emoji that both image packages contain, with CLDR's label and tags, sorted by code points."""
     labels = _read_labels(packages / "emojibase-data/en/data.json")
     images = [_read_images(packages / f"emoji-datasource-{source}/emoji.json", source) for source in STYLES.values()]
     found: list[Emoji] = []
@@ -62,11 +62,11 @@ def read_emoji(packages: Path) -> list[Emoji]:
 
 
 def _plain(code: str) -> str:
-    return code.replace("-FE0F", "")  # the variation selector is written in some packages and left out in others
+    return code.replace("-FE0F", "")  # only some packages write the variation selector
 
 
 def _read_labels(path: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Code points -> (the emoji's own record, the record of its tone-less form)."""
+    """Map code points to (the emoji's own record, the record of its form without skin tone)."""
     labels: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     for base in json.loads(path.read_text(encoding="utf-8")):
         for record in [base, *base.get("skins", [])]:
@@ -84,24 +84,24 @@ def _read_images(path: Path, source: str) -> dict[str, str]:
 
 
 def choose_unseen(emoji: list[Emoji]) -> set[str]:
-    """UNSEEN toned emoji, by hash; each keeps at least one sister in another tone, and its tone other emoji."""
-    sisters: dict[str, int] = defaultdict(int)
-    bearers: dict[tuple[int, ...], int] = defaultdict(int)
+    """Choose UNSEEN toned emoji by hash; for each, another tone of the emoji and another emoji of the tone remain."""
+    variants: dict[str, int] = defaultdict(int)
+    with_tones: dict[tuple[int, ...], int] = defaultdict(int)
     for one in emoji:
         if one.tones:
-            sisters[one.base] += 1
-            bearers[one.tones] += 1
+            variants[one.base] += 1
+            with_tones[one.tones] += 1
     chosen: set[str] = set()
     for one in sorted((one for one in emoji if one.tones), key=lambda one: keyed_hash("unseen", one.code)):
-        if len(chosen) < UNSEEN and sisters[one.base] > 1 and bearers[one.tones] > 1:
+        if len(chosen) < UNSEEN and variants[one.base] > 1 and with_tones[one.tones] > 1:
             chosen.add(one.code)
-            sisters[one.base] -= 1
-            bearers[one.tones] -= 1
+            variants[one.base] -= 1
+            with_tones[one.tones] -= 1
     return chosen
 
 
 def choose_val(emoji: list[Emoji], unseen: set[str]) -> set[tuple[str, str]]:
-    """VAL_FRACTION of all (emoji, style) pairs, by hash; never both styles of one emoji."""
+    """Choose VAL_FRACTION of all (emoji, style) pairs by hash, never both styles of one emoji."""
     wanted = round(VAL_FRACTION * len(emoji) * len(STYLES))
     pairs = [(one.code, style) for one in emoji if one.code not in unseen for style in STYLES]
     chosen: dict[str, str] = {}
@@ -112,7 +112,7 @@ def choose_val(emoji: list[Emoji], unseen: set[str]) -> set[tuple[str, str]]:
 
 
 def phrase(label: str) -> str:
-    """CLDR's label as it would stand in a sentence: "flag: Fiji" -> "flag of Fiji"; other colons become commas."""
+    """Rewrite CLDR's label for a sentence: "flag: Fiji" -> "flag of Fiji"; other colons become commas."""
     head, colon, rest = label.partition(": ")
     if not colon:
         return label
@@ -120,26 +120,26 @@ def phrase(label: str) -> str:
 
 
 def captions(one: Emoji, style: str) -> list[str]:
-    """Best first: a sentence with the style's name, CLDR's label, and two with tags that the label lacks."""
-    said = phrase(one.label)
-    words = set(said.lower().replace(",", " ").replace(":", " ").split())
+    """Write captions, best first: a sentence with the style, CLDR's label, and two with tags not in the label."""
+    spoken = phrase(one.label)
+    words = set(spoken.lower().replace(",", " ").replace(":", " ").split())
     spare = [tag for tag in one.tags if tag.lower() not in words]
-    # Which tags is up to a hash, since they come in alphabetical order.
+    # Choose tags by hash, because they are listed in alphabetical order.
     spare.sort(key=lambda tag: keyed_hash("tags", one.code, style, tag))
-    with_tags = ", ".join([f"{style} emoji", said, *spare[:3]])
+    with_tags = ", ".join([f"{style} emoji", spoken, *spare[:3]])
     return list(
-        dict.fromkeys([f"a {style} emoji of {said}", one.label, with_tags, ", ".join([said, *spare[3:5], style])])
+        dict.fromkeys([f"a {style} emoji of {spoken}", one.label, with_tags, ", ".join([spoken, *spare[3:5], style])])
     )
 
 
 def encode(one: Emoji, style: str, packages: Path) -> tuple[bytes, str, dict[str, Any]]:
-    """One sample: the picture over white as lossless WebP, its best caption, its record."""
+    """Encode one sample: the image over white as lossless WebP, its best caption, its record."""
     source = STYLES[style]
     relative = f"img/{source}/64/{one.image}"
     with Image.open(packages / f"emoji-datasource-{source}" / relative) as image:
         picture = over_white(image)
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=True, quality=75, method=4)  # effort, not loss: 20 times faster than the most
+    picture.save(buffer, "WEBP", lossless=True, quality=75, method=4)  # effort, not loss: 20 times faster than at most
     texts = captions(one, style)
     record = {
         "url": f"npm:emoji-datasource-{source}@{PACKAGES[f'emoji-datasource-{source}']}/{relative}",
@@ -156,7 +156,7 @@ def encode(one: Emoji, style: str, packages: Path) -> tuple[bytes, str, dict[str
 
 
 def build(packages: Path, out: Path) -> dict[str, int]:
-    """Write the three splits below `out`; returns how many pictures each holds."""
+    """Write the three splits below `out`; returns the number of images in each."""
     emoji = read_emoji(packages)
     unseen = choose_unseen(emoji)
     val = choose_val(emoji, unseen)
@@ -166,21 +166,21 @@ def build(packages: Path, out: Path) -> dict[str, int]:
             held_out = "val" if (one.code, style) in val else "train"
             splits["unseen" if one.code in unseen else held_out].append((one, style))
     for name, pairs in splits.items():
-        pairs.sort(key=lambda pair: keyed_hash("order", pair[0].code, pair[1]))  # every shard a fair mixture
-        print(f"{name}: encoding {len(pairs)} pictures", flush=True)
+        pairs.sort(key=lambda pair: keyed_hash("order", pair[0].code, pair[1]))  # mixes emoji and styles in every shard
+        print(f"{name}: encoding {len(pairs)} images", flush=True)
         samples = [encode(one, style, packages) for one, style in pairs]
         write_shards(samples, out / name, shards=SHARDS[name])
     return {name: len(pairs) for name, pairs in splits.items()}
 
 
 def check_packages(packages: Path) -> None:
-    """Raises ValueError, with the command that mends it, unless the packages stand there in their right versions."""
+    """Raise ValueError, with the command to fix it, unless all packages have the expected versions."""
     for name, version in PACKAGES.items():
         manifest = packages / name / "package.json"
         found = json.loads(manifest.read_text())["version"] if manifest.exists() else "nothing"
         if found != version:
             raise ValueError(
-                f"{packages / name} holds {found}, expected {version}: npm pack {name}@{version}, unpack it there"
+                f"{packages / name} holds {found}, expected {version}: npm pack {name}@{version}, and unpack it there"
             )
 
 

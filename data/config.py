@@ -1,4 +1,4 @@
-"""What is read, and how: the settings of data.loader."""
+"""Settings of data.loader."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Patterns = str | tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSet:
-    """One of several sets of shards that are mixed."""
+    """One of several shard sets to mix."""
 
-    name: str  # the set's order depends on it, not on the other sets
+    name: str  # seeds the set's order, which does not depend on the other sets
     shards: Patterns
-    weight: float = 1.0  # its share of what is seen, beside those of the other sets
+    weight: float = 1.0  # relative to those of the other sets
 
     def __post_init__(self) -> None:
         if not self.name or not self.shards:
@@ -26,19 +26,19 @@ class ShardSet:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingConfig:
-    """How shards are reached, and how many bad samples are borne."""
+    """How shards are accessed, and how many bad samples are tolerated."""
 
-    manifest: str | None = None  # of shards that have none beside them, as those of a pipe: a file or URL
+    manifest: str | None = None  # file or URL, for shards without a manifest next to them, such as pipes
     allow_pipe: bool = False  # shards named pipe:COMMAND, which run a shell command
-    cache: str | None = None  # folder that keeps remote shards; None: a temporary one, removed at the end
-    cache_gb: float = 16.0  # kept there at most; two shards a lane always are
-    max_bad_fraction: float = 0.01  # of the samples: where more cannot be used, an error
+    cache: str | None = None  # folder for copies of remote shards; None: a temporary one, removed at the end
+    cache_gb: float = 16.0  # size limit of the cache; two shards per lane are always kept
+    max_bad_fraction: float = 0.01  # fraction of bad samples above which it is an error
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_fraction <= 1 or not self.cache_gb > 0:
             raise ValueError(
-                f"max_bad_fraction ({self.max_bad_fraction}) must be a share from 0 to 1, cache_gb ({self.cache_gb}) "
-                "more than 0"
+                f"max_bad_fraction ({self.max_bad_fraction}) must be a fraction from 0 to 1, "
+                f"cache_gb ({self.cache_gb}) more than 0"
             )
 
 
@@ -46,16 +46,16 @@ class ReadingConfig:
 class DataConfig(ReadingConfig):
     shards: Patterns = ()  # .tar files: brace ranges, globs, URLs, pipe:COMMAND
     sets: tuple[ShardSet, ...] = ()  # instead of shards: several sets, mixed by weight
-    image_size: int = 64  # pixels a side
-    batch_size: int = 64  # of all ranks together
-    lanes: int = 1  # shards read side by side: more mix better; a multiple of the ranks, at most the shards (of a set)
-    captions: Literal["best", "any"] = "any"  # of a sample with several: the first, or another at each visit
+    image_size: int = 64  # pixels per side
+    batch_size: int = 64  # over all ranks
+    lanes: int = 1  # shards read in parallel: more mix better; multiple of the ranks, at most the shards (of a set)
+    captions: Literal["best", "any"] = "any"  # of several: the first, or a random one at each visit
     prefetch: int = 2  # batches decoded ahead, in threads
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.shards) == bool(self.sets):
-            raise ValueError("give data.shards, or data.sets to mix several: one of the two")
+            raise ValueError("give either data.shards or, to mix several sets, data.sets")
         names = [one.name for one in self.sets]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two of data.sets are named {twice}: rename one")
@@ -67,16 +67,16 @@ class DataConfig(ReadingConfig):
 
     @property
     def patterns(self) -> tuple[Patterns, ...]:
-        """The patterns of each set, or of the one that there is."""
+        """The patterns of each set, or of the only one."""
         return tuple(one.shards for one in self.sets) or (self.shards,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutConfig(ReadingConfig):
-    """Pictures to measure on: each once, with its best caption, at the size of those trained on."""
+    """Held-out images for evaluation: each once, with its best caption, at the training size."""
 
     shards: Patterns
-    batch_size: int = 64  # pictures measured at once
+    batch_size: int = 64  # images evaluated at once
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Copying what is not on this machine: with several tries, never waiting for ever, whole files only."""
+"""Copy remote files to this machine, with retries and timeouts; only complete files get their name."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from ldm.errors import DataError
 from ldm.files.atomic import PARTIAL, atomic_file
 
 CACHED = re.compile(r"[0-9a-f]{64}\.shard")
-ABANDONED_AFTER = 3600.0  # seconds for which nothing was written to a partial file
-ABSENT = (403, 404, 410)  # a bucket that may not be listed answers 403 for what it does not hold
+ABANDONED_AFTER = 3600.0  # seconds since the last write to a partial file
+ABSENT = (403, 404, 410)  # a bucket without list permission answers 403 for a missing file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long a place is waited for."""
+    """How often and how long to try a location."""
 
     tries: int = 3
-    timeout: float = 30.0  # seconds in which nothing comes
-    pause: float = 1.0  # seconds before the second try, four times as many before each next one
+    timeout: float = 30.0  # seconds without new data
+    pause: float = 1.0  # seconds before the second try, four times as long before each later one
 
 
 PATIENCE = Patience()
 
 
 class Absent(Exception):
-    """There is no such file: trying again is of no use."""
+    """The file does not exist: retrying is pointless."""
 
 
 class Cache:
-    """Whole copies of remote shards in a folder, the longest unused removed where they take more than `most` bytes.
+    """Copies of remote shards in a folder; above `most` bytes, the least recently used ones are removed.
 
-    The `keep` last used always stay. A folder of None is a temporary one, removed with this object. Several threads
-    and processes may share a folder: a copy appears under its name only when whole, and names are digests of places.
+    The `keep` most recently used always stay. A folder of None is a temporary one, removed with this object. Threads
+    and processes may share a folder: a copy gets its name, a digest of the location, only when complete.
     """
 
     def __init__(self, folder: Path | None, *, most: int, keep: int, patience: Patience = PATIENCE) -> None:
@@ -61,12 +61,12 @@ class Cache:
         return self.folder / f"{sha256(source.location.encode()).hexdigest()}.shard"
 
     def get(self, source: Source, size: int | None = None) -> Path:
-        """A whole copy, of `size` bytes if that is known; copied now unless it is there. Raises DataError."""
+        """Return the path of a complete copy, downloading it if needed; size: bytes, if known. Raises DataError."""
         path = self.path(source)
         if not (path.exists() and size in (None, path.stat().st_size)):
             with_tries(lambda: self._copy(source, path, size), source, self.patience)
             self._make_room()
-        with suppress(OSError):  # another process may have removed it just now: then opening it says so
+        with suppress(OSError):  # another process may have just removed it: then opening it fails
             os.utime(path)
         return path
 
@@ -77,7 +77,7 @@ class Cache:
         with atomic_file(path) as partial:
             copy(source, partial, self.patience.timeout)
             if size not in (None, partial.stat().st_size):
-                raise OSError(f"{partial.stat().st_size:,} bytes came, {size:,} are expected")
+                raise OSError(f"{partial.stat().st_size:,} bytes received, expected {size:,}")
 
     def _make_room(self) -> None:
         found: list[tuple[float, int, Path]] = []
@@ -86,15 +86,15 @@ class Cache:
                 if CACHED.fullmatch(path.name):
                     found.append((path.stat().st_mtime, path.stat().st_size, path))
         found.sort(reverse=True)
-        taken = sum(size for _, size, _ in found)
+        used = sum(size for _, size, _ in found)
         for _, size, path in reversed(found[self.keep :]):
-            if taken > self.most:
+            if used > self.most:
                 path.unlink(missing_ok=True)
-                taken -= size
+                used -= size
 
 
 def read_text(source: Source, patience: Patience = PATIENCE) -> str | None:
-    """A small file's text, None if there is none. Raises DataError if its place cannot be reached."""
+    """Read a small text file; None if it does not exist. Raises DataError if the location cannot be reached."""
     if source.is_local:
         path = Path(source.location)
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
@@ -108,23 +108,23 @@ def read_text(source: Source, patience: Patience = PATIENCE) -> str | None:
 
 
 def with_tries(work: Callable[[], None], source: Source, patience: Patience) -> None:
-    """Do it, again after a pause if it fails. Raises DataError after the last try, Absent at once."""
+    """Run `work`, retrying after a pause on failure. Raises DataError after the last try, Absent at once."""
     for number in range(patience.tries):
         try:
             return work()
         except (Absent, MissingPackageError):
             raise
-        except Exception as error:  # whatever the protocol's package raises, the place cannot be read
+        except Exception as error:  # each protocol's package raises its own errors
             if number + 1 == patience.tries:
                 why = source.without_secrets(short(error))
                 raise DataError(
-                    f"{source.shown} cannot be read, in {patience.tries} tries ({why}): is its place in reach?"
+                    f"{source.shown} cannot be read, in {patience.tries} tries ({why}): check that it can be reached"
                 ) from error
             time.sleep(patience.pause * 4**number)
 
 
 def copy(source: Source, path: Path, timeout: float) -> None:
-    """One try. Raises Absent, TimeoutError if nothing comes for `timeout` seconds, and what the protocol raises."""
+    """Try once. Raises Absent, TimeoutError after `timeout` seconds without data, and the protocol's own errors."""
     if source.is_pipe:
         _run(source.location.removeprefix(PIPE), path, timeout)
     else:
@@ -141,7 +141,7 @@ def _download(source: Source, path: Path, timeout: float) -> None:
         except Exception as error:
             failed.append(error)
 
-    # In a thread that may be left behind, since not every protocol lets a read be given up.
+    # In a thread that may be left running, because some protocols cannot interrupt a read.
     thread = threading.Thread(target=work, daemon=True, name="download")
     thread.start()
 
@@ -164,7 +164,7 @@ def _run(command: str, path: Path, timeout: float) -> None:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=errors,
-            start_new_session=True,  # so that what it starts can be ended with it
+            start_new_session=True,  # so that its child processes can be killed with it
         )
 
         def ended(seconds: float) -> bool:
@@ -181,15 +181,15 @@ def _run(command: str, path: Path, timeout: float) -> None:
         if process.returncode:
             errors.seek(0)
             last = errors.read(1 << 16).decode(errors="replace").strip().rpartition("\n")[2]
-            raise OSError(f"it ended with code {process.returncode}: {last}")
+            raise OSError(f"the command ended with code {process.returncode}: {last}")
 
 
 def _watch(path: Path, ended: Callable[[float], bool], timeout: float) -> None:
-    """Wait until it has ended; TimeoutError if the file does not grow for that long."""
+    """Wait for the end of a copy. Raises TimeoutError if the file does not grow for `timeout` seconds."""
     size, since = -1, time.monotonic()
     while not ended(min(0.5, timeout / 4)):
         now = path.stat().st_size if path.exists() else -1
         if now != size:
             size, since = now, time.monotonic()
         elif time.monotonic() - since > timeout:
-            raise TimeoutError(f"nothing came for {timeout:g} s")
+            raise TimeoutError(f"no data received for {timeout:g} s")

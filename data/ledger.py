@@ -1,4 +1,4 @@
-"""Whether all samples are accounted for, and whether too many of them are bad."""
+"""Account for every sample, and detect when too many are bad."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from data.order import Visit
 
 WINDOW = 10_000  # visits
-FEWEST_VISITS = 100  # before anything is said of shares
-FEWEST_BAD = 10  # different samples: one bad one in a small set is no trouble of the whole
+FEWEST_VISITS = 100  # before any fraction is judged
+FEWEST_BAD = 10  # distinct samples: one bad sample in a small set is not an error
 
 
 @dataclass(slots=True)
 class Account:
-    """One shard in one epoch: `before` + `delivered` + `rejected` samples of the `expected` have been visited."""
+    """The visits to one shard in one epoch: `before` + `delivered` + `rejected` of the `expected` samples so far."""
 
     shard: int
     epoch: int
@@ -30,10 +30,10 @@ class Account:
 
 
 class Ledger:
-    """Accounts of all shards, kept from the visits: so they need no state of their own when a run is resumed.
+    """The accounts of all shards, derived from the visits, so that resuming a run needs no stored state.
 
-    A visit delivers its sample, or rejects it where another had to stand in. `open` are the shards being read, by
-    (epoch, shard); `closed` those read to their end, the last 10,000 of them; totals are of this process.
+    A visit delivers its sample, or rejects it if another is used instead. `open` holds the shards being read, by
+    (epoch, shard); `closed` the last 10,000 that were read to the end; the totals are of this process.
     """
 
     def __init__(self, shard_sizes: Sequence[int]) -> None:
@@ -43,7 +43,7 @@ class Ledger:
         self.delivered = self.rejected = 0
 
     def record(self, visits: Sequence[Visit], samples: Sequence[tuple[int, int]]) -> None:
-        """samples: (shard, index) of what each visit, in the order's own order, was given."""
+        """Record visits. samples: (shard, index) of the sample that each visit got, in the same order."""
         for visit, sample in zip(visits, samples, strict=True):
             place = (visit.epoch, visit.shard)
             account = self.open.get(place)
@@ -61,7 +61,7 @@ class Ledger:
 
 
 class BadShare:
-    """The share of different bad samples among the different samples of the last 10,000 visits."""
+    """The fraction of bad samples among the distinct samples of the last 10,000 visits."""
 
     def __init__(self) -> None:
         self._visits: deque[tuple[tuple[int, int], bool]] = deque()
@@ -81,7 +81,7 @@ class BadShare:
                     del counts[oldest]
 
     def above(self, most: float) -> tuple[int, int] | None:
-        """How many of how many are bad, if that is more than the share `most` and enough to judge by."""
+        """Return (bad, seen) if more than the fraction `most` is bad and there are enough to judge, else None."""
         bad, seen = len(self._bad), len(self._seen)
         enough = len(self._visits) >= FEWEST_VISITS and bad >= FEWEST_BAD
         return (bad, seen) if enough and bad > most * seen else None

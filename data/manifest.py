@@ -1,10 +1,10 @@
-"""What shards should hold: manifest.json beside them, {"00000.tar": {"count", "size", "sha256"}}.
+"""Read and write what shards should hold: manifest.json next to them, {"00000.tar": {"count", "size", "sha256"}}.
 
     python -m data.manifest FOLDER                            writes FOLDER/manifest.json
     python -m data.manifest "s3://bucket/{00000..00099}.tar" --out manifest.json       for data.manifest
 
-With --out the names in it are whole locations; that is for shards beside which nothing can be written, and for pipes
-(pipe:COMMAND), beside which nothing stands. A sizes.json, {"00000.tar": count}, is read where there is no manifest.
+With --out the names in it are full locations. Use it for shards in folders that cannot be written to, and for pipes
+(pipe:COMMAND), which have no folder. A sizes.json, {"00000.tar": count}, is read if there is no manifest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SUFFIXES = ("*.tar", "*.tar.gz", "*.tgz")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a shard should hold. None: not known."""
+    """The expected contents of a shard. None: unknown."""
 
     count: int  # samples
     size: int | None = None  # bytes
@@ -47,8 +47,8 @@ def mismatch(path: Path, entry: Entry) -> str:
     """What shows that a file is not the one of its entry, or ""."""
     size = path.stat().st_size
     if entry.size is not None and size != entry.size:
-        return f"it takes {size:,} bytes, the manifest says {entry.size:,}"
-    return "its sha256 is not that of the manifest" if entry.sha256 not in (None, sha256_of(path)) else ""
+        return f"it has {size:,} bytes, the manifest says {entry.size:,}"
+    return "its sha256 differs from the manifest's" if entry.sha256 not in (None, sha256_of(path)) else ""
 
 
 def manifest_text(entries: Mapping[str, Entry]) -> str:
@@ -58,30 +58,31 @@ def manifest_text(entries: Mapping[str, Entry]) -> str:
 def entries_for(
     sources: Sequence[Source], *, manifest: str | None = None, patience: Patience = PATIENCE
 ) -> list[Entry | None]:
-    """For each shard its entry: of the file `manifest` under its location, else of the files beside it; None if none.
+    """Look up each shard's entry by location in `manifest`, else in the files next to it; None if missing.
 
-    Raises DataError for a manifest that does not parse, cannot be reached or, being named, does not exist.
+    Raises DataError for a manifest that does not parse or cannot be reached, or if `manifest` does not exist.
     """
     named: dict[str, Entry] = {}
     if manifest is not None:
         found = _read(Source(manifest), patience)
         if found is None:
-            raise DataError(f"data.manifest: there is no {Source(manifest).shown}: python -m data.manifest writes one")
+            shown = Source(manifest).shown
+            raise DataError(f"data.manifest: {shown} is missing: write it with python -m data.manifest")
         named = found
-    beside: dict[Source | None, dict[str, Entry]] = {}
+    adjacent: dict[Source | None, dict[str, Entry]] = {}
     entries: list[Entry | None] = []
     for source in sources:
         if source.location in named:
             entries.append(named[source.location])
             continue
         place = source.beside(NAME)
-        if place not in beside:
-            beside[place] = _read_beside(source, patience)
-        entries.append(beside[place].get(source.name))
+        if place not in adjacent:
+            adjacent[place] = _read_adjacent(source, patience)
+        entries.append(adjacent[place].get(source.name))
     return entries
 
 
-def _read_beside(source: Source, patience: Patience) -> dict[str, Entry]:
+def _read_adjacent(source: Source, patience: Patience) -> dict[str, Entry]:
     sizes, manifest = source.beside(SIZES), source.beside(NAME)
     if sizes is None or manifest is None:
         return {}
@@ -96,7 +97,7 @@ def _read(source: Source, patience: Patience) -> dict[str, Entry] | None:
         return {name: _parsed(value) for name, value in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{source.shown} is no JSON object of shards ({short(error)}): write it again with python -m data.manifest"
+            f"{source.shown} is not a JSON object of shards ({short(error)}): write it with python -m data.manifest"
         ) from error
 
 
@@ -109,7 +110,7 @@ def _parsed(value: Any) -> Entry:
 
 
 def write(sources: Iterable[Source], out: Path | None) -> list[str]:
-    """Write the manifests of these shards; returns a line for each that is not whole, and stands in none."""
+    """Write the manifests of these shards; returns an error line for each invalid one, which is left out."""
     from tqdm import tqdm
 
     entries: dict[Path, dict[str, Entry]] = {}
@@ -117,7 +118,7 @@ def write(sources: Iterable[Source], out: Path | None) -> list[str]:
     with tqdm(list(sources), unit="shard", disable=None) as progress:
         for source in progress:
             try:
-                place = out or _beside(source)
+                place = out or _adjacent(source)
                 entries.setdefault(place, {})[source.location if out else source.name] = _entry_at(source)
             except (DataError, Absent) as error:
                 failed.append(short(error))
@@ -127,9 +128,9 @@ def write(sources: Iterable[Source], out: Path | None) -> list[str]:
     return failed
 
 
-def _beside(source: Source) -> Path:
+def _adjacent(source: Source) -> Path:
     if not source.is_local:
-        raise ValueError(f"beside {source.shown} nothing can be written: give --out FILE, and name it as data.manifest")
+        raise ValueError(f"no file can be written next to {source.shown}: give --out FILE and set data.manifest to it")
     return Path(source.location).parent / NAME
 
 
@@ -141,7 +142,7 @@ def _entry_at(source: Source) -> Entry:
 
 
 def _suffixes(folder: Path) -> list[str]:
-    return [suffix for suffix in SUFFIXES if any(folder.glob(suffix))] or [SUFFIXES[0]]  # the last is short as missing
+    return [suffix for suffix in SUFFIXES if any(folder.glob(suffix))] or [SUFFIXES[0]]  # the pattern for the error
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -149,7 +150,7 @@ def main(words: Sequence[str] | None = None) -> int:
         prog="python -m data.manifest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("shards", nargs="+", help="folders, or patterns as in data.shards")
-    parser.add_argument("--out", type=Path, help="one file for all of them, with whole locations as names")
+    parser.add_argument("--out", type=Path, help="one file for all of them, with full locations as names")
     args = parser.parse_args(words)
     try:
         sources: list[Source] = []
@@ -157,7 +158,7 @@ def main(words: Sequence[str] | None = None) -> int:
             if Path(pattern).is_dir():
                 sources += expand([str(Path(pattern) / suffix) for suffix in _suffixes(Path(pattern))])
             else:
-                sources += expand(pattern, allow_pipe=True)  # whoever types a command here means it
+                sources += expand(pattern, allow_pipe=True)  # a command typed here is intended
         failed = write(sources, args.out)
     except (ValueError, OSError, DataError) as error:
         print(f"error: {short(error)}", file=sys.stderr)

@@ -1,11 +1,10 @@
-"""The order of samples: a pure function of the configuration, so that it can be resumed from one integer.
+"""Define the order of samples as a pure function of the configuration, so that one integer resumes it.
 
 Shards are permuted by (seed, epoch) and dealt to a fixed number of *lanes*. A lane is an endless, deterministic
-stream of samples. Every global batch takes the same number of samples from each lane, and a rank owns whole lanes.
-So the content of global batch b depends on neither the number of ranks, nor the number of workers, nor on where
-the run was stopped. Of several sets of shards, each has such streams, which a lane mixes by data.mixture.
-WebDataset's own shuffling is not used because it repeats one shard order every epoch and
-loses its buffer when a run stops.
+stream of samples. Every global batch takes the same number of samples from each lane, and each lane belongs to one
+rank. So the content of global batch b does not depend on the number of ranks or workers, or on where the run was
+stopped. With several shard sets, each set has its own streams, which a lane mixes by data.mixture. WebDataset's own
+shuffling is not used, because it repeats one shard order every epoch and loses its buffer when a run stops.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from data.mixture import Mixture
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One visit to one sample: where it stands in the shards, and in the global order of the run."""
+    """One visit to one sample: its place in the shards, and in the global order of the run."""
 
     position: int  # in the global order: batch * global_batch + place in the batch
-    epoch: int  # of the lane that visits it, in the shard's set
-    shard: int  # counted through all sets
+    epoch: int  # of the visiting lane, in the shard's set
+    shard: int  # counted over all sets
     index: int  # of the sample in its shard's own (unshuffled) order
     lane: int
-    before: int  # samples of the shard that this epoch has visited before
+    before: int  # samples of the shard visited earlier in this epoch
 
 
 @dataclass(frozen=True, slots=True)
 class SetSpan:
-    """A set as the order sees it: its weight, and how many of the shards, which follow one another, are its own."""
+    """A shard set for SampleOrder: its weight, and its number of consecutive shards."""
 
     name: str
     weight: Fraction
@@ -43,11 +42,11 @@ class SetSpan:
 
 
 class SampleOrder:
-    """Which samples global batch b holds, from the shards' sizes alone.
+    """Computes which samples global batch b contains, from the shards' sizes alone.
 
-    sets: which shards make up which set, and how much of each is wanted; none: all shards are one.
-    Raises ValueError where the lanes cannot be dealt: fewer shards in a set than lanes (some lanes would be empty), or
-    a batch that is no multiple of the lanes.
+    sets: the shards and the weight of each set; empty: all shards are one set.
+    Raises ValueError if a set has fewer shards than there are lanes (some lanes would be empty), or if the batch size
+    is not a multiple of the lanes.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class SampleOrder:
         self._mixture = Mixture([span.weight for span in sets] or [Fraction(1)], lanes=lanes, seed=seed)
 
     def batch(self, number: int, *, rank: int = 0, ranks: int = 1) -> list[Visit]:
-        """This rank's share of global batch `number`, ordered by position."""
+        """List this rank's visits of global batch `number`, ordered by position."""
         if self.lanes % ranks:
             raise ValueError(f"data.lanes ({self.lanes}) is not a multiple of the {ranks} ranks: choose one that is")
         own = self.lanes // ranks
@@ -79,7 +78,7 @@ class SampleOrder:
         ]
 
     def shards_from(self, visit: Visit) -> Iterator[int]:
-        """The shards that the visit's lane reads in its set, endlessly, beginning with the visited one."""
+        """Yield, endlessly, the shards that the visit's lane reads in its set, beginning with the visited one."""
         own = next(own for own in self._sets if visit.shard < own.first + len(own.sizes))
         return own.shards_from(visit)
 
@@ -89,7 +88,7 @@ class SampleOrder:
 
 
 class SetOrder:
-    """The lanes' streams through one set of shards. first: the number of its first shard among all."""
+    """The lanes' streams through one shard set. first: the number of its first shard among all."""
 
     def __init__(self, sizes: Sequence[int], *, lanes: int, seed: int, first: int = 0, name: str | None = None) -> None:
         if not 1 <= lanes <= len(sizes):
@@ -98,14 +97,14 @@ class SetOrder:
         if min(sizes) < 1:
             raise ValueError("a shard is empty: remove it from the list of shards")
         self.sizes, self.lanes, self.first = tuple(sizes), lanes, first
-        # What is drawn for a set depends on no other set, so that adding one disturbs none.
+        # A set's random draws do not depend on other sets, so adding a set does not change them.
         self._key = (seed,) if name is None else (seed, name)
         self._epoch_starts = [[0] for _ in range(lanes)]  # per lane: its position at which each epoch begins
         self._tables: dict[int, tuple[int, Sequence[int], list[int]]] = {}
-        self._growing = threading.Lock()  # batches are asked for by several threads at once
+        self._growing = threading.Lock()  # several threads request batches at once
 
     def visit(self, lane: int, set_position: int, position: int) -> Visit:
-        """A lane's sample number `set_position` of this set; position: of the visit in the run's global order."""
+        """Locate a lane's sample `set_position` of this set. position: of the visit in the run's global order."""
         epoch = self._epoch_at(lane, set_position)
         offset = set_position - self._epoch_starts[lane][epoch]
         shards, ends = self._table(lane, epoch)
@@ -122,7 +121,7 @@ class SetOrder:
             yield from (self.first + shard for shard in self._lane_shards(visit.lane, epoch))
 
     def _table(self, lane: int, epoch: int) -> tuple[Sequence[int], list[int]]:
-        """The lane's shards in that epoch, and where in it each one ends; the latest is kept."""
+        """Return the lane's shards in an epoch and the offset at which each one ends; the last table is cached."""
         kept = self._tables.get(lane)
         if kept is None or kept[0] != epoch:
             shards = self._lane_shards(lane, epoch)
@@ -133,7 +132,7 @@ class SetOrder:
         return permutation(len(self.sizes), "shards", *self._key, epoch)[lane :: self.lanes]
 
     def _epoch_at(self, lane: int, set_position: int) -> int:
-        """The epoch in which a lane's position falls; its epochs differ in length, since shards do."""
+        """Find the epoch of a lane's position. Epochs differ in length, because shards do."""
         starts = self._epoch_starts[lane]
         with self._growing:
             while starts[-1] <= set_position:

@@ -1,4 +1,4 @@
-"""Samples that cannot be used: what is told of each, and the list of them that a run keeps."""
+"""Describe samples that cannot be used, and list them in a file of the run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LONGEST = 1000  # characters of a line
 
 @dataclass(frozen=True, slots=True)
 class BadSample:
-    """A sample that cannot be used: what a person needs to find it and mend it."""
+    """A sample that cannot be used, with what a user needs to find and repair it."""
 
     shard: str
-    key: str  # or #NUMBER in its shard, where the sample itself is lost
+    key: str  # or #NUMBER in its shard, if the sample itself is missing
     reason: str
 
     def __str__(self) -> str:
@@ -25,18 +25,18 @@ class BadSample:
 
 
 class BadSampleError(Exception):
-    """Carries the reason; the loader turns it into a BadSample."""
+    """A sample cannot be used, for the reason in the message; the loader turns it into a BadSample."""
 
 
 class MissingSampleError(BadSampleError):
-    """A sample that should be in its shard, and is not."""
+    """A sample is missing from its shard."""
 
 
 class Quarantine:
-    """A list of bad samples as lines of JSON, {"shard", "key", "reason"}, in a file that appears with the first.
+    """A list of bad samples as JSON lines, {"shard", "key", "reason"}, in a file created with the first entry.
 
-    Each is written once, however often a run is resumed. Ranks never write one file: rank 0 writes `path`, rank 3
-    writes bad_samples.rank3.jsonl beside bad_samples.jsonl. May be used by several threads.
+    Each is written once, even if a run is resumed several times. Each rank has its own file: rank 0 writes `path`,
+    rank 3 writes bad_samples.rank3.jsonl next to bad_samples.jsonl. Thread-safe.
     """
 
     def __init__(self, path: Path, *, rank: int = 0) -> None:
@@ -45,7 +45,7 @@ class Quarantine:
         self._writing = threading.Lock()
 
     def add(self, bad: BadSample) -> None:
-        line = json.dumps(asdict(bad))  # ASCII: keys may hold bytes that are no text
+        line = json.dumps(asdict(bad))  # ASCII: keys may contain bytes that are not valid text
         with self._writing:
             try:
                 if self._written is None:
@@ -54,11 +54,11 @@ class Quarantine:
                     with self.path.open("a", encoding="ascii") as file:
                         file.write(line + "\n")
                     self._written.add(line)
-            except OSError as error:  # the list is a report: a full disk must not end the run for it
+            except OSError as error:  # only a report: a full disk must not stop the run
                 print(f"{self.path} cannot be written ({error}): not listed there: {bad}", flush=True)
 
     def _read(self) -> set[str]:
-        """What earlier processes have written. A last line that was cut off is ended, so that the next is whole."""
+        """Read the lines of earlier processes. A truncated last line is terminated, so that the next stays intact."""
         text = self.path.read_text(encoding="ascii", errors="replace") if self.path.exists() else ""
         if text and not text.endswith("\n"):
             with self.path.open("a", encoding="ascii") as file:

@@ -1,4 +1,4 @@
-"""From the bytes of a sample to pixels and captions, or to the reason why that cannot be."""
+"""Decode the bytes of a sample into pixels and captions, or report why that is not possible."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")  # Unicode's c
 
 
 def decode_pixels(raw: RawSample, image_size: int) -> torch.Tensor:
-    """Pixels 3 x S x S, float32 in [-1, 1]; transparency becomes white, other shapes are centre-cropped.
+    """Decode to 3 x S x S, float32 in [-1, 1]; transparency becomes white, other shapes are centre-cropped.
 
     Raises BadSampleError if there is no image or it does not decode.
     """
@@ -28,29 +28,29 @@ def decode_pixels(raw: RawSample, image_size: int) -> torch.Tensor:
     if data is None:
         raise BadSampleError(f"no image among its members {sorted(raw.members)}")
     try:
-        # Only these formats: Pillow would hand others, such as EPS, to programs outside.
+        # Only these formats: Pillow would pass others, such as EPS, to external programs.
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:  # seen from the header, before it takes memory
+            if image.width * image.height > MOST_PIXELS:  # checked in the header, before memory is allocated
                 raise BadSampleError(f"the image has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
             picture = over_white(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError as error:  # its own words hold an address in memory
+    except UnidentifiedImageError as error:  # its own message contains a memory address
         raise BadSampleError(f"the image does not decode (no {', '.join(IMAGE_FORMATS)})") from error
     except BadSampleError:
         raise
-    except Exception as error:  # Pillow meets strange bytes with errors of every kind
+    except Exception as error:  # Pillow raises many kinds of errors for malformed data
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise BadSampleError(f"the image does not decode ({first})") from error
     return to_pixels(square(picture, image_size))
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """An RGB image as 3 x H x W, float32 in [-1, 1]."""
+    """Convert an RGB image to 3 x H x W, float32 in [-1, 1]."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
 def over_white(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent shows white."""
+    """Convert to RGB, composited over white."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image.copy()
     layer = eight_bits(image).convert("RGBA")
@@ -58,12 +58,12 @@ def over_white(image: Image.Image) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits, where Pillow would clip it to 255; any other as it is."""
+    """Scale 16-bit grey to 8 bits, which Pillow would clip to 255; return any other image as it is."""
     return image.point(lambda value: value * (1 / 256)).convert("L") if image.mode == "I;16" else image
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The centred square of an image, resized to size x size; untouched where it already fits."""
+    """Crop the centred square and resize it to size x size; an image of that size is returned unchanged."""
     if image.size == (size, size):
         return image
     side = min(image.size)
@@ -73,10 +73,10 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 
 def read_captions(raw: RawSample) -> list[str]:
-    """All captions, best first: the .txt, then json["caption"] and json["captions"], each once.
+    """Read all captions, best first: the .txt, then json["caption"] and json["captions"], each once.
 
-    In Unicode's composed form (NFC), control characters made spaces. Raises BadSampleError for what is not UTF-8, no
-    text, or longer than 64 KiB, and if no caption has text: an empty one would teach that the prompt means nothing.
+    Captions are normalised to NFC, and control characters become spaces. Raises BadSampleError for a caption that is
+    not UTF-8, not text or above 64 KiB, or if all are empty: those would teach that the prompt means nothing.
     """
     found: list[Any] = []
     try:
@@ -100,7 +100,7 @@ def _clean(caption: Any) -> str:
     if caption.isascii() and caption.isprintable() and len(caption) <= LONGEST_CAPTION:  # nearly all: nothing to clean
         return caption.strip()
     if unpaired := next((character for character in caption if "\ud800" <= character <= "\udfff"), None):
-        raise BadSampleError(f"a caption holds half of a character ({unpaired!r}), which no tokenizer can read")
+        raise BadSampleError(f"a caption contains an unpaired surrogate ({unpaired!r}), which no tokenizer can read")
     if len(caption.encode()) > LONGEST_CAPTION:
-        raise BadSampleError(f"a caption takes {len(caption.encode()):,} bytes, more than {LONGEST_CAPTION:,}")
+        raise BadSampleError(f"a caption has {len(caption.encode()):,} bytes, more than {LONGEST_CAPTION:,}")
     return unicodedata.normalize("NFC", caption.translate(CONTROLS)).strip()

@@ -1,8 +1,7 @@
-"""Tar shards in img2dataset's layout, indexed for random access.
+"""Index tar shards in img2dataset's layout for random access.
 
-A shard is a tar whose members KEY.jpg (or png, webp), KEY.txt and KEY.json belong together when they share KEY; what
-else stands there is never read. A gzipped shard cannot be read from the middle, so it is unpacked into memory: keep
-those small.
+A shard is a tar in which KEY.jpg (or png, webp), KEY.txt and KEY.json with the same KEY form a sample; other members
+are never read. A gzipped shard has no random access, so it is unpacked into memory: keep those small.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from data.quarantine import BadSampleError, MissingSampleError
 from data.tar import Damage, Member, read_members
 from ldm.errors import DataError
 
-# KEY.EXTENSION as webdataset splits it: folders belong to the key, all behind the first dot of the file's name
-# to the extension. What has no such name (a README, macOS's ._files) is no sample.
+# KEY.EXTENSION as webdataset splits it: folders belong to the key, all after the first dot of the file name to the
+# extension. Members with other names (a README, macOS's ._files) are not samples.
 MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 TEXT_EXTENSIONS = ("txt", "json")
@@ -46,29 +45,29 @@ class _Entry:
     problem: str = ""
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return not (self.places.keys().isdisjoint(IMAGE_EXTENSIONS) or self.places.keys().isdisjoint(TEXT_EXTENSIONS))
 
     def add(self, extension: str, member: Member) -> None:
         most = LARGEST_MEMBER.get(extension, LARGEST_IMAGE)
-        if member.strange:
-            self.problem = f"its {extension} is {member.strange}"
+        if member.irregular:
+            self.problem = f"its {extension} is {member.irregular}"
         elif extension in self.places:
-            self.problem = f"its {extension} stands there twice"
+            self.problem = f"its {extension} occurs twice"
         elif member.size > most:
-            self.problem = f"its {extension} takes {member.size:,} bytes, more than {most:,}"
+            self.problem = f"its {extension} has {member.size:,} bytes, more than {most:,}"
         self.places[extension] = (member.offset, member.size)
 
 
 class Shard:
-    """One tar file, its member table read once; samples are then read by number.
+    """One tar file. Its member table is read once; samples are then read by number.
 
-    expected: how many samples it should hold. Without it, whatever is not whole is refused: what is lost could not be
-    counted. With it, all that can be read is read, `damage` says what could not be, and the samples that are missing
-    are the last numbers, which raise BadSampleError; samples in excess of it are not reached, and `damage` says so.
+    expected: the number of samples. Without it, a damaged shard is refused, because the loss could not be counted. With
+    it, all readable samples are read and `damage` describes the rest: missing samples have the last numbers, which
+    raise BadSampleError; surplus samples are out of reach.
 
-    name: what the shard is called where it is spoken of; None: its path.
-    Raises DataError if the file is missing or no tar and, without `expected`, if it is damaged or empty.
+    name: the shard's name in messages; None: its path.
+    Raises DataError if the file is missing or not a tar and, without `expected`, if it is damaged or empty.
     """
 
     def __init__(self, path: Path, *, expected: int | None = None, name: str | None = None) -> None:
@@ -94,7 +93,7 @@ class Shard:
 
     @property
     def missing(self) -> int:
-        """Samples that should be there and are not."""
+        """The number of missing samples."""
         return max(len(self) - len(self._table), 0)
 
     def key(self, index: int) -> str:
@@ -113,21 +112,21 @@ class Shard:
                     file.seek(offset)
                     data[extension] = file.read(size)
         except OSError as error:
-            raise DataError(f"shard {self.name} can no longer be read ({error}): is its disk still there?") from error
+            raise DataError(f"shard {self.name} can no longer be read ({error}): check its disk") from error
         return RawSample(self.name, entry.key, data)
 
     def _open(self) -> BinaryIO:
         return self.path.open("rb") if self._unpacked is None else io.BytesIO(self._unpacked)
 
     def _index(self, file: BinaryIO) -> str:
-        """Fill the table; returns the first damage, or ""."""
+        """Fill the table; returns a description of the first damage, or ""."""
         numbers: dict[str, int] = {}
         problem = ""
         for member in read_members(file, incomplete=lambda: len(self._table) < (self._expected or 0)):
             if isinstance(member, Member):
                 self._add(member, numbers)
             else:
-                problem = problem or _told(member, len(self._table))
+                problem = problem or _describe(member, len(self._table))
                 if self._expected is None:
                     break
         short = len(self._table) < (self._expected or 0)
@@ -135,12 +134,12 @@ class Shard:
 
     def _add(self, member: Member, numbers: dict[str, int]) -> None:
         name = MEMBER_NAME.fullmatch(member.name)
-        if name is None or member.strange == "no plain file":
+        if name is None or member.irregular == "not a plain file":
             return
         key, extension = name[1], name[2].lower()
         if key not in numbers:
-            if member.strange:
-                return  # alone it makes no sample
+            if member.irregular:
+                return  # alone it is not a sample
             numbers[key] = len(self._table)
             self._table.append(_Entry(key))
         if extension in IMAGE_EXTENSIONS + TEXT_EXTENSIONS:
@@ -150,25 +149,25 @@ class Shard:
         surplus = len(self._table) - len(self)
         if surplus <= 0:
             return ""
-        self._table.sort(key=lambda entry: not entry.whole)  # halves that damage has made from one sample come last
-        return f"{surplus} samples more than are counted: write the manifest again"
+        self._table.sort(key=lambda entry: not entry.complete)  # fragments of damaged samples come last
+        return f"{surplus} samples more than counted: write the manifest again"
 
 
-def _told(damage: Damage, samples: int) -> str:
-    return f"cut short or damaged after {samples} samples, at byte {damage.offset}: {damage.reason}"
+def _describe(damage: Damage, samples: int) -> str:
+    return f"truncated or damaged after {samples} samples, at byte {damage.offset}: {damage.reason}"
 
 
 def _unpacked(path: Path) -> tuple[bytes | None, str]:
-    """A gzipped file's content as far as it can be unpacked, and what stopped that; None for any other file."""
-    if not path.is_file():  # a folder, or a pipe, which would wait for ever
-        raise FileNotFoundError(f"No such file, or no plain one: {path}")
+    """Unpack a gzipped file as far as possible; returns the content and any problem; None for other files."""
+    if not path.is_file():  # a folder or a named pipe, which would block for ever
+        raise FileNotFoundError(f"No such file, or not a plain file: {path}")
     with path.open("rb") as file:
         if file.read(len(GZIP)) != GZIP:
             return None, ""
     content = bytearray()
     with gzip.open(path) as file:
         try:
-            while part := file.read1(1 << 20):  # what one call holds: an error costs no more than that
+            while part := file.read1(1 << 20):  # read1: an error loses at most one chunk
                 content += part
                 if len(content) > LARGEST_UNPACKED:
                     return bytes(content), f"more than {LARGEST_UNPACKED:,} bytes unpacked"

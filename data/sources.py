@@ -1,4 +1,4 @@
-"""Where shards are: on this machine, behind a URL, or at the end of a shell command."""
+"""Locations of shards: local paths, URLs and the output of shell commands."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PACKAGES = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp", "gs": "gcsfs", 
 
 
 class MissingPackageError(ValueError):
-    """A protocol's package is not installed."""
+    """The package for a protocol is not installed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One shard's place: a path, a URL, or pipe:COMMAND."""
+    """The location of a shard: a path, a URL, or pipe:COMMAND."""
 
     location: str
 
@@ -46,19 +46,19 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Its file's name; a pipe has none, so all of it."""
+        """The file name; for a pipe the full location."""
         return self.location if self.is_pipe else self._path.rpartition("/")[2]
 
     @property
     def shown(self) -> str:
-        """Its location without what may be secret: a URL's user, password and query."""
+        """The location without a URL's user, password and query, which may be secret."""
         if self.is_pipe or self.is_local:
             return self.location
         parts = urlsplit(self.location)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], self._url_path, "", ""))
 
     def without_secrets(self, text: str) -> str:
-        """A text, such as an error's, that may quote the location: what `shown` leaves out is left out there too."""
+        """Remove from a text, such as an error message, the parts of the location that `shown` omits."""
         if self.is_pipe or self.is_local:
             return text
         parts = urlsplit(self.location)
@@ -67,7 +67,7 @@ class Source:
         return text
 
     def beside(self, name: str) -> Source | None:
-        """Another file in its folder; None for a pipe, which stands in none."""
+        """Locate another file in the same folder; None for a pipe."""
         if self.is_pipe:
             return None
         if self.is_local:
@@ -82,7 +82,7 @@ class Source:
 
     @property
     def _url_path(self) -> str:
-        """A URL's path: on the web without the query; elsewhere ? and # may stand in names."""
+        """The path of a URL, over HTTP without the query; with other protocols ? and # may be part of a name."""
         parts = urlsplit(self.location)
         if self.protocol in WEB:
             return parts.path
@@ -90,10 +90,10 @@ class Source:
 
 
 def expand(patterns: str | Sequence[str], *, allow_pipe: bool = False) -> list[Source]:
-    """The shards named by brace ranges ("{00000..00007}.tar"), globs or a list of either, in a fixed order.
+    """List the shards named by brace ranges ("{00000..00007}.tar"), globs or a list of either, in a fixed order.
 
-    Raises DataError for a pattern that names no file, ValueError for a pipe where none is allowed, and for a URL
-    whose protocol needs a package that is not installed.
+    Raises DataError for a pattern that matches no file; ValueError for a pipe that is not allowed, and for a URL whose
+    protocol needs a package that is not installed.
     """
     import braceexpand
 
@@ -110,22 +110,22 @@ def expand(patterns: str | Sequence[str], *, allow_pipe: bool = False) -> list[S
 def _matching(source: Source, *, allow_pipe: bool) -> list[Source]:
     if source.is_pipe:
         if not allow_pipe:
-            raise ValueError(f"{source.location!r} runs a shell command: say data.allow_pipe=true if that is meant")
+            raise ValueError(f"{source.location!r} runs a shell command: set data.allow_pipe=true if that is intended")
         return [source]
     if source.is_local:
         return [Source(path) for path in sorted(glob.glob(source.location))]
-    wild = r"[*\[]" if source.protocol in WEB else r"[*?\[]"  # on the web ? begins the query
+    wild = r"[*\[]" if source.protocol in WEB else r"[*?\[]"  # in HTTP URLs ? begins the query
     files = file_system(source)
     if not re.search(wild, source.location):
         return [source]
     try:
         return [Source(files.unstrip_protocol(str(path))) for path in sorted(files.glob(source.location))]
-    except Exception as error:  # each protocol has its own
+    except Exception as error:  # each protocol raises its own errors
         raise DataError(f"{source.shown} cannot be listed ({short(error)}): give a brace range instead") from error
 
 
 def file_system(source: Source, *, timeout: float = 30.0) -> AbstractFileSystem:
-    """fsspec's for the source's protocol. Raises ValueError if there is none, or its package is missing."""
+    """Open fsspec's file system for the protocol. Raises ValueError if it is unknown or its package is missing."""
     import fsspec
 
     options: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def file_system(source: Source, *, timeout: float = 30.0) -> AbstractFileSystem:
         if source.protocol in WEB:
             import aiohttp
 
-            # aiohttp's own limit is five minutes for all of a file, however fast it comes.
+            # aiohttp's default limit is five minutes per file, regardless of its speed.
             limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
             options = {"client_kwargs": {"timeout": limits}}
         return fsspec.filesystem(source.protocol, **options)
@@ -143,9 +143,9 @@ def file_system(source: Source, *, timeout: float = 30.0) -> AbstractFileSystem:
             f"{source.protocol}:// needs the package {package}: pip install {package}, or latent-foundry[remote]"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{source.shown}: {source.protocol}:// is no protocol that fsspec knows ({error})") from error
+        raise ValueError(f"{source.shown}: {source.protocol}:// is not a protocol of fsspec ({error})") from error
 
 
 def short(error: BaseException) -> str:
-    """An error in one line of at most 300 characters."""
+    """Format an error as one line of at most 300 characters."""
     return one_line(error, 300)

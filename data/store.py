@@ -1,4 +1,4 @@
-"""Shards by number: opened where they are reached, the last used kept open, the next made ready in the background."""
+"""Open shards on demand by number, keep the last used ones open, and prepare the next in the background."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ AHEAD = 2  # shards made ready at once in the background
 
 
 class ShardStore:
-    """The shards of some sources. Those that a manifest or sizes.json counts are opened when first asked for.
+    """The shards of several sources. Those counted by a manifest or sizes.json are opened on first use.
 
-    Others are opened at once to be counted, if they are on this machine. What can be read of a damaged shard is read;
-    a shard that cannot be read at all raises DataError wherever it is asked for, until `keep` others have been opened.
+    Other local shards are opened at once to count their samples. A damaged shard is read as far as possible; an
+    unreadable one raises DataError at each use, until `keep` others have been opened.
 
-    keep: how many are held open; keep_copies: how many copies of remote ones stay at least. on_damage(line): short once
-    of each shard that is not what its manifest says.
-    Raises DataError for a shard that is nowhere counted and not on this machine, and where counting fails.
+    keep: how many are kept open; keep_copies: the minimum number of copies of remote shards to keep. on_damage(line):
+    called once for each shard that differs from its manifest.
+    Raises DataError for a remote shard that no manifest counts, and if counting fails.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class ShardStore:
         patience: Patience = PATIENCE,
     ) -> None:
         self.sources, self.keep, self.on_damage = list(sources), keep, on_damage
-        self._open: OrderedDict[int, Future[Shard]] = OrderedDict()  # the last used at the end
-        self._begun: set[int] = set()  # made ready, or to be: until dropped
+        self._open: OrderedDict[int, Future[Shard]] = OrderedDict()  # most recently used last
+        self._begun: set[int] = set()  # prepared, or being prepared, until dropped
         self._verified: set[int] = set()
         self._lock = threading.Lock()
         self._making_ready = threading.BoundedSemaphore(AHEAD)
@@ -58,42 +58,42 @@ class ShardStore:
 
     @property
     def contents(self) -> str | None:
-        """One sha256 of those that manifests give of all shards; None if there is a shard that they give none of."""
+        """Digest of the SHA-256s of all shards from their manifests; None if any is missing."""
         digests = [entry.sha256 for entry in self._entries]
         return None if None in digests else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     def __getitem__(self, number: int) -> Shard:
-        """Waits until it is open. Raises DataError if nothing of it can be read."""
+        """Return the shard, waiting until it is open. Raises DataError if it cannot be read at all."""
         future, mine = self._reserve(number)
         if mine:
             self._fulfil(number, future)
         return future.result()
 
     def read(self, number: int, index: int) -> RawSample:
-        """Raises DataError if the shard cannot be read, BadSampleError if that sample cannot."""
+        """Read a sample. Raises DataError if the shard cannot be read, BadSampleError if only the sample cannot."""
         shard = self[number]
         try:
             return shard[index]
         except DataError:
-            self.forget(number)  # its file may have been removed from the cache, and can be copied again
+            self.forget(number)  # its copy may have been removed from the cache: fetch it again
             return self[number][index]
 
     def key(self, number: int, index: int) -> str:
-        """The sample's key, or #NUMBER where it is lost."""
+        """Return the sample's key, or #NUMBER if it is missing."""
         try:
             return self[number].key(index)
         except DataError:
             return f"#{index}"
 
     def present(self, number: int) -> int:
-        """How many of its samples are there."""
+        """Count the samples present in a shard."""
         try:
             return self.sizes[number] - self[number].missing
         except DataError:
             return 0
 
     def make_ready(self, number: int) -> None:
-        """Begin to open it in the background, unless that has begun; a failure is not kept: it is tried anew."""
+        """Start opening a shard in the background, unless already started. A later use retries failures."""
         with self._lock:
             if number in self._open or number in self._begun:
                 return
@@ -101,7 +101,7 @@ class ShardStore:
         threading.Thread(target=self._make_ready, args=(number,), daemon=True, name="make-ready").start()
 
     def forget(self, number: int) -> None:
-        """Open it anew when it is asked for again."""
+        """Drop a shard, so that its next use opens it again."""
         with self._lock:
             self._drop(number)
 
@@ -116,10 +116,10 @@ class ShardStore:
                 self._fulfil(number, future)
                 if future.exception() is not None:
                     with self._lock:
-                        self._open.pop(number, None)  # but it stays begun: the next to try it is who needs it
+                        self._open.pop(number, None)  # it stays in _begun: only an actual use retries
 
     def _reserve(self, number: int) -> tuple[Future[Shard], bool]:
-        """The shard's future, and whether the caller is the one to fulfil it."""
+        """Return the shard's future, and whether the caller must fulfil it."""
         with self._lock:
             future = self._open.get(number)
             mine = future is None
@@ -145,19 +145,19 @@ class ShardStore:
         entry = self._entries[number]
         path, problem = self._verified_path(source, number, entry)
         shard = Shard(path, expected=entry.count, name=source.shown)
-        # Once a process, even if the shard is opened again.
+        # Once per process, even if the shard is opened again.
         if (problem or shard.damage) and number not in self._verified:
             self.on_damage(f"shard {shard.name}: {'; '.join(filter(None, (problem, shard.damage)))}")
         self._verified.add(number)
         return shard
 
     def _verified_path(self, source: Source, number: int, entry: Entry) -> tuple[Path, str]:
-        """Where the shard's file is, and what shows that it is not what the manifest says, after all tries."""
+        """Return the shard's path, and its mismatch with the manifest, if any remains after all tries."""
         path, problem = Path(source.location), ""
         for _ in range(1 if self._cache is None or source.is_local else self._tries):
             if self._cache is not None and not source.is_local:
                 if problem:
-                    self._cache.drop(source)  # it may have been altered on its way
+                    self._cache.drop(source)  # it may have been corrupted in transfer
                 fresh = not self._cache.path(source).exists()
                 path = self._cache.get(source, entry.size)
                 if fresh:
@@ -171,8 +171,8 @@ class ShardStore:
         source = self.sources[number]
         if not source.is_local:
             raise DataError(
-                f"nothing says how many samples {source.shown} holds: write it with python -m data.manifest "
-                f"'{source.shown}' --out manifest.json, for all of its kind, and give data.manifest=manifest.json"
+                f"the number of samples in {source.shown} is unknown: run python -m data.manifest '{source.shown}' "
+                "--out manifest.json, for all shards of this kind, and set data.manifest=manifest.json"
             )
         shard = Shard(Path(source.location))
         future: Future[Shard] = Future()

@@ -1,7 +1,6 @@
-"""The member table of a tar that nobody vouches for: nothing is extracted, and damage costs only what it hit.
+"""Read the member table of an untrusted tar: nothing is extracted, and damage loses only the members that it hit.
 
-Python's own reader stops in silence at a damaged header that is not the first, so it is not used; of tarfile only the
-parsing of a header is.
+Python's own reader stops silently at a damaged header after the first, so only tarfile's header parser is used.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import BinaryIO
 BLOCK = tarfile.BLOCKSIZE
 ZEROS = bytes(BLOCK)
 LONGEST_RECORD = 1 << 20  # bytes of a long name or of pax records
-CHUNK = 1 << 20  # bytes looked through at once for the next header, at most
-MOST_DAMAGE = 1000  # places in a tar, and seeming headers behind each, after which no more is looked for: no hang
+CHUNK = 1 << 20  # most bytes searched at once for the next header
+MOST_DAMAGE = 1000  # limit on damaged places, and on header candidates after each, so that no tar hangs the reader
 FILE_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 LINK_TYPES = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 WITHOUT_DATA = (*LINK_TYPES, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
@@ -28,7 +27,7 @@ class Member:
     name: str
     offset: int  # of its data
     size: int
-    strange: str = ""  # what it is instead of a file: "a link"
+    irregular: str = ""  # kind, if it is not a plain file: "a link"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """What a record says of the member behind it, in place of the member's own header."""
+    """Fields that a record overrides in the header of the next member."""
 
     name: str | None = None
     size: int | None = None
@@ -53,14 +52,14 @@ class _Damaged(Exception):
 
 
 def read_members(file: BinaryIO, *, incomplete: Callable[[], bool]) -> Iterator[Member | Damage]:
-    """The members of a tar in their order, and each place where it is damaged; goes on at the next sound header.
+    """Yield the members of a tar in order, and each damaged place; continue at the next valid header.
 
-    incomplete() says, where the tar seems to end, whether samples are missing: zeros may have been written over a
-    header.
+    incomplete() is asked at the apparent end of the tar whether samples are missing: a header may have been overwritten
+    with zeros.
     """
     length, given = file.seek(0, 2), NOTHING_GIVEN
     at, damages = 0, 0
-    search_from = 0  # a header behind lost bytes may stand within what the member before it seems to hold
+    search_from = 0  # after lost bytes, a header may lie within the apparent data of the previous member
     while damages < MOST_DAMAGE:
         try:
             if _read(file, at, BLOCK) != ZEROS:
@@ -76,7 +75,7 @@ def read_members(file: BinaryIO, *, incomplete: Callable[[], bool]) -> Iterator[
             yield Damage(at, str(error))
             damages, given = damages + 1, NOTHING_GIVEN
             found = _next_header(file, search_from or at + BLOCK)
-            if found == at:  # its checksum is right, but not what it says
+            if found == at:  # its checksum is valid, but its content is not
                 found = _next_header(file, at + BLOCK)
         if found is None:
             return
@@ -84,20 +83,20 @@ def read_members(file: BinaryIO, *, incomplete: Callable[[], bool]) -> Iterator[
 
 
 def _read_header(file: BinaryIO, at: int, length: int, given: _Given) -> tuple[Member | None, _Given, int]:
-    """The member whose header stands there, what a record gives to the next one, and where the next header stands."""
+    """Return the member of the header at `at`, the overrides for the next one, and the next header's offset."""
     block = _read(file, at, BLOCK)
     header, data = _parse(block), at + BLOCK
     size = header.size if given.size is None or header.type in RECORD_TYPES else given.size
     stored = 0 if header.type in WITHOUT_DATA else size
     if stored < 0 or data + stored > length:
-        raise _Damaged(f"{header.name} is cut short")
+        raise _Damaged(f"{header.name} is truncated")
     member = None
     if header.type in RECORD_TYPES:
         given = _record(file, header, data, given)
     else:
         if header.type == tarfile.GNUTYPE_SPARSE:
             data = _after_sparse_map(file, block, data)
-        member = Member(given.name or header.name, data, stored, _strange(header))
+        member = Member(given.name or header.name, data, stored, _irregular(header))
         given = NOTHING_GIVEN
     return member, given, data + -(-stored // BLOCK) * BLOCK
 
@@ -111,15 +110,15 @@ def _parse(block: bytes) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")  # pyright: ignore[reportArgumentType]
     except tarfile.HeaderError as error:
-        raise _Damaged("cut short" if len(block) < BLOCK else f"no sound header ({error})") from error
+        raise _Damaged("truncated" if len(block) < BLOCK else f"not a valid header ({error})") from error
 
 
-def _strange(header: tarfile.TarInfo) -> str:
+def _irregular(header: tarfile.TarInfo) -> str:
     if header.type in FILE_TYPES:
         return ""
     if header.type in LINK_TYPES:
         return "a link"
-    return "a sparse file" if header.type == tarfile.GNUTYPE_SPARSE else "no plain file"
+    return "a sparse file" if header.type == tarfile.GNUTYPE_SPARSE else "not a plain file"
 
 
 def _record(file: BinaryIO, header: tarfile.TarInfo, data: int, given: _Given) -> _Given:
@@ -133,13 +132,13 @@ def _record(file: BinaryIO, header: tarfile.TarInfo, data: int, given: _Given) -
     records = _pax_records(content)
     size = records.get("size", "")
     if size and not (size.isascii() and size.isdigit() and len(size) < 20):
-        raise _Damaged("a pax record with no size")
+        raise _Damaged("a pax record without a valid size")
     name = records["path"].rstrip("/") if "path" in records else given.name
     return _Given(name, int(size) if size else given.size)
 
 
 def _pax_records(content: bytes) -> dict[str, str]:
-    """pax records, each "LENGTH KEY=VALUE" and a newline, LENGTH being that of all of it."""
+    """Parse pax records: each is "LENGTH KEY=VALUE" and a newline, LENGTH counting the full record."""
     records: dict[str, str] = {}
     while content.rstrip(b"\0"):
         digits, space, _ = content[:20].partition(b" ")
@@ -152,7 +151,7 @@ def _pax_records(content: bytes) -> dict[str, str]:
 
 
 def _after_sparse_map(file: BinaryIO, block: bytes, data: int) -> int:
-    """Where the data of an old GNU sparse member begin: its map may go on through further blocks."""
+    """Find the data offset of an old GNU sparse member: its map may continue in further blocks."""
     more = block[482]
     while more:
         block = _read(file, data, BLOCK)
@@ -161,11 +160,11 @@ def _after_sparse_map(file: BinaryIO, block: bytes, data: int) -> int:
 
 
 def _next_header(file: BinaryIO, start: int) -> int | None:
-    """The next place, at `start` or behind it, where a header with a right checksum stands; None if there is none.
+    """Find the next header with a valid checksum at or after `start`; None if there is none.
 
-    It need not stand at a multiple of 512: bytes may have been lost before it.
+    Its offset need not be a multiple of 512: bytes may have been lost before it.
     """
-    size, tries = 8 * BLOCK, 0  # mostly it is near
+    size, tries = 8 * BLOCK, 0  # it is usually near
     while len(chunk := _read(file, start, size + BLOCK)) >= BLOCK:
         magic = chunk.find(b"ustar")
         while magic >= 0 and tries < MOST_DAMAGE:

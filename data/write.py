@@ -1,4 +1,4 @@
-"""Writing shards in img2dataset's layout, so that the same samples always give the same bytes."""
+"""Write shards in img2dataset's layout; the same samples always give the same bytes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from data.manifest import NAME as MANIFEST
 from data.manifest import SIZES, entry_of, manifest_text
 from ldm.files.atomic import write_atomically
 
-KEY_DIGITS_IN_SHARD = 4  # as img2dataset names samples: shard number, then four digits
+KEY_DIGITS_IN_SHARD = 4  # img2dataset's sample names: shard number, then four digits
 
 
 def write_shards(samples: Sequence[tuple[bytes, str, dict[str, Any]]], folder: Path, *, shards: int) -> None:
     """Deal samples (lossless WebP bytes, best caption, record) to `shards` tars of nearly equal size.
 
-    Writes 00000.tar.gz, 00000_stats.json, ..., sizes.json and manifest.json. Each file appears under its name only
-    when whole. The tars are compressed, because a tar spends 3 kB of headers and padding on a sample and a small
-    picture takes less than that itself. Raises ValueError if a shard would be empty, or hold more than its keys can
-    number.
+    Writes 00000.tar.gz, 00000_stats.json, ..., sizes.json and manifest.json, each file atomically. The tars are
+    compressed, because a tar adds 3 kB of headers and padding per sample, more than a small image itself. Raises
+    ValueError if a shard would be empty, or have more samples than its keys can number.
     """
     if not 1 <= shards <= len(samples):
         raise ValueError(f"{len(samples)} samples cannot fill {shards} shards: use fewer shards")
     per_shard = -(-len(samples) // shards)
     if per_shard > 10**KEY_DIGITS_IN_SHARD:
-        raise ValueError(f"{per_shard} samples a shard are more than {10**KEY_DIGITS_IN_SHARD}: use more shards")
+        raise ValueError(f"{per_shard} samples per shard are more than {10**KEY_DIGITS_IN_SHARD}: use more shards")
     folder.mkdir(parents=True, exist_ok=True)
     sizes: dict[str, int] = {}
     for number in range(shards):
@@ -45,7 +44,7 @@ def write_shards(samples: Sequence[tuple[bytes, str, dict[str, Any]]], folder: P
 def _write_tar(samples: Sequence[tuple[bytes, str, dict[str, Any]]], path: Path, number: int) -> None:
     from webdataset.writer import TarWriter
 
-    # A fixed owner and time, in the tar and in the gzip header, make the bytes depend on the samples alone.
+    # With a fixed owner and time in the tar and gzip headers, the bytes depend on the samples alone.
     buffer = io.BytesIO()
     with TarWriter(buffer, encoder=False, user="nobody", group="nobody", mtime=0) as tar:
         for index, (image, caption, record) in enumerate(samples):

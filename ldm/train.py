@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ldm.diffusion import LossHistory
     from ldm.model.latent_diffusion import LatentDiffusion
     from ldm.training.configs import TrainConfig
-    from ldm.training.engine.distributed import World
+    from ldm.training.engine.distributed import Ranks
     from ldm.training.engine.engine import Engine
     from ldm.training.loop import Session
 
@@ -110,7 +110,7 @@ def by_importance(
     return counted
 
 
-def frozen_half(config: TrainConfig, world: World) -> LatentDiffusion:
+def frozen_half(config: TrainConfig, world: Ranks) -> LatentDiffusion:
     """The autoencoder and the text encoder, from the folders that the config names."""
     from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A small CLIP to train from scratch: open_clip's own model, of a size that our configuration gives."""
+"""Build a small CLIP to train from scratch: open_clip's own model, with sizes from our configuration."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021 (arXiv 2103.00020), section 2.5
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig:
-    """The image tower: any network of timm's, without pretrained weights, and the joint space's width.
+    """Configuration of the image tower: a timm network without pretrained weights, and the joint space's width.
 
-    A vision transformer of the same cost learns more slowly from a few thousand pictures than a convolutional
-    network, which need not find out first that neighbouring pixels belong together.
+    On a few thousand images, a vision transformer of the same cost learns more slowly than a convolutional network,
+    which does not have to learn first that neighbouring pixels are related.
     """
 
     timm_model: str = "convnext_atto"
-    image_size: int = 64  # pixels a side
+    image_size: int = 64  # pixels per side
     embed_dim: int = 128
 
     @property
     def vision_cfg(self) -> dict[str, Any]:
-        """open_clip's own description of this tower."""
+        """The `vision_cfg` with which open_clip builds this tower."""
         return {
             "timm_model_name": self.timm_model,
             "timm_model_pretrained": False,
@@ -42,7 +42,7 @@ class ImageTowerConfig:
 
 
 def build_clip(text: TextEncoderConfig, image: ImageTowerConfig) -> CLIP:
-    """open_clip's CLIP with fresh weights; called as (pixels, tokens) it gives unit features and the logit scale.
+    """Build open_clip's CLIP with random weights; called as (pixels, tokens), it returns unit features and logit scale.
 
     Raises ValueError if timm has no such network.
     """
@@ -54,13 +54,13 @@ def build_clip(text: TextEncoderConfig, image: ImageTowerConfig) -> CLIP:
         raise ValueError(f"image.timm_model is {image.timm_model!r}, which timm does not have: see timm.list_models()")
     vision_cfg = CLIPVisionCfg(**image.vision_cfg)
     text_cfg = CLIPTextCfg(**open_clip_text_cfg(text))
-    # The logit scale as one number in a row: DeepSpeed cannot broadcast a parameter without dimensions.
+    # The logit scale is a vector of one number: DeepSpeed cannot broadcast a 0-D parameter.
     quick_gelu = text.activation == "quick_gelu"
     return CLIP(image.embed_dim, vision_cfg, text_cfg, quick_gelu=quick_gelu, nonscalar_logit_scale=True)
 
 
 def open_clip_config_json(text: TextEncoderConfig, image: ImageTowerConfig) -> dict[str, Any]:
-    """open_clip_config.json, with which `open_clip.create_model("local-dir:FOLDER")` opens what was trained."""
+    """Build open_clip_config.json, with which `open_clip.create_model("local-dir:FOLDER")` loads the trained model."""
     model_cfg = {
         "embed_dim": image.embed_dim,
         "quick_gelu": text.activation == "quick_gelu",
@@ -72,9 +72,9 @@ def open_clip_config_json(text: TextEncoderConfig, image: ImageTowerConfig) -> d
 
 
 def shifted(pixels: Tensor, offsets: Tensor, largest: int) -> Tensor:
-    """Each picture moved by its own offset over its edge colour, which makes a small set go further.
+    """Shift each image by its own offset, repeating its edge pixels: an augmentation for small sets.
 
-    offsets B x 2 in [0, 1): 0 moves `largest` pixels down or right, nearly 1 as many up or left.
+    offsets B x 2 in [0, 1): 0 shifts by `largest` pixels down or right, nearly 1 by as many up or left.
     """
     padded = F.pad(pixels, (largest,) * 4, mode="replicate")
     starts = (offsets * (2 * largest + 1)).long().tolist()
@@ -84,14 +84,14 @@ def shifted(pixels: Tensor, offsets: Tensor, largest: int) -> Tensor:
 
 @torch.no_grad()
 def recall(image_features: Tensor, text_features: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """Share of captions whose own picture is among the k nearest, and of pictures whose own caption is.
+    """Compute recall at k: the fraction of captions whose own image is among the k nearest, and vice versa.
 
-    Unit features N x D, row i of one belonging to row i of the other. -> {"text_to_image_1": ..., ...}.
+    Unit features N x D; row i of one matches row i of the other. -> {"text_to_image_1": ..., ...}.
     """
     similarity = text_features @ image_features.T
     own = similarity.diagonal()
     ranks = {
-        # Counted by what is not below, so that features which are no numbers find nothing.
+        # Count the values that are not lower, so that NaN features score zero.
         "text_to_image": (~(similarity < own[:, None])).sum(dim=1) - 1,
         "image_to_text": (~(similarity < own[None, :])).sum(dim=0) - 1,
     }
@@ -99,7 +99,7 @@ def recall(image_features: Tensor, text_features: Tensor, ks: tuple[int, ...] = 
 
 
 def features(model: nn.Module, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit features of pictures and captions, B x D each, in eval mode and without gradients."""
+    """Compute unit features of images and captions, B x D each, in eval mode and without gradients."""
     was_training = model.training
     model.eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The text condition of a latent diffusion model: CLIP's text transformer, one interface, two backends.
+"""Text condition of a latent diffusion model: CLIP's text transformer, one interface, two backends.
 
 Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020),
 section 2.4. Shapes: B captions, L tokens (at most `context_length`), D width.
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 Activation = Literal["quick_gelu", "gelu"]
 Hidden = Literal["last", "penultimate"]
-LAYER_NORM_EPS = 1e-5  # of every published CLIP; a network with another is refused
+LAYER_NORM_EPS = 1e-5  # of every published CLIP; other values are refused
 
 
 class TextCondition(NamedTuple):
-    """What a denoiser is told about its captions."""
+    """The text condition of a denoiser."""
 
     context: Tensor  # B, L, D: token states
     pooled: Tensor  # B, D: state of the EOS token
@@ -34,9 +34,9 @@ class TextEncoderConfig:
     """Sizes and conventions of a CLIP text transformer.
 
     Stable Diffusion 1 is 768 wide, 12 layers, "quick_gelu", "last"; 2 is 1024, 24, "gelu", "penultimate".
-    `hidden` says after which layer the context is taken; the final layer norm follows in both cases. `pad_id`
-    is what the tokenizer pads with. `projection_dim` is the width of CLIP's joint space with images, which
-    the condition is not in.
+    `hidden` selects the layer whose output is the context; the final layer norm follows in both cases. `pad_id` is the
+    tokenizer's padding id. `projection_dim` is the width of CLIP's joint space with images, which the condition does
+    not use.
     """
 
     width: int
@@ -72,19 +72,19 @@ class TextEncoderConfig:
 
     @property
     def tokenizer(self) -> TokenizerConfig:
-        """The tokenizer that this encoder takes its ids from."""
+        """The tokenizer configuration that matches this encoder."""
         return TokenizerConfig(context_length=self.context_length, pad_id=self.pad_id)
 
 
 class TextEncoder(nn.Module, ABC):
-    """Token ids B x L (int64) -> TextCondition, the same from both libraries for the same weights."""
+    """Token ids B x L (int64) -> TextCondition; both backends compute the same for the same weights."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.config = config
 
     def forward(self, ids: Tensor) -> TextCondition:
-        """Raises ValueError for ids that are not B x L with L up to `context_length`."""
+        """Encode token ids. Raises ValueError for ids that are not B x L with L up to `context_length`."""
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.context_length:
             raise ValueError(
                 f"token ids are {tuple(ids.shape)}, not B x L with L from 1 to {self.config.context_length}"
@@ -97,15 +97,15 @@ class TextEncoder(nn.Module, ABC):
 
     @abstractmethod
     def _context_and_last(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """States of `config.hidden` and of the last layer after the final layer norm, B x L x D each."""
+        """Compute the states of `config.hidden` and of the last layer after the final norm, B x L x D each."""
 
 
 class TransformersTextEncoder(TextEncoder):
-    """transformers' CLIPTextModel as `model`, with random weights from torch's global generator."""
+    """Encoder with transformers' CLIPTextModel as `model`; random weights from torch's global generator."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__(config)
-        # Costs more than importing torch does, so nobody pays for it who only tokenizes.
+        # Imported here, because it takes longer than torch and tokenizing does not need it.
         from transformers.models.clip.modeling_clip import CLIPTextModel
 
         self.model = CLIPTextModel(_transformers_config(config))
@@ -120,8 +120,8 @@ class TransformersTextEncoder(TextEncoder):
 class OpenClipTextEncoder(TextEncoder):
     """The text tower of an open_clip CLIP, CustomTextCLIP or TextTransformer, sharing its weights.
 
-    The configuration is read off the tower; the image tower and the projection into the joint space are left
-    behind. Raises TypeError for other models, ValueError for towers unlike CLIP's causal one, such as CoCa's.
+    The configuration is read from the tower; the image tower and the projection into the joint space are dropped.
+    Raises TypeError for other models, ValueError for towers unlike CLIP's causal one, such as CoCa's.
     """
 
     def __init__(self, model: nn.Module, *, hidden: Hidden = "last", pad_id: int = 0) -> None:
@@ -144,9 +144,9 @@ class OpenClipTextEncoder(TextEncoder):
 
 
 def open_clip_text_cfg(config: TextEncoderConfig) -> dict[str, Any]:
-    """The `text_cfg` with which open_clip's CLIP or CustomTextCLIP builds this tower.
+    """Build the `text_cfg` with which open_clip's CLIP or CustomTextCLIP creates this tower.
 
-    The activation is not in it, for open_clip sets that of both towers with CLIP's argument `quick_gelu`.
+    It lacks the activation: open_clip sets that of both towers with CLIP's argument `quick_gelu`.
     """
     return {
         "context_length": config.context_length,
@@ -154,7 +154,7 @@ def open_clip_text_cfg(config: TextEncoderConfig) -> dict[str, Any]:
         "width": config.width,
         "heads": config.heads,
         "layers": config.layers,
-        # open_clip truncates width x mlp_ratio; half a unit more keeps a rounded quotient from losing one.
+        # open_clip truncates width x mlp_ratio; adding 0.5 keeps rounding from losing one unit.
         "mlp_ratio": (config.intermediate_size + 0.5) / config.width,
     }
 
@@ -185,7 +185,7 @@ def _text_tower(model: nn.Module) -> Any:
     tower = model.text if isinstance(model, CustomTextCLIP) else model
     if not isinstance(tower, CLIP | TextTransformer):
         raise TypeError(
-            f"{type(tower).__name__} is no text tower of open_clip's own; use its CLIP or CustomTextCLIP"
+            f"{type(tower).__name__} is not a text tower of open_clip; use its CLIP or CustomTextCLIP"
         )
     if getattr(tower, "cls_emb", None) is not None or tower.attn_mask is None:
         raise ValueError(
@@ -195,7 +195,7 @@ def _text_tower(model: nn.Module) -> Any:
 
 
 def _tower_config(tower: Any, hidden: Hidden, pad_id: int) -> TextEncoderConfig:
-    """The configuration, off the modules; ValueError for blocks that transformers' CLIP does not have."""
+    """Read the configuration from the modules. Raises ValueError for blocks that transformers' CLIP lacks."""
     from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 
     block: Any = tower.transformer.resblocks[0]

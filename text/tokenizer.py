@@ -1,7 +1,7 @@
-"""CLIP's byte-pair tokenizer: captions -> token ids, with no download and no import of open_clip.
+"""CLIP's byte-pair tokenizer: captions -> token ids, without a download or importing open_clip.
 
-The vocabulary is the one that open_clip carries in its package; the encoding is done by the `tokenizers`
-library with the same pipeline as transformers' CLIPTokenizer, whose ids it reproduces exactly.
+The vocabulary is read from open_clip's package. The `tokenizers` library encodes with the same pipeline as
+transformers' CLIPTokenizer, and gives exactly the same ids.
 Shapes: B captions, L context length.
 """
 
@@ -26,7 +26,7 @@ BOS_ID, EOS_ID = 49406, 49407
 
 # Radford et al. 2021, section 2.3: contractions, runs of letters, single digits, runs of anything else.
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_MERGES = 49152 - 256 - 2  # of the 262,144 merges in open_clip's file CLIP uses the first 48,894
+_MERGES = 49152 - 256 - 2  # CLIP uses the first 48,894 of the 262,144 merges in open_clip's file
 _MAX_FILE_BYTES = 32 * 2**20  # a CLIP tokenizer.json has 2 to 4 MB
 _MISSING = (
     "is missing; a CLIP tokenizer folder has tokenizer_config.json and tokenizer.json, or vocab.json and merges.txt"
@@ -34,16 +34,16 @@ _MISSING = (
 
 
 class Vocabulary(NamedTuple):
-    """Token strings with their ids, and the byte-pair merges in order of rank."""
+    """Token strings with their ids, and the byte-pair merges by rank."""
 
     ids: dict[str, int]
     merges: list[tuple[str, str]]
 
 
 def clip_vocabulary() -> Vocabulary:
-    """The 49,408 tokens of CLIP, from open_clip's package, which is located but not imported.
+    """Read CLIP's 49,408 tokens from open_clip's package, which is located but not imported.
 
-    Raises ModuleNotFoundError where open_clip is not installed.
+    Raises ModuleNotFoundError if open_clip is not installed.
     """
     spec = importlib.util.find_spec("open_clip")
     if spec is None or not spec.submodule_search_locations:
@@ -58,10 +58,10 @@ def clip_vocabulary() -> Vocabulary:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Context length and padding: 49407 in Hugging Face and Stable Diffusion 1, 0 in open_clip and SD 2.
+    """Context length and padding id: 49407 in Hugging Face and Stable Diffusion 1, 0 in open_clip and SD 2.
 
-    Prefer 49407. Id 0 is the token "!", and a token used for padding is no longer part of a word: as in
-    transformers, each "!" of a caption then becomes id 0, where open_clip reads "!" as 256 and "!!!" as 995.
+    Prefer 49407. Id 0 is the token "!", and a token used for padding is not merged into words: as in transformers,
+    each "!" of a caption then becomes id 0, whereas open_clip reads "!" as 256 and "!!!" as 995.
     """
 
     context_length: int = 77
@@ -75,9 +75,9 @@ class TokenizerConfig:
 
 
 class Tokenizer:
-    """Callable, picklable: captions -> ids B x L (int64) as BOS, tokens, EOS, padding.
+    """A picklable callable: captions -> ids B x L (int64) as BOS, tokens, EOS, padding.
 
-    A caption too long loses its end but keeps the EOS; `cut_off` says what was lost.
+    A caption that is too long is truncated before the EOS; `cut_off` returns the truncated text.
     """
 
     def __init__(self, config: TokenizerConfig, vocabulary: Vocabulary | None = None) -> None:
@@ -92,7 +92,7 @@ class Tokenizer:
         self._bpe = _byte_pair_encoder(ids, merges, pad)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Token ids, B x L. Raises TypeError for a bare string, ValueError for text that is no Unicode."""
+        """Tokenize captions to B x L. Raises TypeError for a bare string, ValueError for invalid Unicode."""
         if isinstance(texts, str):
             raise TypeError("expected a list of captions, got one string; write tokenizer([text])")
         result = torch.full((len(texts), self.config.context_length), self.config.pad_id)
@@ -102,17 +102,17 @@ class Tokenizer:
         return result  # B, L
 
     def token_ids(self, text: str) -> list[int]:
-        """The ids of the text alone, however many; ValueError for text that is no Unicode."""
+        """Tokenize the text alone, without truncation. Raises ValueError for text that is not valid Unicode."""
         return self._encode(text).ids
 
     def cut_off(self, text: str) -> str:
-        """The end of the text that does not fit into the context; empty where all of it does."""
+        """Return the end of the text that does not fit into the context, or ""."""
         starts = [start for start, _ in self._encode(text).offsets]
         limit = self.config.context_length - 2
         return text[starts[limit] :] if len(starts) > limit else ""
 
     def to_json(self) -> dict[str, Any]:
-        """The content of a Hugging Face tokenizer.json, its vocabulary in order of id."""
+        """Build the content of a Hugging Face tokenizer.json, with the vocabulary in order of id."""
         return json.loads(self._bpe.to_str())
 
     def _encode(self, text: str) -> tokenizers.Encoding:
@@ -123,18 +123,18 @@ class Tokenizer:
                 f"character {error.start} of a caption is the lone surrogate U+{ord(text[error.start]):04X};"
                 " decode the caption's bytes as UTF-8"
             ) from error
-        # One text at a time: the library's batch call starts threads, which a data loader's fork breaks.
+        # One text at a time: the batch call starts threads, which break when a data loader forks.
         return self._bpe.encode(text, add_special_tokens=False)
 
 
 def mask_to_eos(ids: Tensor, eos_id: int) -> Tensor:
-    """True up to and including the first EOS of a row, everywhere in a row without one; B x L bool."""
+    """Mask the ids up to and including the first EOS of each row, or the full row without one; B x L bool."""
     is_eos = ids == eos_id  # B, L
     return is_eos.cumsum(dim=-1) - is_eos.long() == 0  # B, L
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write the five files that transformers 4 and 5 read as a CLIPTokenizer; the same bytes each time."""
+    """Write the five files that transformers 4 and 5 load as a CLIPTokenizer; the bytes are reproducible."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     document = tokenizer.to_json()
@@ -152,23 +152,23 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read a CLIP tokenizer folder, ours or of transformers 4 or 5, as data: nothing in it is executed.
+    """Load a CLIP tokenizer folder, ours or of transformers 4 or 5; nothing in it is executed.
 
-    Raises FileNotFoundError for a missing file; ValueError for a folder that is no CLIP tokenizer, or that
-    has tokens of its own beyond the vocabulary (textual inversion).
+    Raises FileNotFoundError for a missing file; ValueError for a folder that is not a CLIP tokenizer, or that adds
+    tokens to the vocabulary (textual inversion).
     """
     folder = Path(folder)
     try:
         return _read_tokenizer(folder)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:  # JSON of another shape than CLIP's
-        raise ValueError(f"{folder} is no CLIP tokenizer: {error!r}") from error
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # JSON of a different structure
+        raise ValueError(f"{folder} is not a CLIP tokenizer: {error!r}") from error
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
     settings = _read_json(folder / "tokenizer_config.json")
     special = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token") if settings.get(key)}
-    # Stable Diffusion 2 states its padding in special_tokens_map.json alone. In folders that have
-    # added_tokens_decoder, which are younger, tokenizer_config.json counts. transformers does the same.
+    # Stable Diffusion 2 gives its padding token only in special_tokens_map.json. In newer folders, which have
+    # added_tokens_decoder, tokenizer_config.json takes precedence, as in transformers.
     if "added_tokens_decoder" not in settings and (folder / "special_tokens_map.json").is_file():
         special |= _read_json(folder / "special_tokens_map.json")
     names = {
@@ -178,11 +178,11 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     added |= {_token_name(token) for token in settings.get("added_tokens_decoder", {}).values()}
     pad = names.get("pad_token", EOS)
     if names.get("bos_token", BOS) != BOS or names.get("eos_token", EOS) != EOS or pad not in vocabulary.ids:
-        raise ValueError(f"{folder} is no CLIP tokenizer: its special tokens are {names}")
+        raise ValueError(f"{folder} is not a CLIP tokenizer: its special tokens are {names}")
     if extra := sorted(added - {BOS, EOS, pad}):
         raise ValueError(f"{folder} adds {len(extra)} tokens to CLIP's, which is not supported: {extra[:5]}")
     limit = settings.get("model_max_length")
-    # transformers writes int(1e30) where nobody set a limit; every Stable Diffusion encoder has 77 positions.
+    # transformers writes int(1e30) if no limit was set; every Stable Diffusion encoder has 77 positions.
     length = limit if isinstance(limit, int) and limit < 10**6 else 77
     return Tokenizer(TokenizerConfig(context_length=length, pad_id=vocabulary.ids[pad]), vocabulary)
 
@@ -190,7 +190,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 def _byte_pair_encoder(ids: dict[str, int], merges: list[tuple[str, str]], pad: str) -> tokenizers.Tokenizer:
     try:
         model = models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=EOS)
-    except Exception as error:  # the Rust library raises the bare class
+    except Exception as error:  # the Rust library raises plain Exception
         raise ValueError(f"the merges do not fit the vocabulary: {error}") from error
     encoder = tokenizers.Tokenizer(model)
     encoder.normalizer = normalizers.Sequence(
@@ -211,7 +211,7 @@ def _byte_pair_encoder(ids: dict[str, int], merges: list[tuple[str, str]], pad: 
 
 
 def _byte_letters() -> list[str]:
-    """One letter for each byte, those that print first; the others take the letters from U+0100 on."""
+    """Map each byte to a letter, printable ones first; the others get letters from U+0100 on."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -233,7 +233,7 @@ def _check_ids(ids: dict[str, int]) -> None:
 
 
 def _read_vocabulary(folder: Path) -> tuple[Vocabulary, set[str]]:
-    """The vocabulary and the names of added tokens, from tokenizer.json or else transformers 4's files."""
+    """Read the vocabulary and the names of added tokens, from tokenizer.json or else transformers 4's files."""
     if (folder / "tokenizer.json").is_file():
         document = _read_json(folder / "tokenizer.json")
         model = document.get("model")
@@ -248,12 +248,12 @@ def _read_vocabulary(folder: Path) -> tuple[Vocabulary, set[str]]:
         merges = [_merge(line) for line in (lines[1:] if lines[0].startswith("#version") else lines) if line]
         added = set(_read_json(folder / "added_tokens.json")) if (folder / "added_tokens.json").is_file() else set()
     if not isinstance(ids, dict) or not all(isinstance(i, int) for i in ids.values()):
-        raise ValueError(f"the vocabulary in {folder} is no table of tokens and ids")
+        raise ValueError(f"the vocabulary in {folder} is not a table of tokens and ids")
     return Vocabulary(ids, merges), added
 
 
 def _token_name(token: Any) -> str:
-    """Special tokens are stored as a string, or as an object with its string in `content`."""
+    """Read a special token, stored as a string or as an object with the string in `content`."""
     return str(token["content"] if isinstance(token, dict) else token)
 
 

@@ -1,8 +1,8 @@
-"""Prompt weighting and long prompts as in AUTOMATIC1111's web UI ("A1111"), its "original" emphasis.
+"""Weight prompts and split long ones as in AUTOMATIC1111's web UI ("A1111"), with its "original" emphasis.
 
-`(x)` times 1.1, `[x]` divided by 1.1, `(x:1.3)` times 1.3, nested ones multiply; a backslash makes the bracket or
-backslash after it text, and `BREAK` starts a new chunk. Prompt editing, `[a:b:0.5]` and `[a|b]`, is not part of it:
-these are weighted text. Shapes: B prompts, K chunks of a prompt, L context length, D width.
+`(x)` multiplies the weight by 1.1, `[x]` divides it by 1.1, `(x:1.3)` multiplies it by 1.3; nested factors multiply. A
+backslash escapes a bracket or backslash, and `BREAK` starts a new chunk. Prompt editing, `[a:b:0.5]` and `[a|b]`, is
+not supported: it is read as weighted text. Shapes: B prompts, K chunks per prompt, L context length, D width.
 """
 
 import re
@@ -18,13 +18,13 @@ from text.encoder import TextCondition, TextEncoder
 from text.tokenizer import Tokenizer
 
 MAX_WEIGHT = 100.0  # of either sign
-MAX_CHUNKS = 64  # of a prompt
-COMMA_REACH = 20  # tokens that a comma may lie before the end of its chunk to take what follows to the next
+MAX_CHUNKS = 64  # per prompt
+COMMA_REACH = 20  # tokens before the end of a chunk in which a comma moves the text after it to the next
 
-_STEP = 1.1  # what a pair of brackets without a number multiplies or divides by
-_MAX_STEPS = 7000  # 1.1**7000 is 1e289, which MAX_WEIGHT refuses; far above it Python's power raises
+_STEP = 1.1  # factor of a pair of brackets without a number
+_MAX_STEPS = 7000  # 1.1**7000 is 1e289, above MAX_WEIGHT; far larger powers raise OverflowError
 
-# Each repetition stops at the first character that it cannot take, so that the search is linear in the prompt.
+# Each repetition stops at the first character that it cannot match, so the search is linear in the prompt.
 _SYNTAX = re.compile(
     r"""
     \\ (?P<escaped> [()\[\]\\]?)                                    # alone, a backslash is dropped
@@ -36,34 +36,33 @@ _SYNTAX = re.compile(
     re.VERBOSE,
 )
 
-_Chunk = list[tuple[int, float]]  # token ids with their weights, without BOS, EOS and padding
+_Chunk = list[tuple[int, float]]  # (token id, weight), without BOS, EOS and padding
 
 
 class Piece(NamedTuple):
-    """A stretch of text without syntax, and its weight."""
+    """A piece of plain text, and its weight."""
 
     text: str
     weight: float
 
 
 class WeightedPrompt(NamedTuple):
-    """Chunks of token ids, each BOS, tokens, EOS, padding; the weight of what is not text is 1."""
+    """Chunks of token ids, each BOS, tokens, EOS, padding; BOS, EOS and padding have weight 1."""
 
     ids: Tensor  # K, L: int64
     weights: Tensor  # K, L: float32
 
 
 def parse_weights(prompt: str) -> list[list[Piece]]:
-    """The pieces of each section, sections being what BREAK separates: at least one, perhaps without pieces.
+    """Parse a prompt into sections, separated by BREAK, and their pieces: at least one section, which may be empty.
 
-    BREAK counts in upper case and as a word of its own. As in A1111, a bracket that
-    is never closed reaches to the end of the prompt, a closing one without an opening one is text, round and
-    square ones may overlap, a number is read before `)` only, and a backslash that escapes nothing is dropped.
-    Unlike there, BREAK also works within brackets. Neighbours of equal weight are one piece. Raises ValueError for
-    a weight beyond -100 to 100.
+    BREAK must be upper case and a separate word. As in A1111, an unclosed bracket extends to the end of the prompt, an
+    unmatched closing one is text, round and square ones may overlap, a number is read only before `)`, and a backslash
+    that escapes nothing is dropped. Unlike in A1111, BREAK also works within brackets. Adjacent text of equal weight
+    is one piece. Raises ValueError for a weight outside -100 to 100.
     """
     sections: list[list[tuple[str, float]]] = [[]]
-    for text, weight in _stretches(prompt):
+    for text, weight in _weighted_text(prompt):
         if text is None:
             sections.append([])
         elif text:
@@ -72,21 +71,21 @@ def parse_weights(prompt: str) -> list[list[Piece]]:
 
 
 def check_weights(prompt: str) -> None:
-    """Raises ValueError where `parse_weights` does; needs no tokenizer."""
+    """Raise ValueError if `parse_weights` would; needs no tokenizer."""
     parse_weights(prompt)
 
 
 def chunk_count(tokenizer: Tokenizer, prompt: str) -> int:
-    """K, the chunks that a prompt takes, at least 1; prompts of equal K can be encoded together as they are."""
+    """Count the chunks K of a prompt, at least 1; prompts of equal K can be encoded together without padding."""
     return len(_chunks(tokenizer, prompt))
 
 
 def tokenize_weighted(tokenizer: Tokenizer, prompt: str) -> WeightedPrompt:
-    """Ids and weights, K x L each; without weights and in one chunk the ids are those of `tokenizer([prompt])`.
+    """Tokenize to ids and weights, K x L each; without weights, in one chunk, the ids equal `tokenizer([prompt])`.
 
-    Pieces are tokenized one by one. A chunk has `context_length` - 2 tokens; a phrase that would be cut moves to
-    the next chunk if it began, after a comma, within the last 20 tokens. Raises ValueError for a weight beyond
-    -100 to 100, for more than 64 chunks and for text that is no Unicode.
+    Pieces are tokenized separately. A chunk has `context_length` - 2 tokens; a phrase that would be split moves to the
+    next chunk if it begins, after a comma, within the last 20 tokens. Raises ValueError for a weight outside -100 to
+    100, for more than 64 chunks and for text that is not valid Unicode.
     """
     return _tensors(tokenizer, _chunks(tokenizer, prompt))
 
@@ -94,11 +93,11 @@ def tokenize_weighted(tokenizer: Tokenizer, prompt: str) -> WeightedPrompt:
 def encode_weighted(
     encoder: TextEncoder, tokenizer: Tokenizer, prompts: Sequence[str], device: torch.device | str
 ) -> TextCondition:
-    """The emphasized condition: context B x (K L) x D, mask B x (K L), pooled B x D of the first chunks.
+    """Encode weighted prompts: context B x (K L) x D, mask B x (K L), pooled B x D of the first chunks.
 
-    K is that of the longest prompt; the others are filled up with empty chunks, as in A1111, so that their context
-    is another than alone: batch prompts of equal `chunk_count` where that matters. `device` is the encoder's.
-    Raises TypeError for a bare string; ValueError for no prompts and for what `tokenize_weighted` refuses.
+    K is that of the longest prompt; the others are padded with empty chunks, as in A1111, which changes their context:
+    if that matters, batch prompts of equal `chunk_count`. `device` is the encoder's. Raises TypeError for a bare
+    string; ValueError for an empty list, and if `tokenize_weighted` does.
     """
     if isinstance(prompts, str):
         raise TypeError("expected a list of prompts, got one string; write [prompt]")
@@ -106,8 +105,8 @@ def encode_weighted(
         raise ValueError("there are no prompts to encode; give at least one, which may be empty")
     chunked = [_chunks(tokenizer, prompt) for prompt in prompts]
     count = max(len(chunks) for chunks in chunked)
-    filled = [chunk for chunks in chunked for chunk in chunks + [[]] * (count - len(chunks))]
-    ids, weights = _tensors(tokenizer, filled)  # B K, L
+    padded = [chunk for chunks in chunked for chunk in chunks + [[]] * (count - len(chunks))]
+    ids, weights = _tensors(tokenizer, padded)  # B K, L
     context, pooled, mask = encoder(ids.to(device))  # B K, L, D; B K, D; B K, L
     context = emphasize(context, weights.to(device))  # B K, L, D
     batch, width = len(prompts), context.shape[-1]
@@ -115,29 +114,29 @@ def encode_weighted(
 
 
 def emphasize(context: Tensor, weights: Tensor) -> Tensor:
-    """States B x L x D times weights B x L, each row then scaled back to the mean of its L x D values before.
+    """Multiply states B x L x D by weights B x L, then rescale each row to its previous mean over L x D values.
 
-    A row of weights 1 returns unchanged to the bit. Two departures from A1111: it takes the mean over the whole
-    batch, by which a picture would depend on its neighbours; and it divides by any mean, where here a row whose
-    mean before or after is nothing but rounding keeps its weighted states as they are.
+    A row with all weights 1 is returned unchanged, bit for bit. Two differences from A1111: it takes the mean over the
+    full batch, so that a picture would depend on its neighbours; and it divides by any mean, whereas here a row whose
+    mean before or after is only rounding error keeps its weighted states.
     """
     weighted = context * weights[..., None]  # B, L, D; float32 or wider
     states = context.to(weighted.dtype)
     before = states.mean(dim=(1, 2), keepdim=True)  # B, 1, 1
     after = weighted.mean(dim=(1, 2), keepdim=True)  # B, 1, 1
     rounding = 1e-4 * states.abs().mean(dim=(1, 2), keepdim=True)  # B, 1, 1: more than bfloat16's
-    sound = (before.abs() > rounding) & (after.abs() > rounding)
-    scale = torch.where(sound, before, 1) / torch.where(sound, after, 1)
+    usable = (before.abs() > rounding) & (after.abs() > rounding)
+    scale = torch.where(usable, before, 1) / torch.where(usable, after, 1)
     plain = (weights == 1).all(dim=1)[:, None, None]
     return torch.where(plain, context, (weighted * scale).to(context.dtype))
 
 
-def _stretches(prompt: str) -> Iterator[tuple[str | None, float]]:
-    """Text with its weight, as finely as the syntax cuts it; None for a BREAK."""
+def _weighted_text(prompt: str) -> Iterator[tuple[str | None, float]]:
+    """Yield each run of text between syntax with its weight; None for a BREAK."""
     tokens = list(_SYNTAX.finditer(prompt))
     numbers = _bracket_numbers(tokens)
-    # Square brackets may overlap round ones, so the state is no stack of brackets but a count of 1.1s and a stack
-    # of the numbers, which only round ones have. A count also makes "[(x)]" weigh exactly 1.
+    # Square brackets may overlap round ones, so the state is not a stack of brackets but a count of factors 1.1 and a
+    # stack of numbers, which only round ones have. The count also makes the weight of "[(x)]" exactly 1.
     steps, factors = 0, [1.0]
     for i, token in enumerate(tokens):
         kind, number = token.lastgroup, numbers.get(i)
@@ -153,7 +152,7 @@ def _stretches(prompt: str) -> Iterator[tuple[str | None, float]]:
 
 
 def _bracket_numbers(tokens: list[re.Match[str]]) -> dict[int, float | None]:
-    """The number of every bracket, None for those without; a closing one that closes nothing is not in it."""
+    """Map each bracket to its number, or None; unmatched closing brackets are left out."""
     numbers: dict[int, float | None] = {}
     opened: dict[str, list[int]] = {"(": [], "[": []}
     for i, token in enumerate(tokens):
@@ -168,11 +167,11 @@ def _bracket_numbers(tokens: list[re.Match[str]]) -> dict[int, float | None]:
     return numbers
 
 
-def _merge(stretches: list[tuple[str, float]]) -> list[Piece]:
-    runs = groupby(stretches, key=itemgetter(1))
+def _merge(runs_of_text: list[tuple[str, float]]) -> list[Piece]:
+    runs = groupby(runs_of_text, key=itemgetter(1))
     pieces = [Piece("".join(text for text, _ in run), weight) for weight, run in runs]
     for text, weight in pieces:
-        if not abs(weight) <= MAX_WEIGHT:  # nor is a NaN
+        if not abs(weight) <= MAX_WEIGHT:  # also refuses NaN
             shown = text if len(text) <= 40 else f"{text[:37]}..."
             raise ValueError(
                 f"{shown!r} has weight {weight:g} in its prompt; use one from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g},"
@@ -182,7 +181,7 @@ def _merge(stretches: list[tuple[str, float]]) -> list[Piece]:
 
 
 def _chunks(tokenizer: Tokenizer, prompt: str) -> list[_Chunk]:
-    """At least one chunk; a BREAK ends its own, so that two in a row leave an empty one, and the last none."""
+    """Split a prompt into at least one chunk. Two BREAKs in a row make an empty chunk; one at the end makes none."""
     room, comma = tokenizer.config.context_length - 2, tokenizer.token_ids(",")[-1]
     chunks: list[_Chunk] = []
     for section in parse_weights(prompt):
@@ -199,7 +198,7 @@ def _chunks(tokenizer: Tokenizer, prompt: str) -> list[_Chunk]:
 
 
 def _end(ids: list[int], comma: int) -> int:
-    """How many of the ids of a full chunk and one more stay in the chunk: all but a phrase that would be cut."""
+    """Count how many ids, of a full chunk and one more, stay in the chunk: all but a phrase that would be split."""
     room = len(ids) - 1
     if ids[room] == comma:
         return room

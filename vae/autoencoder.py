@@ -1,6 +1,6 @@
 """Stable Diffusion's KL autoencoder (Rombach et al. 2022, appendix G; Esser et al. 2021), of any size.
 
-Parameter names are those of diffusers' AutoencoderKL, so that weights pass both ways unchanged.
+Parameter names are those of diffusers' AutoencoderKL, so that weights load in both directions unchanged.
 
 B batch, C channels, H x W pixels, h x w latents, Z latent channels.
 """
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from vae.gaussian import DiagonalGaussian
 
 NORM_EPS = 1e-6  # Stable Diffusion's VAE; its U-Net uses 1e-5
-STABLE_DIFFUSION_SCALE = 0.18215  # 1 / standard deviation of its latents, which every reader of its files assumes
+STABLE_DIFFUSION_SCALE = 0.18215  # 1 / standard deviation of its latents, which all software for its files assumes
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLConfig:
-    """Each level after the first halves the picture: n levels make an autoencoder "f" 2^(n-1)."""
+    """Sizes of the autoencoder. Each level after the first halves the image: n levels make an "f" 2^(n-1)."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    layers_per_block: int = 2  # residual blocks per level in the encoder; the decoder has one more
     latent_channels: int = 4
     norm_num_groups: int = 32
-    # Measured over the training set, one number a channel; latents = (z - mean) / std have unit variance.
+    # Measured over the training set, per channel; latents = (z - mean) / std have unit variance.
     latent_mean: tuple[float, ...] | None = None  # None: zero
     latent_std: tuple[float, ...] | None = None  # None: Stable Diffusion's 1 / 0.18215
 
@@ -36,7 +36,7 @@ class AutoencoderKLConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"vae.{name} must be at least 1, not {getattr(self, name)}")
         if not self.block_out_channels:
-            raise ValueError("vae.block_out_channels is empty: give one width a level")
+            raise ValueError("vae.block_out_channels is empty: give one width per level")
         for width in self.block_out_channels:
             if width < 1 or width % self.norm_num_groups:
                 raise ValueError(
@@ -54,12 +54,12 @@ class AutoencoderKLConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels a side for one latent."""
+        """Pixels per latent, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1 convolution on the shortcut where the width changes."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1 convolution on the shortcut if the width changes."""
 
     def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all positions of the picture, residual."""
+    """Residual single-head self-attention over all positions of the image."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list only for diffusers' name, to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list only to match diffusers' name, to_out.0
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # B x hw x C
@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the picture; padded right and below only, as in Stable Diffusion (a symmetric pad shifts half a pixel)."""
+    """Halve the image; pad right and below only, as in Stable Diffusion (a symmetric pad shifts by half a pixel)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the picture: nearest neighbours, then a convolution."""
+    """Double the image: nearest-neighbour upsampling, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -196,9 +196,9 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Two languages are spoken here: *z* is what the networks see, *latents* are z shifted and scaled to unit variance.
+    """The autoencoder. *z* is the space of its networks; *latents* are z shifted and scaled to unit variance.
 
-    Outside this class there are only pixels (B x 3 x H x W in [-1, 1]) and latents (B x Z x h x w).
+    Outside this class, only pixels (B x 3 x H x W in [-1, 1]) and latents (B x Z x h x w) are used.
     """
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
@@ -210,22 +210,22 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def posterior(self, pixels: Tensor) -> DiagonalGaussian:
-        """q(z | pixels), in z's own units. Raises ValueError unless H and W are multiples of the factor."""
+        """Compute q(z | pixels), in units of z. Raises ValueError unless H and W are multiples of the factor."""
         if pixels.shape[-2] % self.config.factor or pixels.shape[-1] % self.config.factor:
             raise ValueError(
-                f"a picture of {pixels.shape[-2]} x {pixels.shape[-1]} pixels does not divide by the autoencoder's "
+                f"an image of {pixels.shape[-2]} x {pixels.shape[-1]} pixels is not divisible by the autoencoder's "
                 f"factor {self.config.factor}: crop or resize it to a multiple"
             )
         return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(pixels)))
 
     def encode(self, pixels: Tensor) -> DiagonalGaussian:
-        """The distribution of the latents of these pixels."""
+        """Compute the distribution of the latents of pixels."""
         q = self.posterior(pixels)
         mean, std = self._latent_statistics(q.mean)
         return DiagonalGaussian((q.mean - mean) / std, q.logvar - 2.0 * torch.log(std))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> pixels; not clamped."""
+        """Decode latents to pixels; not clamped."""
         mean, std = self._latent_statistics(latents)
         return self.decode_z(latents * std + mean)
 
@@ -233,7 +233,7 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussian]:
-        """One training pass: the reconstruction from a sample of the posterior, and the posterior.
+        """Run a training pass: return the reconstruction from a sample of the posterior, and the posterior.
 
         noise: standard normal, B x Z x h x w.
         """

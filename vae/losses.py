@@ -1,4 +1,4 @@
-"""What the autoencoder is trained for: small differences of pixels and of features, and a posterior near N(0, I)."""
+"""Training loss of the autoencoder: pixel and perceptual distances, and the KL of the posterior to N(0, I)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vae.perceptual import EfficientNetDistance
 
 @dataclass(frozen=True, kw_only=True)
 class VAELossConfig:
-    """Weights of the terms beside the L1 distance of the pixels, whose weight is 1."""
+    """Weights of the terms in addition to the pixels' L1 distance, whose weight is 1."""
 
     perceptual: Literal["efficientnet", "none"] = "efficientnet"
     perceptual_weight: float = 0.1
-    # The KL is a sum over the latent, the L1 a mean over the picture, so the weight is tiny: it only keeps the
-    # latents from growing without bound (Rombach et al. 2022, section 3.1).
+    # Tiny, because the KL is a sum over the latent and the L1 a mean over the image: it only keeps the latents from
+    # growing without bound (Rombach et al. 2022, section 3.1).
     kl_weight: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class VAELoss(nn.Module):
         self.distance = EfficientNetDistance() if config.perceptual == "efficientnet" else None
 
     def forward(self, reconstruction: Tensor, pixels: Tensor, posterior: DiagonalGaussian) -> dict[str, Tensor]:
-        """The total under "loss" and its parts, each a scalar."""
+        """Compute the total under "loss" and its terms, each a scalar."""
         reconstruction = reconstruction.float()
         parts = {"l1": (reconstruction - pixels).abs().mean(), "kl": posterior.kl().mean()}
         loss = parts["l1"] + self.config.kl_weight * parts["kl"]

@@ -1,4 +1,4 @@
-"""What an autoencoder reaches on pictures, and where its latents lie."""
+"""Measure an autoencoder's reconstruction quality, and the statistics of its latents."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from vae.autoencoder import AutoencoderKL
 
 
 def psnr(reconstruction: Tensor, pixels: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, B: 10 log10(4 / MSE), for pixels in [-1, 1] (clamped)."""
+    """Compute each image's peak signal-to-noise ratio in dB, B: 10 log10(4 / MSE), pixels in [-1, 1] (clamped)."""
     error = (reconstruction.float().clamp(-1, 1) - pixels).square().flatten(1).mean(dim=1)
     return 10.0 * torch.log10(4.0 / error.clamp(min=1e-12))
 
 
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKL, batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of z, one number a channel, over batches of pixels.
+    """Compute the mean and standard deviation of z per channel, over batches of pixels.
 
-    The variance counts the posterior's own: E[mu^2 + sigma^2] - E[mu]^2, what a sampled z has.
+    The variance includes the posterior's own: E[mu^2 + sigma^2] - E[mu]^2, that of a sampled z.
     """
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for pixels in batches:

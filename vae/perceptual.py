@@ -1,7 +1,7 @@
-"""A perceptual distance from ImageNet features that a package carries: nothing is downloaded.
+"""A perceptual distance over ImageNet features from an installed package, without a download.
 
-Stable Diffusion's autoencoder is trained with LPIPS over VGG16 (Zhang et al. 2018), whose weights are a download;
-EfficientNet-Lite0's (Tan & Le 2019) come with a package, in 18 MB.
+Stable Diffusion's autoencoder is trained with LPIPS over VGG16 (Zhang et al. 2018), whose weights must be downloaded;
+those of EfficientNet-Lite0 (Tan & Le 2019) come with a package of 18 MB.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# The last block of each resolution: 1/2, 1/4, 1/8, 1/16 of the picture's side.
+# The last block of each resolution: 1/2, 1/4, 1/8, 1/16 of the image's side.
 FEATURE_BLOCKS = (0, 2, 4, 10)
 NORM_EPS = 1e-6
 
@@ -29,11 +29,11 @@ class EfficientNetDistance(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> EfficientNetDistance:
-        """Stays in eval mode: its batch norms must use ImageNet's statistics."""
+        """Stay in eval mode: the batch norms must use ImageNet's statistics."""
         return super().train(False)
 
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """Unit-length feature maps of pixels B x 3 x H x W in [-1, 1], which is also the network's own range."""
+        """Compute unit-length feature maps of pixels B x 3 x H x W in [-1, 1], also the range of the network."""
         h = self.stem(pixels)
         maps: list[Tensor] = []
         for index, block in enumerate(self.blocks):
@@ -43,7 +43,7 @@ class EfficientNetDistance(nn.Module):
         return maps
 
     def forward(self, pixels: Tensor, target: Tensor) -> Tensor:
-        """The distance of each pair of pictures: B."""
+        """Compute the distance of each pair of images: B."""
         with torch.no_grad():
             wanted = self.features(target)
         distances = [

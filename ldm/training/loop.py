@@ -20,10 +20,10 @@ from ldm.training.checkpoints.rng_state import generator_states, restore_generat
 from ldm.training.checkpoints.select import resume
 from ldm.training.checkpoints.train_state import Saved
 from ldm.training.configs import TextTrainConfig, TrainConfig, VAETrainConfig
-from ldm.training.engine.distributed import World
+from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.engine import Engine, Update, start_process
-from ldm.training.faults.signals import StopRequest
-from ldm.training.faults.watchdog import Watch, meeting_store
+from ldm.training.faults.signals import StopSignal
+from ldm.training.faults.watchdog import Watchdog, meeting_store
 from ldm.training.optim.post_hoc_ema import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
 from ldm.training.run import DATA_WAIT, Run
@@ -44,12 +44,12 @@ class Session(Generic[Config]):
     """A training command between its start and its first step: data are open, nothing is written yet."""
 
     config: Config
-    world: World
+    world: Ranks
     run: Run
     images: CaptionedImages
     validation: CaptionedImages
-    stop: StopRequest
-    watch: Watch
+    stop: StopSignal
+    watch: Watchdog
 
     def engine(self, network: torch.nn.Module) -> Engine:
         config = self.config
@@ -68,11 +68,11 @@ def open_session(
     kind: type[Config], args: Namespace, *, tokenizer: Callable[[Config], Tokenize] | None = None
 ) -> Session[Config]:
     """Read the configuration, join the other processes, open the shards. tokenizer: made from the configuration."""
-    stop = StopRequest()
+    stop = StopSignal()
     stop.listen()
     config = load_config(kind, args.config, args.overrides)
     world = start_process()
-    watch = Watch(world, meeting_store(world), hang_seconds=config.engine.hang_seconds, stop=stop)
+    watch = Watchdog(world, meeting_store(world), hang_seconds=config.engine.hang_seconds, stop=stop)
     run = Run(config.run, is_main=world.is_main, config_text=dump(config))
     tokenize = tokenizer(config) if tokenizer is not None else None
     images = CaptionedImages(
@@ -113,7 +113,7 @@ class Training:
         last = engine.step == run.config.steps
         # Sampled at the start, and where a run was cut off between a checkpoint and its sample.
         if engine.step % run.config.sample_every == 0 or last:
-            if self.world.agree(run.is_main and not run.has_sample(engine.step)):
+            if self.world.any_rank(run.is_main and not run.has_sample(engine.step)):
                 self._sample()
         batches = self.images.stream(position=engine.position)
         run.restart_clock()
@@ -158,10 +158,10 @@ class Training:
         names = self._since[0] if self._since else {}
         together = {name: torch.cat([parts[name].flatten() for parts in self._since]) for name in names}
         share = self._waited / max(self.run.seconds_since_told, 1e-9)
-        bad = self.world.total(len(self.images.bad_samples))
+        bad = self.world.all_reduce_int(len(self.images.bad_samples))
         self._since, self._waited = [], 0.0
-        waited = self.world.sums([share])[0] / self.world.ranks
-        return self.world.means(together) | {DATA_WAIT: waited} | ({"bad_samples": bad} if bad else {})
+        waited = self.world.all_reduce([share])[0] / self.world.ranks
+        return self.world.mean(together) | {DATA_WAIT: waited} | ({"bad_samples": bad} if bad else {})
 
     def _tell_skip(self, update: Update, batch: Batch) -> None:
         """Say which batch was skipped and why; each rank that is to blame, or may be, writes down its samples."""
@@ -289,7 +289,7 @@ def snapshots(engine: Engine, run: Run) -> None:
 
 
 @contextmanager
-def in_training(engine: Engine, watch: Watch) -> Iterator[None]:
+def in_training(engine: Engine, watch: Watchdog) -> Iterator[None]:
     """Errors within it say which rank met them, and at which step: another rank may have met none."""
     try:
         yield

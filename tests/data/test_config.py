@@ -11,7 +11,7 @@ def test_either_shards_or_sets():
     sets = (ShardSet(name="a", shards=("a/*.tar",)), ShardSet(name="b", shards="b.tar", weight=0.5))
     assert DataConfig(shards="x.tar").patterns == ("x.tar",)
     assert DataConfig(sets=sets).patterns == (("a/*.tar",), "b.tar")
-    told = "give data.shards, or data.sets to mix several: one of the two"
+    told = "give either data.shards or, to mix several sets, data.sets"
     with pytest.raises(ValueError, match=told):
         DataConfig()
     with pytest.raises(ValueError, match=told):
@@ -38,7 +38,7 @@ def test_a_set_has_a_name_and_shards(name: str, shards: str):
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
 def test_a_share_of_bad_samples_is_one(fraction: float):
     for make in (DataConfig, HeldOutConfig):
-        with pytest.raises(ValueError, match=r"max_bad_fraction \(.*\) must be a share from 0 to 1"):
+        with pytest.raises(ValueError, match=r"max_bad_fraction \(.*\) must be a fraction from 0 to 1"):
             make(shards="x.tar", max_bad_fraction=fraction)
 
 

@@ -52,7 +52,7 @@ def test_pipes_and_urls_are_listed_in_a_file_of_their_own(folder: Path, tmp_path
 
 def test_the_command_says_where_to_write_what_has_no_folder(capsys: pytest.CaptureFixture[str]):
     assert main(["pipe:cat x"]) == 2
-    assert "error: beside pipe:cat x nothing can be written: give --out FILE" in capsys.readouterr().err
+    assert "error: no file can be written next to pipe:cat x: give --out FILE" in capsys.readouterr().err
 
 
 def test_a_shard_that_is_not_whole_is_named_and_left_out(folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -98,10 +98,12 @@ def test_a_manifest_is_found_beside_a_url():
 @pytest.mark.parametrize("name", ["manifest.json", "sizes.json"])
 def test_what_is_no_manifest_is_named(folder: Path, name: str, content: str):
     (folder / name).write_text(content)
-    with pytest.raises(DataError, match=f"{folder / name} is no JSON object of shards .*python -m data.manifest"):
+    with pytest.raises(DataError, match=f"{folder / name} is not a JSON object of shards .*python -m data.manifest"):
         entries_for(expand(str(folder / "*.tar")))
 
 
 def test_a_manifest_that_is_named_must_exist(folder: Path):
-    with pytest.raises(DataError, match="data.manifest: there is no nowhere.json: python -m data.manifest writes one"):
+    with pytest.raises(
+        DataError, match="data.manifest: nowhere.json is missing: write it with python -m data.manifest"
+    ):
         entries_for(expand(str(folder / "*.tar")), manifest="nowhere.json")

@@ -132,7 +132,7 @@ def test_what_is_no_tar_is_refused(tmp_path: Path, write_tar: Callable[..., Path
     (tmp_path / "text.tar.gz").write_bytes(b"<html>not found</html>" * 100)
     refused(tmp_path / "text.tar.gz", "cannot be read as a tar")
     refused(tmp_path / "missing.tar", "No such file")
-    refused(tmp_path, "no plain one")
+    refused(tmp_path, "not a plain file")
 
 
 def test_an_empty_tar_is_refused(tmp_path: Path, write_tar: Callable[..., Path]):
@@ -163,7 +163,7 @@ def test_what_stands_before_and_behind_a_damaged_header_is_read(tmp_path: Path, 
     shard = Shard(tmp_path / "x.tar", expected=4)
     assert (len(shard), shard.missing) == (4, 1)
     *good, lost = read(shard)
-    assert good == ["0", "2", "3"] and "it is missing (cut short or damaged after 1 samples, at byte 3072" in lost
+    assert good == ["0", "2", "3"] and "it is missing (truncated or damaged after 1 samples, at byte 3072" in lost
     assert [shard.key(index) for index in range(4)] == ["0", "2", "3", "#3"]
 
 
@@ -203,7 +203,7 @@ def test_samples_in_excess_are_told_and_halves_are_not_chosen_before_whole_ones(
 ):
     halves = [("0.jpg", b"x"), ("other.txt", b"x"), ("1.jpg", b"x"), ("1.txt", b"x")]
     shard = Shard(write_tar(tmp_path / "x.tar", halves), expected=2)
-    assert read(shard) == ["1", "0"] and "1 samples more than are counted" in shard.damage
+    assert read(shard) == ["1", "0"] and "1 samples more than counted" in shard.damage
 
 
 def test_nothing_at_all_is_an_error_even_with_a_count(tmp_path: Path, write_tar: Callable[..., Path]):
@@ -215,15 +215,15 @@ def test_nothing_at_all_is_an_error_even_with_a_count(tmp_path: Path, write_tar:
 
 def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "x.tar")
-    with pytest.raises(DataError, match="no plain one"):
+    with pytest.raises(DataError, match="not a plain file"):
         Shard(tmp_path / "x.tar", expected=2)
 
 
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        (["a.jpg", "a.txt", "a.jpg"], "its jpg stands there twice"),
-        (["a.jpg", "a.txt", "a.TXT"], "its txt stands there twice"),
+        (["a.jpg", "a.txt", "a.jpg"], "its jpg occurs twice"),
+        (["a.jpg", "a.txt", "a.TXT"], "its txt occurs twice"),
         (["a.txt", "link:a.jpg"], "its jpg is a link"),
         (["a.txt", "sparse:a.jpg"], "its jpg is a sparse file"),
     ],
@@ -261,7 +261,7 @@ def test_a_member_that_is_too_large_is_never_read(tmp_path: Path, name: str, mon
         info.size = 4 << 20
         tar.addfile(info, io.BytesIO(bytes(info.size)))
     (told,) = read(Shard(tmp_path / "x.tar"))
-    assert told == f"its {name[2:]} takes 4,194,304 bytes, more than {'1,048,576' if 'txt' in name else '3,145,728'}"
+    assert told == f"its {name[2:]} has 4,194,304 bytes, more than {'1,048,576' if 'txt' in name else '3,145,728'}"
 
 
 def test_a_gzip_that_unpacks_without_end_is_stopped(

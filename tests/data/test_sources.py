@@ -30,7 +30,7 @@ def test_urls_and_pipes_have_brace_ranges_in_the_order_given():
 @pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "{pipe:cat x,y}.tar"])
 def test_a_command_is_run_only_where_that_is_allowed(pattern: str):
     """However it is written: a brace may make one."""
-    with pytest.raises(ValueError, match=r"'pipe:cat x.*' runs a shell command: say data.allow_pipe=true"):
+    with pytest.raises(ValueError, match=r"'pipe:cat x.*' runs a shell command: set data.allow_pipe=true"):
         expand(pattern)
 
 
@@ -83,7 +83,7 @@ def test_a_missing_package_is_named(url: str, package: str, monkeypatch: pytest.
 
 
 def test_an_unknown_protocol_is_named():
-    with pytest.raises(ValueError, match="nowhere://x/0.tar: nowhere:// is no protocol that fsspec knows"):
+    with pytest.raises(ValueError, match="nowhere://x/0.tar: nowhere:// is not a protocol of fsspec"):
         expand("nowhere://x/0.tar")
 
 

@@ -123,7 +123,7 @@ def test_damage_is_told_once_and_the_rest_is_read(folder: Path):
     shards = store(f"{folder}/*.tar", keep=1, told=told)
     for number in (0, 1, 0, 1):
         assert len(shards[number]) == shards.sizes[number]
-    assert told == [f"shard {folder}/00000.tar: its sha256 is not that of the manifest"]
+    assert told == [f"shard {folder}/00000.tar: its sha256 differs from the manifest's"]
     assert shards.present(0) == 3
 
 
@@ -133,7 +133,7 @@ def test_another_size_is_told(folder: Path):
     told: list[str] = []
     shards = store(f"{folder}/*.tar", told=told)
     assert shards.present(0) == 2  # of the second only the picture
-    assert len(told) == 1 and "it takes 4,000 bytes, the manifest says 10,240; cut short" in told[0]
+    assert len(told) == 1 and "it has 4,000 bytes, the manifest says 10,240; truncated" in told[0]
 
 
 def test_a_shard_is_read_wherever_its_manifest_stands(folder: Path, tmp_path: Path):
@@ -157,7 +157,7 @@ def test_what_was_altered_on_its_way_is_copied_again(folder: Path):
         assert len(shards[1]) == 2 and told == [] and site.count("00001.tar") == 3
         site.faults["00002.tar"] = ["altered"] * 3
         assert shards.present(2) == 4
-        assert told == [f"shard {site.url}/00002.tar: its sha256 is not that of the manifest"]
+        assert told == [f"shard {site.url}/00002.tar: its sha256 differs from the manifest's"]
 
 
 def test_a_copy_that_was_removed_is_made_again(folder: Path, tmp_path: Path):
@@ -171,7 +171,7 @@ def test_a_copy_that_was_removed_is_made_again(folder: Path, tmp_path: Path):
 
 def test_remote_shards_that_nothing_counts_are_an_error_with_the_command(folder: Path):
     (folder / "manifest.json").unlink()
-    with served(folder) as site, pytest.raises(DataError, match=r"holds: write it with python -m data.manifest"):
+    with served(folder) as site, pytest.raises(DataError, match=r"is unknown: run python -m data.manifest"):
         store(f"{site.url}/0000{{0..3}}.tar")
 
 

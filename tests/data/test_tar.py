@@ -46,7 +46,7 @@ def test_any_names_are_those_of_tarfile(names: list[str], format: int):
         return
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         files = [(member.name, member.offset_data) for member in tar if member.isfile()]
-    found = [(one.name, one.offset) for one in walk(content) if isinstance(one, Member) and not one.strange]
+    found = [(one.name, one.offset) for one in walk(content) if isinstance(one, Member) and not one.irregular]
     assert found == files
 
 
@@ -103,7 +103,7 @@ def test_a_flood_of_headers_that_promise_too_much_holds_nobody_up():
     info.size = 8**11 - 1
     began = time.monotonic()
     found = walk(info.tobuf(tarfile.USTAR_FORMAT) * 100_000, incomplete=True)
-    assert {one.reason for one in found if isinstance(one, Damage)} == {"0.jpg is cut short"}
+    assert {one.reason for one in found if isinstance(one, Damage)} == {"0.jpg is truncated"}
     assert 100 < len(found) < 10_000 and time.monotonic() - began < 20
 
 

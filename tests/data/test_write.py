@@ -95,6 +95,6 @@ def test_shards_that_would_be_empty_are_refused(tmp_path: Path):
 
 def test_more_samples_than_keys_are_refused(tmp_path: Path):
     samples = [SAMPLES[0]] * (10**KEY_DIGITS_IN_SHARD * 2 + 1)
-    with pytest.raises(ValueError, match="10001 samples a shard are more than 10000"):
+    with pytest.raises(ValueError, match="10001 samples per shard are more than 10000"):
         write_shards(samples, tmp_path / "x", shards=2)
     assert not (tmp_path / "x").exists()

@@ -18,7 +18,7 @@ import ldm.training.engine.engine
 from ldm.training.checkpoints import Checkpoints, Fragments
 from ldm.training.checkpoints.train_state import CheckpointError
 from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_settings
-from ldm.training.engine.distributed import World
+from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.engine import Engine, NonFiniteError, start_process
 
 BATCH, INPUTS, OUTPUTS = 8, 7, 5
@@ -69,7 +69,7 @@ def losses(engine: Engine, spoiled: dict[int, str]) -> Iterator[Tensor]:
         yield loss
 
 
-def run(world: World, order: dict[str, Any]) -> dict[str, Any]:
+def run(world: Ranks, order: dict[str, Any]) -> dict[str, Any]:
     engine_config = {"precision": "fp32"} | order.get("engine", {})
     optim = {"lr": 0.01, "ema_decay": 0.9, "weight_decay": 0.01, "ema_lengths": (0.1,)} | order.get("optim", {})
     folder = Path(order["save"]) if "save" in order else None
@@ -117,13 +117,13 @@ def outcome(engine: Engine, folder: Path | None) -> dict[str, Any]:
     return found
 
 
-def told(world: World) -> dict[str, Any]:
+def told(world: Ranks) -> dict[str, Any]:
     uneven = torch.arange(3.0)[: 1 + 2 * world.rank]  # [0] on rank 0, [0, 1, 2] on rank 1
     return {
-        "means": world.means({"rank": torch.tensor(float(world.rank)), "uneven": uneven, "none": torch.empty(0)}),
+        "means": world.mean({"rank": torch.tensor(float(world.rank)), "uneven": uneven, "none": torch.empty(0)}),
         "gathered": world.gather(torch.tensor([[world.rank, 1.0]], dtype=torch.float64)).tolist(),
-        "agreed": [world.agree(world.rank == wishing) for wishing in range(2)],
-        "total": world.total(world.rank + 2),
+        "agreed": [world.any_rank(world.rank == wishing) for wishing in range(2)],
+        "total": world.all_reduce_int(world.rank + 2),
     }
 
 

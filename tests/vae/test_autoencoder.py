@@ -124,7 +124,7 @@ def test_gradients_reach_every_parameter():
 @pytest.mark.parametrize("size", [(30, 32), (32, 30), (34, 32)])
 def test_a_size_that_does_not_divide_is_refused(size: tuple[int, int]):
     vae = AutoencoderKL(SHAPES["f4, one layer"])
-    with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} pixels does not divide by .* factor 4"):
+    with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} pixels is not divisible by .* factor 4"):
         vae.encode(pictures(*size))
 
 

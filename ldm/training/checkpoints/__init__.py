@@ -1,4 +1,4 @@
-"""Checkpoints that lose nothing: written in the background, named when whole, checked to the last bit before use."""
+"""Checkpoints: written in the background, renamed into place when complete, verified by SHA-256 before use."""
 
 from ldm.training.checkpoints.folders import NAME, Checkpoints, step_of
 from ldm.training.checkpoints.fragments import Fragments, Span

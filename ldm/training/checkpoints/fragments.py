@@ -1,8 +1,8 @@
-"""A checkpoint's tensors, cut as the ranks held them, and put together for ranks that hold them otherwise.
+"""Write a checkpoint's tensors as fragments, one file per rank, and read them back for any other partition.
 
-Each rank writes what it owns of each parameter: a run of consecutive elements of the flattened tensor, for the weight,
-for what its optimiser remembers of it, and for each average. So what N ranks wrote under one ZeRO stage is read by any
-number under any other, bit for bit, and no file holds a pickle.
+Each rank writes what it owns of each parameter: consecutive elements of the flattened tensor, for the weight, its
+optimiser state and each average. So a checkpoint of N ranks under one ZeRO stage can be read by any number of ranks
+under any other, bit for bit, and no file holds a pickle.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-RANGES = "ranges"  # key of the metadata that tells which elements a file's tensors are
+RANGES = "ranges"  # metadata key: which elements each tensor of a file holds
 
 
 class Span(NamedTuple):
-    """Elements start to stop - 1 of the flattened parameter called name."""
+    """Elements start to stop - 1 of the flattened parameter `name`."""
 
     name: str
     start: int
@@ -37,7 +37,7 @@ def rank_file(rank: int) -> str:
 
 
 def write_fragments(path: Path, tensors: Mapping[str, Tensor], spans: Mapping[str, Span]) -> None:
-    """Write one rank's tensors. Those that spans names are 1-D fragments; the others are whole."""
+    """Write one rank's tensors. Those listed in spans are 1-D fragments; the others are unsharded."""
     from safetensors.torch import save_file
 
     ranges = {key: [span.start, span.stop] for key, span in spans.items()}
@@ -45,16 +45,16 @@ def write_fragments(path: Path, tensors: Mapping[str, Tensor], spans: Mapping[st
 
 
 class Fragments:
-    """The tensors of all ranks' files in one folder. A context manager: the files are open while it lasts.
+    """Reader of the tensors in all ranks' files of one folder. A context manager: it keeps the files open.
 
-    Raises ValueError, naming the tensor, for what is not there, or not there as a whole.
+    Its methods raise ValueError, naming the tensor, if a tensor or some of its elements are missing.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stack = ExitStack()
         self._places: dict[str, list[tuple[int, int, Any]]] = {}  # key -> (start, stop, file), by start
-        self._whole: dict[str, Any] = {}
+        self._unsharded: dict[str, Any] = {}
 
     def __enter__(self) -> Fragments:
         from safetensors import safe_open
@@ -62,25 +62,25 @@ class Fragments:
         for path in sorted(self.folder.glob("rank_*.safetensors")):
             file = self._stack.enter_context(safe_open(path, "pt"))
             ranges = json.loads((file.metadata() or {}).get(RANGES, "{}"))
-            for key in file.keys():  # noqa: SIM118 - it is no dictionary
+            for key in file.keys():  # noqa: SIM118 - not a dictionary
                 if key in ranges:
                     self._places.setdefault(key, []).append((*ranges[key], file))
                 else:
-                    self._whole[key] = file
+                    self._unsharded[key] = file
         for places in self._places.values():
             places.sort(key=lambda place: place[:2])
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-        self._places, self._whole = {}, {}
+        self._places, self._unsharded = {}, {}
 
     def keys(self) -> Iterator[str]:
         yield from self._places
-        yield from self._whole
+        yield from self._unsharded
 
     def sizes(self, group: str) -> dict[str, int]:
-        """The number of elements of each flattened tensor GROUP/NAME, by NAME."""
+        """Map NAME to the number of elements of each flattened tensor GROUP/NAME."""
         return {
             key.removeprefix(group + "/"): places[-1][1]
             for key, places in self._places.items()
@@ -88,13 +88,13 @@ class Fragments:
         }
 
     def whole(self, key: str) -> Tensor:
-        """A tensor that one rank wrote as a whole."""
-        if key not in self._whole:
+        """Read a tensor that one rank wrote unsharded."""
+        if key not in self._unsharded:
             raise ValueError(f"it holds no {key}")
-        return self._whole[key].get_tensor(key)
+        return self._unsharded[key].get_tensor(key)
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
-        """Elements start to stop - 1 of a flattened tensor, from whichever files hold them."""
+        """Read elements start to stop - 1 of a flattened tensor, from all files that hold them."""
         parts, reached = [], start
         for first, end, file in self._places.get(key, ()):
             if first > reached or reached >= stop:
@@ -108,9 +108,9 @@ class Fragments:
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
     def digest(self) -> str:
-        """One sha256 of all tensors, whoever wrote which part: equal for equal states of any number of ranks.
+        """Hash all tensors with SHA-256: equal states have equal digests, for any number of ranks.
 
-        The generators, of which every rank has its own, are left out.
+        The random generators are left out, since each rank has its own.
         """
         found = hashlib.sha256()
         for key in sorted(key for key in self.keys() if not key.startswith("generators/")):

@@ -1,4 +1,4 @@
-"""What a folder must hold, down to the last bit: no format of weights notices one that has flipped."""
+"""Seal a folder with the SHA-256 of its files and verify it: formats of weights do not detect a flipped bit."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Digest(NamedTuple):
 
 
 def write_json(path: Path, value: Any) -> Digest:
-    """Write a file and wait until it is on the disk."""
+    """Write a JSON file and wait until it is on the disk."""
     path.write_text(_text(value))
     to_disk(path)
     return Digest.of(path)
 
 
 def seal(folder: Path, digests: Mapping[str, Digest], *, name: str) -> None:
-    """Write the manifest of a folder whose files are all on the disk; from here on `fault` finds what changes.
+    """Write the manifest of a folder whose files are all on the disk; from then on `fault` detects any change.
 
-    digests: of every file, as they were written, by name. name: that the folder will have.
+    digests: of every file as written, by name. name: the final name of the folder.
     """
     listed = {"name": name, "files": {file: digests[file]._asdict() for file in sorted(digests)}}
     write_json(folder / MANIFEST, listed | {"sha256": _of_list(listed)})
@@ -41,28 +41,28 @@ def seal(folder: Path, digests: Mapping[str, Digest], *, name: str) -> None:
 
 
 def sealed(folder: Path) -> dict[str, Digest]:
-    """The digests that a folder was sealed with. Raises ValueError, naming what is wrong, if there are none."""
+    """Read the digests that a folder was sealed with. Raises ValueError, naming the fault, if they are not valid."""
     try:
         written = (folder / MANIFEST).read_bytes()
         listed = json.loads(written)
-        whole = written == _text(listed).encode() and not (folder / MANIFEST).is_symlink()
+        intact = written == _text(listed).encode() and not (folder / MANIFEST).is_symlink()
         digest, name = listed.pop("sha256"), listed["name"]
         files = {str(file): Digest(int(d["size"]), str(d["sha256"])) for file, d in listed["files"].items()}
     except FileNotFoundError as error:
         raise ValueError(f"{MANIFEST} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} is damaged") from error
-    if not whole or digest != _of_list(listed):
-        raise ValueError(f"{MANIFEST} is damaged: its list is not the one that was written")
+    if not intact or digest != _of_list(listed):
+        raise ValueError(f"{MANIFEST} is damaged: its content differs from what was written")
     if name != folder.name:
         raise ValueError(f"it was written as {name}")
     return files
 
 
 def fault(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a sealed folder: the file, what was expected and what is there. None: nothing is.
+    """Verify a sealed folder; returns the file, what was found and what was expected, or None if it is valid.
 
-    The files' content is read, by the rank `part` of `parts` only every parts-th file: together they read all.
+    Rank `part` of `parts` reads the content of every parts-th file only: together the ranks read all files.
     """
     try:
         expected = sealed(folder)

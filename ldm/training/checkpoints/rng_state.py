@@ -1,5 +1,5 @@
-"""The random generators of this process as tensors, for checkpoints: nothing in training draws from them that is not
-a function of the seed and the position, but what a network does (dropout) or a library may."""
+"""RNG states of this process as tensors, for checkpoints. Training itself draws only from (seed, position); dropout and
+libraries use these generators."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 def seed_generators(seed: int) -> None:
-    """Start all of them from one seed: Python's and NumPy's would start from something else in each process."""
+    """Seed all generators: Python's and NumPy's would otherwise start differently in each process."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def generator_states() -> dict[str, Tensor]:
-    """torch's, Python's and NumPy's, and torch's of this process's GPU."""
+    """Read the states of torch, Python and NumPy, and of torch on this process's GPU."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     numpy_state = [str(kind), np.asarray(keys).tolist(), *rest]
     states = {"cpu": torch.get_rng_state(), "python": _bytes(random.getstate()), "numpy": _bytes(numpy_state)}
@@ -28,7 +28,7 @@ def generator_states() -> dict[str, Tensor]:
 
 
 def restore_generators(states: Mapping[str, Tensor]) -> None:
-    """Go on with each generator that there is a state of."""
+    """Restore each generator whose state is given."""
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():

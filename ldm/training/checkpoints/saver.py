@@ -1,4 +1,4 @@
-"""Saving while training goes on: tensors are copied at once, and written, checked and named by a thread."""
+"""Save in the background: copy the tensors at once; a thread writes, checks and commits them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm.files.atomic import atomic_file, to_disk
 from ldm.training.checkpoints.folders import Checkpoints
 from ldm.training.checkpoints.fragments import Span, rank_file, write_fragments
 from ldm.training.checkpoints.manifest import Digest, write_json
-from ldm.training.checkpoints.staging import Copies
+from ldm.training.checkpoints.staging import StagingBuffers
 
 STATE = "state.json"
 POLL_SECONDS = 0.02
@@ -29,7 +29,7 @@ LEAVE_SECONDS = 30.0
 class Status(IntEnum):
     IDLE = 0
     WRITING = 1
-    WRITTEN = 2  # on the main rank: every rank's files are, and the checkpoint has its name
+    WRITTEN = 2  # on the main rank: all ranks' files are written, and the checkpoint is committed
     FAILED = 3
 
 
@@ -38,14 +38,14 @@ class Abandoned(Exception):
 
 
 class NonFiniteStateError(NonFiniteError):
-    """A tensor that was to be saved holds a number that is not finite."""
+    """A tensor to be saved contains a number that is not finite."""
 
 
 class Saver:
     """One rank's part in writing checkpoints.
 
-    Every rank writes its own file; the main rank, rank 0, waits for those of the others, and names the folder. Ranks
-    share nothing here but the folder: what each has reached is its `status`, which the caller lets all ranks know of.
+    Every rank writes its own file; the main rank, rank 0, waits for those of the others and commits the folder. The
+    ranks communicate only through the folder; the caller exchanges each rank's `status`.
     """
 
     def __init__(self, checkpoints: Checkpoints, *, rank: int, ranks: int) -> None:
@@ -54,17 +54,17 @@ class Saver:
         self.error: Exception | None = None
         self._thread: threading.Thread | None = None
         self._abandoned = threading.Event()
-        self._copies = Copies({})
+        self._staging = StagingBuffers({})
         self._partial = Path()
         atexit.register(self._leave)
 
     def prepare(self, step: int, size: int) -> None:
-        """Make the folder to write to, on the main rank, before any rank begins. Raises OSError if it cannot be.
+        """Create the folder to write to, on the main rank, before any rank begins. Raises OSError on failure.
 
-        size: bytes that all ranks together are about to write; if the disk has fewer, it says so before it is full.
+        size: bytes that all ranks together will write; fewer free bytes are an error before the disk is full.
         """
         partial = self._partial_path(step)
-        self.checkpoints.clear()  # a rank that was still writing when a save was given up may have left its file
+        self.checkpoints.clear()  # after an abandoned save, a rank may still have written its file
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.checkpoints.folder).free
         if free < size:
@@ -75,13 +75,13 @@ class Saver:
     def begin(
         self, step: int, tensors: Mapping[str, Tensor], spans: Mapping[str, Span], record: Mapping[str, Any]
     ) -> None:
-        """Copy the tensors, and start to write them. record: what the main rank writes beside them, as JSON."""
+        """Copy the tensors and start to write them. record: what the main rank writes next to them, as JSON."""
         assert self.status is Status.IDLE, "the last checkpoint is still being written"
         self._partial = self._partial_path(step)
         self._abandoned.clear()
         try:
             copies = self._copy(tensors, spans)
-        except (RuntimeError, MemoryError) as error:  # no memory for a copy: no checkpoint, which all are to know
+        except (RuntimeError, MemoryError) as error:  # no memory for the copies: report a failed save
             self.status, self.error = Status.FAILED, error
             return
         self.status, self.error = Status.WRITING, None
@@ -90,7 +90,7 @@ class Saver:
         self._thread.start()
 
     def end(self, *, abandon: bool) -> None:
-        """Take note that all ranks have written their parts or, abandon: that one could not, and nothing is to stay."""
+        """End a save once all ranks have written their parts. abandon: one has failed, so remove the folder."""
         if abandon:
             self._abandoned.set()
         if self._thread is not None:
@@ -101,7 +101,7 @@ class Saver:
         self.status, self._thread = Status.IDLE, None
 
     def _leave(self) -> None:
-        """Before Python ends, which a thread would not survive: finish what depends on no other rank."""
+        """At interpreter exit, finish this rank's write; do not wait for other ranks."""
         self._abandoned.set()
         if self._thread is not None:
             self._thread.join(LEAVE_SECONDS)
@@ -111,15 +111,15 @@ class Saver:
         return path.with_name(path.name + ".partial")
 
     def _copy(self, tensors: Mapping[str, Tensor], spans: Mapping[str, Span]) -> dict[str, Tensor]:
-        """Fragments are views of what is trained, the same ones at each save; what else there is is small."""
+        """Copy the tensors. Fragments are the same views at each save and reuse their buffers; the others are small."""
         fragments = {key: tensor for key, tensor in tensors.items() if key in spans}
-        if not self._copies.are_of(fragments):
-            self._copies = Copies({})  # the memory of the old ones may be needed for the new ones
-            self._copies = Copies(fragments)
-        self._copies.take()
-        others = Copies({key: tensor for key, tensor in tensors.items() if key not in spans})
-        others.take()
-        return self._copies.tensors | others.tensors
+        if not self._staging.matches(fragments):
+            self._staging = StagingBuffers({})  # free the old buffers before allocating new ones
+            self._staging = StagingBuffers(fragments)
+        self._staging.copy()
+        others = StagingBuffers({key: tensor for key, tensor in tensors.items() if key not in spans})
+        others.copy()
+        return self._staging.tensors | others.tensors
 
     def _run(self, copies: dict[str, Tensor], spans: Mapping[str, Span], record: Mapping[str, Any]) -> None:
         try:
@@ -129,11 +129,11 @@ class Saver:
                 self.checkpoints.commit(self._partial, digests | self._digests_of_others())
                 self.checkpoints.prune()
             self.status = Status.WRITTEN
-        except Exception as error:  # told by the main thread: this one has nobody to raise it to
+        except Exception as error:  # the main thread reports it: nothing catches it in this one
             self.error, self.status = error, Status.FAILED
 
     def _write(self, copies: dict[str, Tensor], spans: Mapping[str, Span]) -> Digest:
-        """This rank's file, on the disk; the other ranks leave its digest beside it, for the main rank to collect."""
+        """Write this rank's file. Other ranks than the main one leave its digest next to it, to be collected."""
         for key, copy in copies.items():
             if copy.is_floating_point() and not copy.isfinite().all():
                 raise NonFiniteStateError(f"{key} is not finite, so nothing was saved")
@@ -150,11 +150,11 @@ class Saver:
         digests: dict[str, Digest] = {}
         for rank in range(1, self.ranks):
             path = self._partial / rank_file(rank)
-            told = path.with_suffix(".json")
-            while not told.exists():
+            digest_file = path.with_suffix(".json")
+            while not digest_file.exists():
                 if self._abandoned.is_set():
                     raise Abandoned("another rank could not write its part")
                 time.sleep(POLL_SECONDS)
-            digests[path.name] = Digest(**json.loads(told.read_text()))
-            told.unlink()
+            digests[path.name] = Digest(**json.loads(digest_file.read_text()))
+            digest_file.unlink()
         return digests

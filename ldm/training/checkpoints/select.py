@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is as it was written, or the one that was asked for."""
+"""Select the checkpoint that a run resumes from: the newest valid one, or the one that run.resume names."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from ldm.errors import CheckpointError
 from ldm.training.checkpoints import NAME, STATE, Checkpoints, fault, step_of
 from ldm.training.checkpoints.train_state import read_record
 from ldm.training.configs import check_continues
-from ldm.training.engine.distributed import World
+from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.engine import Engine
 from ldm.training.run import Run
 
 
-def resume(run: Run, engine: Engine, world: World, *, data: dict[str, Any]) -> dict[str, Any] | None:
-    """Load the checkpoint that run.resume asks for, if there is one, and make the run's folder; returns its record.
+def resume(run: Run, engine: Engine, world: Ranks, *, data: dict[str, Any]) -> dict[str, Any] | None:
+    """Load the checkpoint that run.resume selects, if any, and create the run's folder; returns the record.
 
-    data: the shards' fingerprint. Raises CheckpointError if there are checkpoints, but none that can be used: a run
-    never begins again by itself; ValueError if configuration or data are not those that it began with.
+    data: the shards' fingerprint. Raises CheckpointError if there are checkpoints, but none is valid: a run never
+    starts over by itself. Raises ValueError if the configuration or the data have changed since the run began.
     """
     run.lock()
     chosen = choose(run, world)
     record = None
     if chosen is not None:
-        check_record(read_record(chosen), run, data)  # first: it says more than a tensor's size
+        check_record(read_record(chosen), run, data)  # first: its errors say more than one about a tensor's size
         record = engine.load(chosen)
         run.checkpoints.trust(chosen)
-        ranks = "" if record["ranks"] == world.ranks else f", which {record['ranks']} ranks wrote"
+        ranks = "" if record["ranks"] == world.ranks else f", written by {record['ranks']} ranks"
         run.tell(f"resumed from {chosen}{ranks}")
         if record["precision"] != engine.precision:
-            run.tell(f"the forward pass runs in {engine.precision} from now on, it was {record['precision']} before")
+            run.tell(f"the forward pass now runs in {engine.precision}; before, it ran in {record['precision']}")
         run.rewound_to = rewound_to(run, chosen, record)
         if engine.step > run.config.steps:
             raise ValueError(
-                f"run.steps is {run.config.steps}, but {chosen} has taken {engine.step}: "
+                f"run.steps is {run.config.steps}, but {chosen} is already at step {engine.step}: "
                 f"set run.steps={engine.step} or more, or another run.name"
             )
     run.begin(None if chosen is None else engine.step)
@@ -43,7 +43,7 @@ def resume(run: Run, engine: Engine, world: World, *, data: dict[str, Any]) -> d
 
 
 def check_record(record: dict[str, Any], run: Run, data: dict[str, Any]) -> None:
-    """Raises ValueError if what the numbers depend on is not as it was."""
+    """Raise ValueError if a setting or shard that affects the result has changed since the run began."""
     then = record["data"]
     before, now = then.get("contents"), data["contents"]
     known = before is not None and now is not None
@@ -51,49 +51,51 @@ def check_record(record: dict[str, Any], run: Run, data: dict[str, Any]) -> None
     if any(then[key] != data[key] for key in ("shards", "samples", "sha256")):
         raise ValueError(
             f"the data are not those that this run began with: then {then['samples']} samples in {then['shards']} "
-            f"shards, now {data['samples']} in {data['shards']}, or the same in other shares: bring them back, or give "
-            "another run.name"
+            f"shards, now {data['samples']} in {data['shards']}, or as many, split differently: restore the data, or "
+            "give another run.name"
         )
     if known and before != now:
         raise ValueError(
-            "the shards hold as many samples as when this run began but, by the sha256 of their manifests, other ones: "
-            "bring them back, or give another run.name"
+            "the shards hold as many samples as when this run began but, by the sha256 of their manifests, different "
+            "ones: restore the data, or give another run.name"
         )
 
 
-def listed(checkpoints: Checkpoints, world: World) -> list[Path]:
-    """The checkpoints as the main rank sees them: another's view of a shared folder may be older."""
-    steps = world.from_main([float(step_of(path)) for path in checkpoints.all()] if world.is_main else [])
+def listed(checkpoints: Checkpoints, world: Ranks) -> list[Path]:
+    """List the checkpoints as the main rank sees them: on a shared folder, another rank may see older contents."""
+    steps = world.broadcast([float(step_of(path)) for path in checkpoints.all()] if world.is_main else [])
     return [checkpoints.path(int(step)) for step in steps]
 
 
-def choose(run: Run, world: World) -> Path | None:
+def choose(run: Run, world: Ranks) -> Path | None:
     own = listed(run.checkpoints, world)
     if run.config.resume in ("auto", "never"):
         return newest_good(run, run.checkpoints, world) if own else None
     asked = Path(run.config.resume)
     if asked.resolve().parent == run.checkpoints.folder.resolve():
         return rewound(run, run.checkpoints.folder / asked.name, world)
-    if own:  # the same command was started again, after it had begun
-        run.tell(f"{run.config.path} has checkpoints of its own, so run.resume={asked} is not looked at")
+    if own:  # the same command was restarted after the run had begun
+        run.tell(f"{run.config.path} has checkpoints of its own, so run.resume={asked} is ignored")
         return newest_good(run, run.checkpoints, world)
     if NAME.fullmatch(asked.name):
         return checked(asked, world)
     others = Checkpoints(asked / "checkpoints", keep=1)
     if not listed(others, world):
-        raise CheckpointError(f"run.resume is {asked}, which is no checkpoint, nor a run that has any: give another")
+        raise CheckpointError(
+            f"run.resume is {asked}, which is neither a checkpoint nor a run with checkpoints: give another"
+        )
     return newest_good(run, others, world)
 
 
 def rewound_to(run: Run, chosen: Path, record: dict[str, Any]) -> str | None:
-    """The checkpoint that this run was last sent back to, for its later ones to tell."""
+    """Return the checkpoint that this run was last rewound to, to be recorded in its later ones."""
     asked = Path(run.config.resume)
-    sent_back = chosen.parent == run.checkpoints.folder and chosen.name == asked.name
-    return asked.name if sent_back else record.get("rewound_to")
+    rewinding = chosen.parent == run.checkpoints.folder and chosen.name == asked.name
+    return asked.name if rewinding else record.get("rewound_to")
 
 
-def newest_good(run: Run, checkpoints: Checkpoints, world: World) -> Path:
-    """The newest that is as it was written; damaged ones that are newer are set aside, and named."""
+def newest_good(run: Run, checkpoints: Checkpoints, world: Ranks) -> Path:
+    """Find the newest valid checkpoint; newer, damaged ones are logged and renamed."""
     damaged: list[Path] = []
     for path in reversed(listed(checkpoints, world)):
         reason = damage(path, world)
@@ -103,57 +105,57 @@ def newest_good(run: Run, checkpoints: Checkpoints, world: World) -> Path:
         damaged.append(path)
         run.tell(f"checkpoint {path} is damaged ({reason})")
     raise CheckpointError(
-        f"none of the {len(damaged)} checkpoints in {checkpoints.folder} is as it was written: give another run.name"
+        f"none of the {len(damaged)} checkpoints in {checkpoints.folder} is valid: give another run.name"
     )
 
 
-def set_aside(run: Run, checkpoints: Checkpoints, damaged: list[Path], world: World) -> None:
+def set_aside(run: Run, checkpoints: Checkpoints, damaged: list[Path], world: Ranks) -> None:
     if damaged and world.is_main and checkpoints is run.checkpoints:
         for path in damaged:
             run.tell(f"{path.name} is now {checkpoints.set_aside(path, 'damaged').name}")
-    world.agree(False)  # no rank looks at the folder again before this is done
+    world.any_rank(False)  # a barrier: no rank lists the folder before the renames are done
 
 
-def rewound(run: Run, path: Path, world: World) -> Path:
-    """A checkpoint of this run itself, whose later ones are set aside: they are of a past that did not happen.
+def rewound(run: Run, path: Path, world: Ranks) -> Path:
+    """Rewind the run to one of its own checkpoints; later ones are renamed: they belong to the abandoned branch.
 
-    Where the later ones already came after that, the same command was started again: it goes on from the newest.
+    If the later ones were written after that rewind, the same command was restarted: it resumes from the newest.
     """
     named = NAME.fullmatch(path.name) is not None
     later = [other for other in listed(run.checkpoints, world) if named and step_of(other) > step_of(path)]
-    if world.agree(world.is_main and bool(later) and told_of_rewinding(later[-1]) == path.name):
-        run.tell(f"this run was sent back to {path.name} before, and goes on from its newest checkpoint")
+    if world.any_rank(world.is_main and bool(later) and recorded_rewind(later[-1]) == path.name):
+        run.tell(f"this run was rewound to {path.name} before, and resumes from its newest checkpoint")
         return newest_good(run, run.checkpoints, world)
     checked(path, world)
-    world.agree(False)  # every rank has looked
+    world.any_rank(False)  # a barrier: every rank has checked it
     if world.is_main:
         for other in later:
             run.tell(f"{other.name} is now {run.checkpoints.set_aside(other, 'aside').name}")
-    world.agree(False)
+    world.any_rank(False)
     return path
 
 
-def told_of_rewinding(checkpoint: Path) -> str | None:
-    """To which checkpoint its run had been sent back; None too, if it cannot be read."""
+def recorded_rewind(checkpoint: Path) -> str | None:
+    """Read which checkpoint its run had been rewound to; None if to none, or if the record cannot be read."""
     try:
         return json.loads((checkpoint / STATE).read_text()).get("rewound_to")
     except (OSError, ValueError, AttributeError):
         return None
 
 
-def checked(path: Path, world: World) -> Path:
-    """Raises CheckpointError if a checkpoint that was asked for is not as it was written."""
+def checked(path: Path, world: Ranks) -> Path:
+    """Return a checkpoint that was asked for. Raises CheckpointError if it is damaged."""
     reason = damage(path, world)
     if reason is not None:
-        raise CheckpointError(f"{path}, which run.resume asks for, is damaged ({reason}): give another")
+        raise CheckpointError(f"{path}, which run.resume names, is damaged ({reason}): give another")
     return path
 
 
-def damage(path: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, the same on every rank; each rank reads a part of it."""
+def damage(path: Path, world: Ranks) -> str | None:
+    """Verify a checkpoint, each rank a part of it. All ranks agree on whether it is damaged."""
     mine = fault(path, part=world.rank, parts=world.ranks)
-    if not world.agree(mine is not None):
+    if not world.any_rank(mine is not None):
         return None
     if mine is not None and not world.is_main:
         print(f"rank {world.rank}: {path}: {mine}", flush=True)
-    return mine or "another rank says where"
+    return mine or "another rank reports where"

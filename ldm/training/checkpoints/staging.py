@@ -1,4 +1,4 @@
-"""Copies of tensors, for a thread to write while the tensors move on."""
+"""Staging buffers: copies of tensors that a thread can write while training changes the originals."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 
-class Copies:
-    """Of the same tensors, taken again and again into the same memory: fresh memory is several times slower to fill.
+class StagingBuffers:
+    """Buffers for copies of the same tensors, reused at each save: fresh memory is several times slower to fill.
 
-    Tensors that lie side by side in memory, as ZeRO has them, are copied as one: a call for each of a thousand small
-    ones would cost more than the bytes.
+    Tensors adjacent in memory, as under ZeRO, are copied as one: a thousand calls for small tensors would cost more
+    than copying the bytes.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises RuntimeError if there is no memory for them. Nothing is copied yet."""
+        """Allocate the buffers; nothing is copied yet. Raises RuntimeError if there is not enough memory."""
         self._originals = dict(tensors)
-        self.tensors: dict[str, Tensor] = {}  # contiguous, in this machine's memory
+        self.tensors: dict[str, Tensor] = {}  # contiguous, in host memory
         self._sources: list[Tensor] = []
         self._targets: list[Tensor] = []
-        for run in side_by_side(self._originals):
+        for run in adjacent_runs(self._originals):
             sizes = [self._originals[key].numel() for key in run]
             source = self._originals[run[0]].detach()
             if len(run) > 1:
@@ -33,22 +33,22 @@ class Copies:
             for key, part in zip(run, target.view(-1).split(sizes), strict=True):
                 self.tensors[key] = part.view(self._originals[key].shape)
 
-    def are_of(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these are the very tensors that are copied here."""
+    def matches(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether these are the same tensor objects that the buffers were made for."""
         same = tensors.keys() == self._originals.keys()
         return same and all(map(is_, tensors.values(), map(self._originals.__getitem__, tensors)))
 
-    def take(self) -> None:
-        """Copy what the tensors hold now."""
+    def copy(self) -> None:
+        """Copy the current values of the tensors."""
         if self._sources:
-            copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-            copy(self._targets, self._sources, non_blocking=True)
+            foreach_copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+            foreach_copy(self._targets, self._sources, non_blocking=True)
         if any(source.is_cuda for source in self._sources):
             torch.cuda.synchronize()
 
 
-def side_by_side(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """The keys in runs of tensors each of which begins where the one before ends, in the same memory."""
+def adjacent_runs(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Group the keys into runs of tensors, each of which begins in memory where the one before ends."""
     place = {key: (tensor.untyped_storage().data_ptr(), tensor.data_ptr()) for key, tensor in tensors.items()}
     run: list[str] = []
     for key in sorted(tensors, key=place.__getitem__):
@@ -63,5 +63,5 @@ def side_by_side(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
 
 def _follows(first: Tensor, second: Tensor) -> bool:
     alike = first.dtype == second.dtype and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    whole = all(tensor.is_contiguous() and tensor.numel() > 0 for tensor in (first, second))
-    return bool(alike and whole and first.storage_offset() + first.numel() == second.storage_offset())
+    contiguous = all(tensor.is_contiguous() and tensor.numel() > 0 for tensor in (first, second))
+    return bool(alike and contiguous and first.storage_offset() + first.numel() == second.storage_offset())

@@ -1,4 +1,4 @@
-"""What a training run consists of, as a checkpoint, and a checkpoint as a training run."""
+"""Save the complete state of a training run as a checkpoint, and restore it."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from ldm.files.messages import one_line
 from ldm.training.checkpoints import STATE, Checkpoints, Fragments, Saver, Span, Status
 from ldm.training.checkpoints.rng_state import generator_states, restore_generators
 from ldm.training.checkpoints.saver import POLL_SECONDS
-from ldm.training.engine.distributed import World
+from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.zero_partition import Partition
 from ldm.training.optim.ema import EMA
 
 
 class Saved(NamedTuple):
-    """A checkpoint that was written, or that could not be."""
+    """The outcome of a save."""
 
     path: Path
     failed: bool
-    reason: str | None  # on a rank that failed
+    reason: str | None  # only on a rank that failed
 
 
 class Resumption:
-    """Gathers this rank's share of a run for its checkpoints, and gives it back."""
+    """Collects this rank's part of the training state for checkpoints, and restores it."""
 
     def __init__(
         self,
-        world: World,
+        world: Ranks,
         partition: Partition,
         averages: Mapping[str, EMA],
         checkpoints: Checkpoints | None,
@@ -50,14 +50,14 @@ class Resumption:
         self._about = {"ranks": world.ranks, "versions": {name: version(name) for name in packages}}
 
     def kept_whole(self) -> dict[str, Tensor]:
-        """The network's buffers, which no rank shares out."""
+        """Collect the network's persistent buffers, which are not sharded."""
         saved = self.module.state_dict().keys()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in saved}
 
     def begin(self, step: int, record: dict[str, Any]) -> Saved | None:
-        """Copy everything, and start to write. Returns what went wrong, if the folder cannot be made, else None."""
-        assert self._saver is not None, "an engine without a folder for checkpoints cannot save any"
-        assert self._saver.status is Status.IDLE, "finish the save before"
+        """Copy the state and start to write it. Returns the failure if the folder cannot be created, else None."""
+        assert self._saver is not None, "an engine without a checkpoint folder cannot save"
+        assert self._saver.status is Status.IDLE, "finish the previous save first"
         self._writing = self._saver.checkpoints.path(step)
         tensors, spans = self._tensors()
         reason = None
@@ -67,39 +67,39 @@ class Resumption:
                 self._saver.prepare(step, size * self.world.ranks)
             except OSError as error:
                 reason = one_line(error)
-        if self.world.agree(reason is not None):
+        if self.world.any_rank(reason is not None):
             return Saved(self._writing, True, reason)
         self._saver.begin(step, tensors, spans, record | self._about)
         return None
 
     def report(self) -> list[float]:
-        """Whether this rank has written its part, and whether it could not, for all ranks to add up."""
+        """Return whether this rank has written its part, and whether it failed, as numbers to sum over all ranks."""
         status = self._saver.status if self._saver is not None else Status.IDLE
         return [float(status is Status.WRITTEN), float(status is Status.FAILED)]
 
     def settle(self, reports: Sequence[float]) -> Saved | None:
-        """What all ranks' reports together say of the checkpoint that is being written: None, if nothing new."""
+        """Complete the current save if the summed reports of all ranks end it, and return the outcome, else None."""
         written, failed = reports
         if self._saver is None or not (failed or written == self.world.ranks):
             return None
         self._saver.end(abandon=failed > 0)
         error = self._saver.error
-        # What fails after the checkpoint has its name is no failure; the main rank knows, for its thread gives it.
-        lost = failed > 0 and not self.world.agree(self.world.is_main and self._writing.exists())
+        # An error after the checkpoint was renamed is not a failure; only the main rank, which renames it, knows.
+        lost = failed > 0 and not self.world.any_rank(self.world.is_main and self._writing.exists())
         return Saved(self._writing, lost, None if error is None else one_line(error))
 
     def finish(self) -> Saved | None:
-        """Wait until the checkpoint that is being written, if one is, is there or has failed."""
-        if self._saver is None or not self.world.agree(self._saver.status is not Status.IDLE):
+        """Wait until the current save, if there is one, is complete or has failed."""
+        if self._saver is None or not self.world.any_rank(self._saver.status is not Status.IDLE):
             return None
         while True:
-            saved = self.settle(self.world.sums(self.report()))
+            saved = self.settle(self.world.all_reduce(self.report()))
             if saved is not None:
                 return saved
             time.sleep(POLL_SECONDS)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Take over everything; returns the record. Raises CheckpointError."""
+        """Restore the state from a checkpoint; returns its record. Raises CheckpointError."""
         with _readable(folder), Fragments(folder) as fragments:
             record = json.loads((folder / STATE).read_text())
             self._check(fragments, folder)
@@ -118,8 +118,8 @@ class Resumption:
         return record
 
     @cached_property
-    def _shares(self) -> tuple[dict[str, Tensor], dict[str, Span]]:
-        """All that this rank owns, as views, and their places: the optimiser and the averages work in place."""
+    def _owned(self) -> tuple[dict[str, Tensor], dict[str, Span]]:
+        """Views of all that this rank owns, and their spans. They stay valid: optimiser and averages work in place."""
         tensors: dict[str, Tensor] = {}
         spans: dict[str, Span] = {}
         for piece in self.partition.owned:
@@ -131,9 +131,9 @@ class Resumption:
         return tensors, spans
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Span]]:
-        """This rank's tensors by their names in its file and, of those that are fragments, their places."""
-        shares, spans = self._shares
-        tensors = shares | {f"generators/{self.world.rank}/{name}": state for name, state in generator_states().items()}
+        """Collect this rank's tensors by their names in its file, and the spans of those that are fragments."""
+        owned, spans = self._owned
+        tensors = owned | {f"generators/{self.world.rank}/{name}": state for name, state in generator_states().items()}
         if self.world.is_main:
             tensors |= {f"buffers/{name}": buffer for name, buffer in self.kept_whole().items()}
         return tensors, spans
@@ -144,12 +144,12 @@ class Resumption:
         for name in sorted(held.keys() | wanted.keys()):
             if held.get(name) != wanted.get(name):
                 raise CheckpointError(
-                    f"{folder} holds {held.get(name, 'no')} elements of {name}, this network has "
-                    f"{wanted.get(name, 'no')}: it is another network's, give another run.name"
+                    f"{folder} holds {held.get(name, 'no')} elements of {name}, but this network has "
+                    f"{wanted.get(name, 'no')}: it belongs to another network, give another run.name"
                 )
 
     def _restore_generators(self, fragments: Fragments, record: Mapping[str, Any]) -> None:
-        """This rank's own or, if there was none of its number, such as depend on its number and the step."""
+        """Restore this rank's generators; without stored states, seed them from the position and the rank."""
         own = f"generators/{self.world.rank}/"
         states = {key.removeprefix(own): fragments.whole(key) for key in fragments.keys() if key.startswith(own)}
         if states:
@@ -159,20 +159,20 @@ class Resumption:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a checkpoint tells of itself. Raises CheckpointError if it is another program's."""
+    """Read a checkpoint's record. Raises CheckpointError if another program wrote it."""
     with _readable(folder):
         record = json.loads((folder / STATE).read_text())
         if missing := {"config", "data", "step", "position", "ranks", "precision"} - record.keys():
-            raise ValueError(f"its {STATE} says nothing of {', '.join(sorted(missing))}")
+            raise ValueError(f"its {STATE} lacks {', '.join(sorted(missing))}")
         return record
 
 
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """What is raised for files that are missing or of another form, as a CheckpointError."""
+    """Context manager: turn errors from missing or malformed files into CheckpointError."""
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # safetensors' own error is a plain Exception
+    except Exception as error:  # safetensors' own errors derive from Exception only
         raise CheckpointError(f"{folder} cannot be read ({one_line(error, 200)}): take an earlier one") from error

@@ -28,7 +28,7 @@ from ldm.training.checkpoints import Checkpoints
 from ldm.training.checkpoints.train_state import Resumption, Saved
 from ldm.training.engine.activation_checkpointing import recompute_blocks
 from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_settings, resolved_precision
-from ldm.training.engine.distributed import World
+from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.zero_partition import partition_of
 from ldm.training.optim.ema import EMA, WarmedUp
 from ldm.training.optim.loss_scale import LossScale
@@ -49,7 +49,7 @@ class Update(NamedTuple):
     saved: Saved | None  # a checkpoint that has been written, or could not be, since the last update
 
 
-def start_process() -> World:
+def start_process() -> Ranks:
     """Join the other processes (launched by deepspeed or torchrun; alone under plain python), and pick the device.
 
     Call it once, before any tensor work: denormals must be flushed before the threads start. Without that a freshly
@@ -78,7 +78,7 @@ def start_process() -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def _join() -> None:
@@ -126,7 +126,7 @@ class Engine:
     def __init__(
         self,
         network: nn.Module,
-        world: World,
+        world: Ranks,
         *,
         config: EngineConfig,
         optim: OptimConfig,
@@ -198,7 +198,7 @@ class Engine:
         for number, loss in enumerate(losses, 1):
             mine = loss.item()
             bad = [float(rank == self.world.rank and not math.isfinite(mine)) for rank in range(self.world.ranks)]
-            told = self.world.sums([mine, *map(float, wishes), *self._resumption.report(), *bad])
+            told = self.world.all_reduce([mine, *map(float, wishes), *self._resumption.report(), *bad])
             total += told[0] / self.world.ranks / self.config.accumulation
             bad_ranks = [rank for rank, count in enumerate(told[-self.world.ranks :]) if count]
             if bad_ranks:
@@ -283,7 +283,7 @@ class Engine:
         starts = {piece.span.name: piece.span.start for piece in self._partition.owned}
         found: dict[str, Tensor] = {}
         for name, shape in self._partition.shapes.items():
-            whole = self.world.whole(average.shadow.get(name), starts.get(name, 0), shape)
+            whole = self.world.gather_flat(average.shadow.get(name), starts.get(name, 0), shape)
             if self.world.is_main:
                 found[name] = whole.cpu()  # one at a time on the device
         return found | self._resumption.kept_whole() if self.world.is_main else {}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.training.checkpoints import Span
-from ldm.training.engine.distributed import World
+from ldm.training.engine.distributed import Ranks
 from ldm.training.optim.muon import Cut
 from ldm.training.optim.optimizers import MuonAndAdamW, prepare_state, set_step
 
@@ -40,7 +40,7 @@ class Piece:
 class Partition:
     """This rank's pieces of all weights. optimizer: DeepSpeed's, or under ZeRO 0 PyTorch's."""
 
-    def __init__(self, network: nn.Module, optimizer: Any, world: World) -> None:
+    def __init__(self, network: nn.Module, optimizer: Any, world: Ranks) -> None:
         self.world = world
         self.weights = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.shapes: dict[str, torch.Size] = {n: getattr(p, "ds_shape", p.shape) for n, p in self.weights.items()}
@@ -116,7 +116,7 @@ class CutUp(Partition):
                 piece, shape = pieces.get(name), self.shapes[name]
                 cut = Cut(shape, piece.span.start, piece.offset, piece.span.size) if piece else Cut(shape, 0, 0, 0)
                 cuts.setdefault(self._home(name), []).append(cut)
-        optimizer.lay_out(cuts, lambda part, cut: self.world.whole(part, cut.start, cut.shape, everywhere=True))
+        optimizer.lay_out(cuts, lambda part, cut: self.world.gather_flat(part, cut.start, cut.shape, everywhere=True))
 
 
 class Flattened(CutUp):
@@ -172,7 +172,7 @@ class Sharded(CutUp):
         self.zero.checkpoint_event_epilogue()
 
 
-def partition_of(network: nn.Module, optimizer: Any, world: World, *, zero_stage: int) -> Partition:
+def partition_of(network: nn.Module, optimizer: Any, world: Ranks, *, zero_stage: int) -> Partition:
     match zero_stage:
         case 0:
             return Replicated(network, optimizer, world)

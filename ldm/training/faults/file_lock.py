@@ -1,4 +1,4 @@
-"""A folder that one process at a time works in, on whichever machines."""
+"""Lock a folder, so that only one process at a time works in it, on any machine that shares it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 import socket
 from pathlib import Path
 
-LOCK = ".lock"  # a file and not the folder: on NFS what is locked must be open for writing
+LOCK = ".lock"  # not the folder itself: NFS locks only what is open for writing
 
 
 class Taken(Exception):
-    """Another process works in a folder; says which."""
+    """Another process holds the lock of a folder; the message names it."""
 
 
 def lock_folder(folder: Path) -> int:
-    """Keep a folder until this process ends, however it ends, or the descriptor that is returned is closed.
+    """Lock a folder until this process ends, in whatever way, or the returned descriptor is closed.
 
-    Raises Taken, or OSError where the file system knows no locks.
+    Raises Taken if it is locked, or OSError if the file system does not support locks.
     """
     import fcntl
 

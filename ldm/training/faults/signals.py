@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a training step is finished and saved first, anything else is given up at once."""
+"""Handle SIGTERM and SIGINT: finish and save a training step first, abandon any other work at once."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from ldm.errors import Stopped
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopRequest:
-    """What this process was asked by signals. A second SIGINT is a KeyboardInterrupt, wherever it is met."""
+class StopSignal:
+    """The stop signal of this process, if one has come. A second SIGINT always raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self.name: str | None = None  # of the signal that came
+        self.name: str | None = None  # of the last signal
         self._deferred = False
         self._interrupted = False  # by SIGINT
-        self._arrivals: int | None = None  # a pipe's end, where the system leaves the number of each signal that comes
+        self._arrivals: int | None = None  # read end of the wakeup pipe: the number of each signal
 
     def listen(self) -> None:
-        """Take over the signals of this process; to be called by its main thread."""
+        """Install the signal handlers. Call it from the main thread."""
         for number in SIGNALS:
-            signal.signal(number, self._hear)
-        self._arrivals, entrance = os.pipe()
-        for end in (self._arrivals, entrance):
+            signal.signal(number, self._handle)
+        self._arrivals, write_end = os.pipe()
+        for end in (self._arrivals, write_end):
             os.set_blocking(end, False)
-        signal.set_wakeup_fd(entrance, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
 
     @property
     def requested(self) -> bool:
         return self.name is not None
 
     def arrived(self) -> bool:
-        """Whether a signal has come since this was last asked. It may not have been heard: while the main thread waits
-        for a message from another rank, nothing in Python is told of signals."""
+        """Return whether a signal has come since the last call, even if its handler has not run yet: Python runs no
+        handler while the main thread waits for a message from another rank."""
         if self._arrivals is None:
             return False
         try:
             return any(number in SIGNALS for number in os.read(self._arrivals, 1000))
-        except BlockingIOError:  # none
+        except BlockingIOError:  # the pipe is empty
             return False
 
     @property
     def obeys_at_once(self) -> bool:
-        """Whether a signal that came now would end what is being done."""
+        """Whether a signal would interrupt the current work now."""
         return not self._deferred
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, a signal is only noted: the caller asks for it where it can be obeyed."""
+        """Context manager: signals are only recorded; the caller checks `requested` where it can stop."""
         self._deferred = True
         try:
             yield
@@ -60,9 +60,9 @@ class StopRequest:
             self._deferred = False
 
     def interruptible(self, work: Callable[[], None]) -> bool:
-        """Within `deferred`: do what may be given up, unless a signal came before. Returns whether it was done."""
+        """Within `deferred`: run work that a signal may interrupt. Returns whether it was completed."""
         try:
-            self._deferred = False  # first, so that no signal falls between the question and the work
+            self._deferred = False  # first, so that no signal is lost between the check and the work
             if self.requested:
                 return False
             work()
@@ -72,12 +72,12 @@ class StopRequest:
         finally:
             self._deferred = True
 
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         again = number == signal.SIGINT and self._interrupted
         self._interrupted |= number == signal.SIGINT
         self.name = signal.Signals(number).name
         if again:
             raise KeyboardInterrupt
         if not self._deferred:
-            self._deferred = True  # a launcher sends another signal soon, which must not disturb what this one begins
+            self._deferred = True  # a launcher soon sends another signal, which must not disturb the shutdown
             raise Stopped

@@ -245,7 +245,7 @@ def test_memory_is_taken_once(folder: Path):
         saver.begin(step, tensors, spans, {})
         saver.end(abandon=False)
         assert saver.error is None
-        places.append(saver._copies.tensors["weights/matrix"].data_ptr())
+        places.append(saver._staging.tensors["weights/matrix"].data_ptr())
         with safe_open(folder / f"step_{step:07d}.partial" / "rank_00001.safetensors", "pt") as file:
             assert torch.equal(file.get_tensor("weights/matrix"), tensors["weights/matrix"])
     assert places[0] == places[1]

@@ -16,21 +16,21 @@ from ldm.training.checkpoints import Digest, fault, step_of
 from ldm.training.checkpoints.select import check_record, choose, rewound_to
 from ldm.training.checkpoints.train_state import CheckpointError
 from ldm.training.configs import TrainConfig
-from ldm.training.engine.distributed import World
+from ldm.training.engine.distributed import Ranks
 from ldm.training.run import Run, RunConfig
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-class Two(World):
+class Two(Ranks):
     """This rank of two, in a world whose other rank finds nothing wrong, or something."""
 
     other_finds = False
 
-    def from_main(self, numbers: Sequence[float]) -> list[float]:
+    def broadcast(self, numbers: Sequence[float]) -> list[float]:
         return list(numbers) if self.is_main else [10.0, 20.0]
 
-    def agree(self, wish: bool) -> bool:
+    def any_rank(self, wish: bool) -> bool:
         return wish or self.other_finds
 
 
@@ -103,7 +103,7 @@ def test_where_none_is_good_the_run_does_not_begin_again(tmp_path: Path):
     run = make_run(tmp_path, 10, 20)
     damage(run, 10, 20)
     before = names(run)
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints in .* is as it was written: give another"):
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints in .* is valid: give another"):
         choose(run, ALONE)
     assert names(run) == before
 
@@ -133,7 +133,7 @@ def test_the_same_command_again_does_not_go_back_twice(tmp_path: Path, capsys: p
     asked = make_run(tmp_path, resume=run.checkpoints.path(10))
     assert choose(asked, ALONE) == run.checkpoints.path(20)
     assert names(run) == {"step_0000010", "step_0000020"}
-    assert "was sent back to step_0000010 before, and goes on from its newest" in capsys.readouterr().out
+    assert "was rewound to step_0000010 before, and resumes from its newest" in capsys.readouterr().out
     shutil.rmtree(run.checkpoints.path(10))  # which may have been removed since, as too old
     assert choose(asked, ALONE) == run.checkpoints.path(20)
     # What the next checkpoints tell: still the same, or where the run is sent back to now.
@@ -149,7 +149,7 @@ def test_what_was_asked_for_by_name_must_be_good(tmp_path: Path, asked: str):
     damage(run, 20)
     run.checkpoints.set_aside(run.checkpoints.path(30), "aside")
     before = names(run)
-    with pytest.raises(CheckpointError, match=rf"{asked}, which run.resume asks for, is damaged \(.+\): give another"):
+    with pytest.raises(CheckpointError, match=rf"{asked}, which run.resume names, is damaged \(.+\): give another"):
         choose(make_run(tmp_path, resume=run.checkpoints.folder / asked), ALONE)
     assert names(run) == before
 
@@ -168,7 +168,7 @@ def test_a_new_run_begins_with_another_ones(tmp_path: Path, by: str):
 def test_another_ones_checkpoint_must_be_good_too(tmp_path: Path):
     other = make_run(tmp_path, 10, 20, name="other")
     damage(other, 20)
-    with pytest.raises(CheckpointError, match="step_0000020, which run.resume asks for, is damaged"):
+    with pytest.raises(CheckpointError, match="step_0000020, which run.resume names, is damaged"):
         choose(make_run(tmp_path, resume=other.checkpoints.path(20)), ALONE)
     damage(other, 10)
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
@@ -182,7 +182,7 @@ def test_a_run_that_has_begun_goes_on_from_its_own(tmp_path: Path, by: str, caps
     asked = other.config.path if by == "run" else other.checkpoints.path(10)
     run = make_run(tmp_path, 20, resume=asked)
     assert choose(run, ALONE) == run.checkpoints.path(20)
-    assert f"trial has checkpoints of its own, so run.resume={asked} is not looked at" in capsys.readouterr().out
+    assert f"trial has checkpoints of its own, so run.resume={asked} is ignored" in capsys.readouterr().out
 
 
 def test_its_own_folder_is_its_newest(tmp_path: Path):
@@ -194,7 +194,7 @@ def test_what_holds_no_checkpoints_is_refused(tmp_path: Path):
     empty = make_run(tmp_path, 10, name="empty")
     shutil.rmtree(empty.checkpoints.path(10))
     for asked in (tmp_path / "nowhere", empty.config.path, tmp_path):
-        with pytest.raises(CheckpointError, match=f"run.resume is {asked}, which is no checkpoint, nor a run that has"):
+        with pytest.raises(CheckpointError, match=f"run.resume is {asked}, which is neither a checkpoint nor a run"):
             choose(make_run(tmp_path, resume=asked), ALONE)
 
 
@@ -250,7 +250,7 @@ def test_shards_may_move_if_manifests_say_that_they_are_the_same(tmp_path: Path)
             check_record(record, run, unknown)
     run.config_text = dump_of_a_run()
     check_record(record, run, FEW)  # the manifests are gone: the numbers of samples are what is left
-    with pytest.raises(ValueError, match="by the sha256 of their manifests, other ones"):
+    with pytest.raises(ValueError, match="by the sha256 of their manifests, different ones"):
         check_record(record, run, FEW | {"contents": "124"})
     del record["data"]["contents"]  # as versions before this wrote it
     check_record(record, run, FEW | {"contents": "124"})

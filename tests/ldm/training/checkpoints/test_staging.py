@@ -1,19 +1,19 @@
-"""Copies that are taken again and again, and of what lies side by side at once."""
+"""Staging buffers: copies that are made again and again, of adjacent tensors at once."""
 
 from __future__ import annotations
 
 import torch
 
-from ldm.training.checkpoints.staging import Copies, side_by_side
+from ldm.training.checkpoints.staging import StagingBuffers, adjacent_runs
 
 
 def test_a_copy_is_of_the_moment_when_it_is_taken():
     tensors = {"a": torch.zeros(3), "b": torch.zeros(2, 2, dtype=torch.int64)}
-    copies = Copies(tensors)
+    copies = StagingBuffers(tensors)
     for number in (1, 2):
         for tensor in tensors.values():
             tensor.fill_(number)
-        copies.take()
+        copies.copy()
         for tensor in tensors.values():
             tensor.fill_(9)
         assert copies.tensors["a"].tolist() == [number] * 3 and copies.tensors["b"].tolist() == [[number] * 2] * 2
@@ -22,9 +22,9 @@ def test_a_copy_is_of_the_moment_when_it_is_taken():
 def test_what_lies_side_by_side_is_one_run_whatever_the_order():
     flat, other = torch.arange(10.0), torch.arange(10.0, 14.0)
     tensors = {"end": flat[7:], "other": other[:2], "start": flat[:4], "middle": flat[4:7]}
-    assert sorted(side_by_side(tensors)) == [["other"], ["start", "middle", "end"]]
-    copies = Copies(tensors)
-    copies.take()
+    assert sorted(adjacent_runs(tensors)) == [["other"], ["start", "middle", "end"]]
+    copies = StagingBuffers(tensors)
+    copies.copy()
     assert {key: copy.tolist() for key, copy in copies.tensors.items()} == {
         "start": [0, 1, 2, 3],
         "middle": [4, 5, 6],
@@ -44,9 +44,9 @@ def test_gaps_overlaps_and_layouts_are_told_apart():
         "other_numbers": flat[10:].view(torch.int32),
         "nothing": flat[12:],
     }
-    assert all(len(run) == 1 for run in side_by_side(tensors))
-    copies = Copies(tensors)
-    copies.take()
+    assert all(len(run) == 1 for run in adjacent_runs(tensors))
+    copies = StagingBuffers(tensors)
+    copies.copy()
     for key, tensor in tensors.items():
         assert torch.equal(copies.tensors[key], tensor) and copies.tensors[key].is_contiguous(), key
 
@@ -54,9 +54,9 @@ def test_gaps_overlaps_and_layouts_are_told_apart():
 def test_matrices_keep_their_shapes_in_a_run():
     flat = torch.arange(10.0, requires_grad=True)
     tensors = {"matrix": flat[:6].view(2, 3), "number": flat[6], "vector": flat[7:]}
-    assert list(side_by_side(tensors)) == [["matrix", "number", "vector"]]
-    copies = Copies(tensors)
-    copies.take()
+    assert list(adjacent_runs(tensors)) == [["matrix", "number", "vector"]]
+    copies = StagingBuffers(tensors)
+    copies.copy()
     for key, tensor in tensors.items():
         assert torch.equal(copies.tensors[key], tensor) and copies.tensors[key].shape == tensor.shape
         assert not copies.tensors[key].requires_grad
@@ -64,10 +64,10 @@ def test_matrices_keep_their_shapes_in_a_run():
 
 def test_other_tensors_of_the_same_names_are_others():
     a, b = torch.zeros(2), torch.zeros(2)
-    copies = Copies({"a": a, "b": b})
-    assert copies.are_of({"b": b, "a": a})
-    assert not copies.are_of({"a": a, "b": b.clone()})
-    assert not copies.are_of({"a": a}) and not copies.are_of({"a": a, "b": b, "c": b})
-    empty = Copies({})
-    empty.take()
-    assert empty.tensors == {} and empty.are_of({}) and not empty.are_of({"a": a})
+    copies = StagingBuffers({"a": a, "b": b})
+    assert copies.matches({"b": b, "a": a})
+    assert not copies.matches({"a": a, "b": b.clone()})
+    assert not copies.matches({"a": a}) and not copies.matches({"a": a, "b": b, "c": b})
+    empty = StagingBuffers({})
+    empty.copy()
+    assert empty.tensors == {} and empty.matches({}) and not empty.matches({"a": a})

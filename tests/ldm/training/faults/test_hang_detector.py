@@ -9,17 +9,17 @@ import time
 
 import pytest
 
-from ldm.training.faults.watchdog import DONE, ELSEWHERE, LONGEST_STEPS, STEP, Beat, Judge, process_lives
+from ldm.training.faults.watchdog import DONE, ELSEWHERE, LONGEST_STEPS, STEP, HangDetector, Heartbeat, process_lives
 
 HOST = "this-host"
 HANG = 10.0
 
 
 class Story:
-    """What ranks tell a judge, at times that the test gives."""
+    """What ranks tell a detector, at times that the test gives."""
 
     def __init__(self, *, ranks: int = 3) -> None:
-        self.judge = Judge(HANG, HOST)
+        self.detector = HangDetector(HANG, HOST)
         self.ranks, self.now = ranks, 0.0
         self.counts, self.progress = [0] * ranks, [0] * ranks
         self.phases = [STEP] * ranks
@@ -35,14 +35,14 @@ class Story:
                 self.counts[rank] += 1
                 self.progress[rank] += rank not in still
                 self.hear(rank)
-            verdict = self.judge.verdict(self.now)
+            verdict = self.detector.verdict(self.now)
             if verdict is not None:
                 return verdict
         return None
 
     def hear(self, rank: int) -> None:
-        beat = Beat(self.counts[rank], self.progress[rank], 7, self.phases[rank], self.pids[rank], HOST)
-        self.judge.hear(rank, Beat.parse(str(beat).encode()), self.now)
+        beat = Heartbeat(self.counts[rank], self.progress[rank], 7, self.phases[rank], self.pids[rank], HOST)
+        self.detector.observe(rank, Heartbeat.parse(str(beat).encode()), self.now)
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ def dead_pid() -> int:
 
 
 def test_a_beat_is_read_as_it_was_told():
-    beat = Beat(3, 14, 15, STEP, 92, "a host with spaces")
-    assert Beat.parse(str(beat).encode()) == beat
+    beat = Heartbeat(3, 14, 15, STEP, 92, "a host with spaces")
+    assert Heartbeat.parse(str(beat).encode()) == beat
 
 
 def test_ranks_that_move_on_are_left_alone():
@@ -62,7 +62,7 @@ def test_ranks_that_move_on_are_left_alone():
 
 
 def test_before_anybody_is_heard_of_nobody_is_to_blame():
-    assert Judge(HANG, HOST).verdict(1e9) is None
+    assert HangDetector(HANG, HOST).verdict(1e9) is None
 
 
 @pytest.mark.parametrize("phase", [STEP, ELSEWHERE])
@@ -85,9 +85,9 @@ def test_a_rank_that_was_done_may_end(dead_pid: int):
 
 
 def test_processes_of_other_hosts_are_not_looked_for(dead_pid: int):
-    judge = Judge(HANG, HOST)
-    judge.hear(1, Beat(1, 1, 1, STEP, dead_pid, "another"), 0.0)
-    assert judge.verdict(1.0) is None
+    detector = HangDetector(HANG, HOST)
+    detector.observe(1, Heartbeat(1, 1, 1, STEP, dead_pid, "another"), 0.0)
+    assert detector.verdict(1.0) is None
 
 
 @pytest.mark.parametrize("phase", [STEP, ELSEWHERE])
@@ -98,10 +98,10 @@ def test_a_silent_rank_is_named(phase: str):
     assert story.pass_time(5) is None
     assert story.pass_time(HANG, silent=(2,)) is None
     assert story.pass_time(1, silent=(2,)) == "rank 2 has not answered for 11 s"
-    assert story.judge.quiet(story.now, HANG) == [2]
+    assert story.detector.quiet(story.now, HANG) == [2]
     story.phases[2] = DONE
     story.hear(2)
-    assert story.judge.quiet(story.now, 0) == []
+    assert story.detector.quiet(story.now, 0) == []
 
 
 def test_the_rank_that_the_others_wait_for_is_named():
@@ -110,13 +110,14 @@ def test_the_rank_that_the_others_wait_for_is_named():
     assert story.pass_time(1, still=(1,)) is None  # the others reach the end of the step, and wait there
     assert story.pass_time(HANG - 1, still=(0, 1, 2)) is None
     verdict = story.pass_time(5, still=(0, 1, 2))
-    assert verdict is not None and verdict.startswith("rank 1 has not moved for ")
+    assert verdict is not None and verdict.startswith("rank 1 has made no progress for ")
 
 
 def test_when_all_stand_at_the_same_place_all_are_named():
     story = Story()
     story.pass_time(5)
-    assert story.pass_time(2 * HANG, still=(0, 1, 2)) == "ranks 0, 1, 2 have not moved for 11 s (engine.hang_seconds)"
+    verdict = story.pass_time(2 * HANG, still=(0, 1, 2))
+    assert verdict == "ranks 0, 1, 2 have made no progress for 11 s (engine.hang_seconds)"
 
 
 @pytest.mark.parametrize("rank", range(3))
@@ -126,7 +127,8 @@ def test_a_rank_may_be_elsewhere_for_ten_times_as_long(rank: int):
     story.pass_time(5)
     story.phases[rank] = ELSEWHERE
     assert story.pass_time(9 * HANG, still=(0, 1, 2)) is None
-    assert story.pass_time(2 * HANG, still=(0, 1, 2)) == f"rank {rank} has not moved for 101 s (engine.hang_seconds)"
+    verdict = story.pass_time(2 * HANG, still=(0, 1, 2))
+    assert verdict == f"rank {rank} has made no progress for 101 s (engine.hang_seconds)"
     story.phases[rank] = STEP
     story.progress[rank] += 1
     assert story.pass_time(HANG, still=(0, 1, 2)) is None
@@ -146,7 +148,7 @@ def test_a_step_may_take_several_times_as_long_as_the_longest_before():
     story.pass_time(5)
     story.pass_time(long, still=(0, 1, 2))
     story.pass_time(1)
-    assert story.judge.longest_step == long + 1
+    assert story.detector.longest_step == long + 1
     assert story.pass_time(LONGEST_STEPS * (long + 1), still=(0, 1, 2)) is None
     assert story.pass_time(2, still=(0, 1, 2)) is not None
 
@@ -158,7 +160,7 @@ def test_time_elsewhere_makes_nobody_more_patient():
     story.pass_time(50 * HANG, still=(0, 1, 2))
     story.phases = [STEP] * 3
     story.pass_time(3)
-    assert story.judge.longest_step == 1
+    assert story.detector.longest_step == 1
     assert story.pass_time(HANG + 2, still=(0, 1, 2)) is not None
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from ldm.training.faults.signals import Stopped, StopRequest
+from ldm.training.faults.signals import Stopped, StopSignal
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 
 
 @pytest.fixture
-def stop() -> Iterator[StopRequest]:
+def stop() -> Iterator[StopSignal]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    request = StopRequest()
+    request = StopSignal()
     request.listen()
     yield request
     signal.set_wakeup_fd(-1)
@@ -32,14 +32,14 @@ def send(number: signal.Signals) -> None:
 
 
 @BOTH
-def test_where_nothing_is_lost_a_signal_stops_at_once(stop: StopRequest, number: signal.Signals):
+def test_where_nothing_is_lost_a_signal_stops_at_once(stop: StopSignal, number: signal.Signals):
     assert not stop.requested and stop.name is None
     with pytest.raises(Stopped):
         send(number)
     assert stop.requested and stop.name == number.name
 
 
-def test_nobody_takes_it_for_an_error_of_their_own(stop: StopRequest):
+def test_nobody_takes_it_for_an_error_of_their_own(stop: StopSignal):
     with pytest.raises(Stopped):
         try:
             send(signal.SIGTERM)
@@ -48,14 +48,14 @@ def test_nobody_takes_it_for_an_error_of_their_own(stop: StopRequest):
 
 
 @BOTH
-def test_a_deferred_signal_is_only_noted(stop: StopRequest, number: signal.Signals):
+def test_a_deferred_signal_is_only_noted(stop: StopSignal, number: signal.Signals):
     with stop.deferred():
         send(number)
         assert stop.requested and stop.name == number.name
     assert stop.requested
 
 
-def test_afterwards_signals_stop_at_once_again(stop: StopRequest):
+def test_afterwards_signals_stop_at_once_again(stop: StopSignal):
     with stop.deferred():
         send(signal.SIGTERM)
     with pytest.raises(Stopped):
@@ -66,7 +66,7 @@ def test_afterwards_signals_stop_at_once_again(stop: StopRequest):
         send(signal.SIGTERM)
 
 
-def test_a_second_sigint_is_obeyed_even_if_deferred(stop: StopRequest):
+def test_a_second_sigint_is_obeyed_even_if_deferred(stop: StopSignal):
     with stop.deferred():
         send(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -75,7 +75,7 @@ def test_a_second_sigint_is_obeyed_even_if_deferred(stop: StopRequest):
             send(signal.SIGINT)
 
 
-def test_sigterm_may_come_as_often_as_it_likes(stop: StopRequest):
+def test_sigterm_may_come_as_often_as_it_likes(stop: StopSignal):
     """Schedulers and launchers send it again and again, while the step is finished and saved."""
     with stop.deferred():
         for _ in range(5):
@@ -84,7 +84,7 @@ def test_sigterm_may_come_as_often_as_it_likes(stop: StopRequest):
     assert stop.name == "SIGINT"
 
 
-def test_a_launchers_sigterm_in_between_makes_the_second_sigint_no_first(stop: StopRequest):
+def test_a_launchers_sigterm_in_between_makes_the_second_sigint_no_first(stop: StopSignal):
     """After Ctrl-C, which reaches all processes, a launcher sends each a SIGTERM too."""
     with stop.deferred():
         send(signal.SIGINT)
@@ -94,7 +94,7 @@ def test_a_launchers_sigterm_in_between_makes_the_second_sigint_no_first(stop: S
 
 
 @BOTH
-def test_what_may_be_given_up_is(stop: StopRequest, number: signal.Signals):
+def test_what_may_be_given_up_is(stop: StopSignal, number: signal.Signals):
     done = []
 
     def work() -> None:
@@ -108,7 +108,7 @@ def test_what_may_be_given_up_is(stop: StopRequest, number: signal.Signals):
         send(signal.SIGTERM)  # deferred again
 
 
-def test_what_is_not_interrupted_is_done(stop: StopRequest):
+def test_what_is_not_interrupted_is_done(stop: StopSignal):
     done = []
     with stop.deferred():
         assert stop.interruptible(lambda: done.append(1))
@@ -116,13 +116,13 @@ def test_what_is_not_interrupted_is_done(stop: StopRequest):
         send(signal.SIGTERM)  # deferred again
 
 
-def test_after_a_signal_nothing_is_begun_that_would_be_given_up(stop: StopRequest):
+def test_after_a_signal_nothing_is_begun_that_would_be_given_up(stop: StopSignal):
     with stop.deferred():
         send(signal.SIGTERM)
         assert not stop.interruptible(lambda: pytest.fail("it was begun"))
 
 
-def test_errors_of_the_work_are_its_own(stop: StopRequest):
+def test_errors_of_the_work_are_its_own(stop: StopSignal):
     with stop.deferred():
         with pytest.raises(ZeroDivisionError):
             stop.interruptible(lambda: print(1 // 0))
@@ -130,9 +130,9 @@ def test_errors_of_the_work_are_its_own(stop: StopRequest):
 
 
 @BOTH
-def test_a_signal_has_arrived_before_it_is_heard(stop: StopRequest, number: signal.Signals):
+def test_a_signal_has_arrived_before_it_is_heard(stop: StopSignal, number: signal.Signals):
     """As another thread sees it while the main thread is held up outside of Python: played by the other way round."""
-    assert not StopRequest().arrived() and not stop.arrived()
+    assert not StopSignal().arrived() and not stop.arrived()
     with stop.deferred():
         send(number)
         assert stop.arrived() and not stop.arrived()
@@ -144,9 +144,9 @@ def test_a_thread_sees_what_the_main_thread_cannot_hear():
     """The main thread waits in C, and nothing in Python runs there until it is over."""
     script = """
 import ctypes, os, signal, threading, time
-from ldm.training.faults.signals import StopRequest
+from ldm.training.faults.signals import StopSignal
 
-stop = StopRequest()
+stop = StopSignal()
 stop.listen()
 
 def watch():

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from ldm.errors import PeerError
-from ldm.training.engine.distributed import World
-from ldm.training.faults.signals import StopRequest
-from ldm.training.faults.watchdog import DONE, ELSEWHERE, REMEDY, STEP, Beat, Watch, this_host
+from ldm.training.engine.distributed import Ranks
+from ldm.training.faults.signals import StopSignal
+from ldm.training.faults.watchdog import DONE, ELSEWHERE, REMEDY, STEP, Heartbeat, Watchdog, this_host
 
 # os._exit, which does not return, is played by an exception.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception in thread guard")
@@ -70,7 +70,7 @@ class Ends:
     def __init__(self) -> None:
         self.codes: list[int] = []
         self.killed: list[tuple[int, int]] = []
-        self.watches: list[Watch] = []
+        self.watches: list[Watchdog] = []
         self._kill = os.kill
 
     def exit(self, code: int) -> None:
@@ -89,10 +89,10 @@ class Ends:
         *,
         ranks: int = 3,
         hang_seconds: float = PATIENCE,
-        stop: StopRequest | None = None,
-    ) -> Watch:
-        world = World(rank, ranks, torch.device("cpu"))
-        self.watches.append(Watch(world, store, hang_seconds=hang_seconds, stop=stop or StopRequest()))
+        stop: StopSignal | None = None,
+    ) -> Watchdog:
+        world = Ranks(rank, ranks, torch.device("cpu"))
+        self.watches.append(Watchdog(world, store, hang_seconds=hang_seconds, stop=stop or StopSignal()))
         return self.watches[-1]
 
 
@@ -108,12 +108,12 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
 
 
 def beat(*, count: int = 1, phase: str = STEP, pid: int) -> str:
-    return str(Beat(count, 1, 1, phase, pid, this_host()))
+    return str(Heartbeat(count, 1, 1, phase, pid, this_host()))
 
 
 def test_a_single_process_watches_nobody():
     before = threading.active_count()
-    watch = Watch(World(0, 1, torch.device("cpu")), None, hang_seconds=0.01, stop=StopRequest())
+    watch = Watchdog(Ranks(0, 1, torch.device("cpu")), None, hang_seconds=0.01, stop=StopSignal())
     watch.moved(1)
     with watch.elsewhere():
         pass
@@ -129,7 +129,7 @@ def test_what_rank_0_finds_ends_all_ranks(ends: Ends, dead_pid: int, capfd: pyte
     assert ends.codes == [PeerError.exit_code] * 2 and content["verdict"] == "rank 1 died"
     told = capfd.readouterr().err.splitlines()
     assert sorted(told) == [
-        f"error: rank 1 died, training being at step 5 (told by rank {rank}): {REMEDY}" for rank in (0, 2)
+        f"error: rank 1 died while training was at step 5 (rank {rank} reports): {REMEDY}" for rank in (0, 2)
     ]
     assert not ends.killed
 
@@ -153,7 +153,7 @@ def test_a_store_that_is_gone_is_rank_0s_end(ends: Ends, rank: int, capfd: pytes
     until(lambda: f"beat/{rank}" in store.content)
     store.gone = True
     until(lambda: ends.codes == [PeerError.exit_code])
-    assert "error: rank 0, where all ranks meet, is gone" in capfd.readouterr().err
+    assert "error: rank 0, which hosts the store of all ranks, is gone" in capfd.readouterr().err
 
 
 def test_a_store_that_does_not_answer_is_rank_0s_hang(ends: Ends, capfd: pytest.CaptureFixture[str]):
@@ -162,7 +162,7 @@ def test_a_store_that_does_not_answer_is_rank_0s_hang(ends: Ends, capfd: pytest.
     until(lambda: "beat/2" in store.content)
     store.answers.clear()
     until(lambda: ends.codes == [PeerError.exit_code])
-    assert "error: rank 0, where all ranks meet, has not answered for " in capfd.readouterr().err
+    assert "error: rank 0, which hosts the store of all ranks, has not answered for " in capfd.readouterr().err
     store.answers.set()
 
 
@@ -174,10 +174,10 @@ def test_who_is_done_needs_nobody_and_nobody_waits_for_it(ends: Ends):
     other.moved(1)
     until(lambda: len(content) == 2)
     other.done()
-    assert Beat.parse(content["beat/1"].encode()).phase == DONE
+    assert Heartbeat.parse(content["beat/1"].encode()).phase == DONE
     second.gone = True
-    before = Beat.parse(content["beat/0"].encode()).count
-    until(lambda: Beat.parse(content["beat/0"].encode()).count > before + 3)
+    before = Heartbeat.parse(content["beat/0"].encode()).count
+    until(lambda: Heartbeat.parse(content["beat/0"].encode()).count > before + 3)
     assert not ends.codes
 
 
@@ -193,9 +193,9 @@ def test_rank_0_may_be_done_first(ends: Ends):
 
 def test_rank_0_may_end_well_before_the_others_say_that_they_are_done(ends: Ends):
     """Its store is gone then, but it was done: nobody is to blame."""
-    store = MemoryStore({"beat/0": str(Beat(9, 9, 9, DONE, os.getpid(), this_host()))})
+    store = MemoryStore({"beat/0": str(Heartbeat(9, 9, 9, DONE, os.getpid(), this_host()))})
     watch = ends.watch(1, store)
-    until(lambda: 0 in watch.judge.seen)
+    until(lambda: 0 in watch.detector.seen)
     store.gone = True
     until(lambda: not watch._threads[0].is_alive())
     assert watch._found is None and not ends.codes
@@ -221,7 +221,7 @@ def test_being_done_is_the_last_that_is_told(ends: Ends):
     release.set()
     saying.join()
     until(lambda: not any(thread.name == "peers" for thread in threading.enumerate()))
-    assert Beat.parse(store.content["beat/1"].encode()).phase == DONE
+    assert Heartbeat.parse(store.content["beat/1"].encode()).phase == DONE
 
 
 def test_a_rank_says_where_it_is(ends: Ends):
@@ -229,7 +229,7 @@ def test_a_rank_says_where_it_is(ends: Ends):
     watch = ends.watch(1, store, ranks=2)
 
     def told() -> tuple[int, int, str]:
-        now = Beat.parse(store.content["beat/1"].encode())
+        now = Heartbeat.parse(store.content["beat/1"].encode())
         return now.progress, now.step, now.phase
 
     until(lambda: "beat/1" in store.content and told() == (0, 0, ELSEWHERE))
@@ -242,18 +242,18 @@ def test_a_rank_says_where_it_is(ends: Ends):
 
 
 def test_after_a_broken_message_the_watch_looks_closer():
-    watch = Watch(World(1, 2, torch.device("cpu")), None, hang_seconds=300, stop=StopRequest())
+    watch = Watchdog(Ranks(1, 2, torch.device("cpu")), None, hang_seconds=300, stop=StopSignal())
     watch.moved(9)
     error = watch.lost(RuntimeError("Connection\nclosed"), within=0)
     expected = f"another rank ended, or cannot be reached, at step 9 (Connection closed): {REMEDY}"
     assert isinstance(error, PeerError) and str(error) == expected
-    assert watch.judge.hang_seconds <= 2
+    assert watch.detector.hang_seconds <= 2
 
 
 def test_a_rank_that_was_asked_to_stop_ends_what_rank_0_draws(ends: Ends, monkeypatch: pytest.MonkeyPatch):
     """And nothing else: what rank 0 takes note of by itself at the end of its step is not disturbed."""
     content: dict[str, str] = {}
-    asked, drawing = StopRequest(), StopRequest()
+    asked, drawing = StopSignal(), StopSignal()
     monkeypatch.setattr(asked, "arrived", iter([False, True, *[False] * 10**6]).__next__)
     ends.watch(1, MemoryStore(content), stop=asked)
     main = ends.watch(0, MemoryStore(content), stop=drawing)
@@ -270,7 +270,7 @@ def test_a_rank_that_was_asked_to_stop_ends_what_rank_0_draws(ends: Ends, monkey
 
 def test_rank_0_is_not_told_again_of_what_it_has_heard(ends: Ends):
     """Or a signal would come while it reports an error, and end it with another code."""
-    heard = StopRequest()
+    heard = StopSignal()
     heard.name = "SIGTERM"
     main = ends.watch(0, MemoryStore({"stop": "1"}), stop=heard)
     until(lambda: main._count > 3)
