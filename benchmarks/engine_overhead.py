@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--saves", type=int, default=10)
     args = parser.parse_args()
-    from ldm.training.engine.engine import start_process
+    from ldm.training.engine.launch import start_process
 
     world = start_process()
     folder = Path(tempfile.mkdtemp(prefix="overhead-"))
@@ -125,7 +125,7 @@ def saves(engine: Any, step: Callable[[], Any], count: int) -> None:
     for number in range(count + 1):
         step()
         began = time.perf_counter()
-        engine.save({})
+        engine.save()
         background = time.perf_counter() - began
         began, steps = time.perf_counter(), 0
         saved = None
@@ -136,7 +136,7 @@ def saves(engine: Any, step: Callable[[], Any], count: int) -> None:
         assert not saved.failed, saved
         step()
         began = time.perf_counter()
-        engine.save({})
+        engine.save()
         saved = engine.finish_save()
         blocking = time.perf_counter() - began
         assert saved is not None and not saved.failed, saved

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -14,22 +14,19 @@ from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
-import torch
 from PIL import ImageFile
 from torch import Tensor
 
 from data.config import DataConfig, HeldOutConfig
-from data.keyed import keyed_hash
 from data.ledger import FEWEST_BAD, BadShare, Ledger
 from data.order import SampleOrder, SetSpan, Visit
 from data.quarantine import LONGEST, BadSample, BadSampleError, MissingSampleError, Quarantine
-from data.samples import decode_pixels, read_captions
+from data.readers import Column, ImageCaptionReader, Reader
 from data.sources import Source, expand
 from data.store import ShardStore
 from ldm.errors import DataError
 from ldm.files.messages import printable
 
-Tokenize = Callable[[list[str]], Tensor]
 # Shards that can provide a substitute for a bad sample: its own, and the next two of its lane. With more, this rank
 # could wait for an unreachable location longer than the other ranks wait for it.
 SUBSTITUTE_SHARDS = 3
@@ -42,37 +39,48 @@ class Sample:
 
     place: tuple[int, int]  # shard, index
     key: str
-    pixels: Tensor  # 3 x S x S in [-1, 1]
-    captions: list[str]  # best first
+    columns: Mapping[str, Any]  # what the reader made of it
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One rank's part of a global batch, B samples."""
+    """One rank's part of a global batch, B samples: named columns, and which samples they are."""
 
-    pixels: Tensor  # B x 3 x S x S in [-1, 1]
-    captions: list[str]
-    tokens: Tensor | None  # B x L, if a tokenizer was given
+    columns: Mapping[str, Column]  # B rows each: see data.readers
     positions: list[int]  # of each sample in the run's global order: it seeds all random draws for the sample
     samples: list[tuple[int, int]]  # (shard, index): identifies a sample, independently of the order
     keys: list[str]  # SHARD_NAME:KEY of each sample, for log lines
 
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def tensor(self, name: str) -> Tensor:
+        """The column of this name, B x .... Raises KeyError if the reader makes none."""
+        column = self.columns[name]
+        assert isinstance(column, Tensor), f"column {name} is not a tensor"
+        return column
+
+    @property
+    def pixels(self) -> Tensor:
+        """B x 3 x S x S in [-1, 1]."""
+        return self.tensor("pixels")
+
+    @property
+    def captions(self) -> list[str]:
+        column = self.columns["captions"]
+        assert isinstance(column, list)
+        return column
+
     def split(self, parts: int) -> list[Batch]:
         """Split into `parts` equal, consecutive batches. Raises ValueError if the size is not divisible by it."""
-        if parts < 1 or len(self.captions) % parts:
-            raise ValueError(f"a batch of {len(self.captions)} cannot be split into {parts} equal parts: use a divisor")
-        size = len(self.captions) // parts
-        return [self._part(slice(start, start + size)) for start in range(0, len(self.captions), size)]
+        if parts < 1 or len(self) % parts:
+            raise ValueError(f"a batch of {len(self)} cannot be split into {parts} equal parts: use a divisor")
+        size = len(self) // parts
+        return [self._part(slice(start, start + size)) for start in range(0, len(self), size)]
 
     def _part(self, own: slice) -> Batch:
-        return Batch(
-            self.pixels[own],
-            self.captions[own],
-            None if self.tokens is None else self.tokens[own],
-            self.positions[own],
-            self.samples[own],
-            self.keys[own],
-        )
+        columns = {name: column[own] for name, column in self.columns.items()}
+        return Batch(columns, self.positions[own], self.samples[own], self.keys[own])
 
 
 class CaptionedImages:
@@ -92,7 +100,7 @@ class CaptionedImages:
         config: DataConfig,
         *,
         seed: int,
-        tokenize: Tokenize | None = None,
+        reader: Reader | None = None,
         rank: int = 0,
         ranks: int = 1,
         on_bad: Callable[[BadSample], None] = lambda bad: print(f"bad sample: {bad}", flush=True),
@@ -101,7 +109,8 @@ class CaptionedImages:
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: truncated images would pass; leave it False")
         self.config, self.seed, self.rank, self.ranks = config, seed, rank, ranks
-        self.tokenize, self.on_bad, self.quarantine = tokenize, on_bad, quarantine
+        self.reader = reader if reader is not None else ImageCaptionReader(config, seed=seed)
+        self.on_bad, self.quarantine = on_bad, quarantine
         found = [expand(patterns, allow_pipe=config.allow_pipe) for patterns in config.patterns]
         # Two shards per lane and set: the current one and the next.
         open_at_once = 2 * config.lanes * len(found)
@@ -144,21 +153,26 @@ class CaptionedImages:
         """Load this rank's part of global batch `number`: a pure function of the configuration and the shards."""
         return self._assemble(number)[1]
 
-    def once(self, batch_size: int) -> Iterator[Batch]:
+    def once(self, batch_size: int, *, part: int = 0, parts: int = 1) -> Iterator[Batch]:
         """Yield every sample once, in shard order, with its best caption, for evaluation. Skip bad ones.
 
-        Raises DataError if all are bad.
+        Batch.positions number the samples in that order. part: of `parts`, each of which yields every parts-th batch.
+        Raises DataError if all samples are bad.
         """
         everything = [(shard, index) for shard, size in enumerate(self.store.sizes) for index in range(size)]
-        for start in range(0, len(everything), batch_size):
+        for start in range(part * batch_size, len(everything), parts * batch_size):
             places = everything[start : start + batch_size]
-            loaded = [sample for place in places if (sample := self._try_load(*place)) is not None]
+            loaded = {
+                start + row: sample
+                for row, place in enumerate(places)
+                if (sample := self._try_load(*place)) is not None
+            }
             for place in places:
                 if place not in self._missing:
                     self._bad_fraction.record(place, is_bad=place in self.bad_samples)
             self._check_fractions()
             if loaded:
-                yield self._batch(loaded, [sample.captions[0] for sample in loaded], [-1] * len(loaded))
+                yield self._batch(list(loaded.values()), list(loaded), in_a_run=False)
         if len(self.bad_samples) == len(everything):
             raise DataError(f"none of the {len(everything)} samples of {self.config.patterns} can be used: give others")
 
@@ -211,19 +225,11 @@ class CaptionedImages:
         for shard in chain.from_iterable(zip(*streams, strict=True)):  # all current ones, then all next ones
             self.store.make_ready(shard)
         samples = [self._load_or_substitute(visit) for visit in visits]
-        captions = [self._caption(sample, visit) for sample, visit in zip(samples, visits, strict=True)]
-        return visits, self._batch(samples, captions, [visit.position for visit in visits])
+        return visits, self._batch(samples, [visit.position for visit in visits], in_a_run=True)
 
-    def _caption(self, sample: Sample, visit: Visit) -> str:
-        if self.config.captions == "best":
-            return sample.captions[0]
-        return sample.captions[keyed_hash("caption", self.seed, visit.position) % len(sample.captions)]
-
-    def _batch(self, samples: list[Sample], captions: list[str], positions: list[int]) -> Batch:
+    def _batch(self, samples: list[Sample], positions: list[int], *, in_a_run: bool) -> Batch:
         return Batch(
-            torch.stack([sample.pixels for sample in samples]),
-            captions,
-            self.tokenize(captions) if self.tokenize is not None else None,
+            self.reader.collate([sample.columns for sample in samples], positions if in_a_run else None),
             positions,
             [sample.place for sample in samples],
             [printable(f"{self.store.sources[sample.place[0]].name}:{sample.key}", LONGEST) for sample in samples],
@@ -253,7 +259,7 @@ class CaptionedImages:
             return None
         try:
             raw = self.store.read(shard, index)
-            return Sample((shard, index), raw.key, decode_pixels(raw, self.config.image_size), read_captions(raw))
+            return Sample((shard, index), raw.key, self.reader.read(raw))
         except (BadSampleError, DataError) as error:
             bad = BadSample(self.store.sources[shard].shown, self.store.key(shard, index), str(error))
             self._report((shard, index), bad)
@@ -269,10 +275,10 @@ class CaptionedImages:
                 self.on_bad(bad)
 
 
-def held_out(config: HeldOutConfig, *, image_size: int, tokenize: Tokenize | None = None) -> CaptionedImages:
+def held_out(config: HeldOutConfig, *, image_size: int, reader: Reader | None = None) -> CaptionedImages:
     """Open the held-out images, for `once(config.batch_size)`. Raises the same errors as CaptionedImages."""
     reading = {entry.name: getattr(config, entry.name) for entry in fields(HeldOutConfig)}
-    return CaptionedImages(DataConfig(**reading, image_size=image_size, captions="best"), seed=0, tokenize=tokenize)
+    return CaptionedImages(DataConfig(**reading, image_size=image_size, captions="best"), seed=0, reader=reader)
 
 
 def _spans(config: DataConfig, found: list[list[Source]]) -> list[SetSpan]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
-from ldm.files.messages import did_you_mean
+from ldm.files.messages import did_you_mean, one_line
 
 Config = TypeVar("Config")
 BY_KIND: Any = Field(discriminator="kind")  # for unions of dataclasses: Annotated[A | B, BY_KIND]
@@ -26,6 +26,11 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
 
     Raises ValueError, one line naming the key, for a missing file, an unknown key or a wrong value.
     """
+    return parse(kind, load_tree(path, overrides), source=str(path))
+
+
+def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file, `section.key=value` words applied. Raises ValueError as load_config does."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -33,20 +38,12 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
             f"config {path} cannot be read ({error.strerror}): give a YAML file, as in configs/"
         ) from error
     except yaml.YAMLError as error:
-        raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"config {path} is not YAML: {one_line(str(error))}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"config {path} holds no sections: see those in configs/")
     for override in overrides:
         _apply(tree, override)
-    return parse(kind, tree, source=str(path))
-
-
-def loads(kind: type[Config], text: str, *, source: str) -> Config:
-    """The same from the text of `dump`. Raises ValueError, naming the source, for anything else."""
-    try:
-        return parse(kind, yaml.safe_load(text), source=source)
-    except (yaml.YAMLError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())[:200]}") from error
+    return tree
 
 
 def parse(kind: type[Config], tree: Any, *, source: str) -> Config:

@@ -6,6 +6,7 @@ Legend: B batch, C channels, H x W latent size, T time width, M x D context.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -146,25 +147,36 @@ class UNet(Denoiser):
         self.conv_in = nn.Conv2d(self.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], settings.time_width)
 
-        width = channels[0]
-        skip_channels = [width]
         self.down_blocks = nn.ModuleList()
+        skip_channels = self._add_down_blocks(channels, heads, settings)
+        self.mid_block = MidBlock(channels[last], config.heads_per_level[last], settings)
+        self.up_blocks = nn.ModuleList()
+        self._add_up_blocks(channels, heads, skip_channels, settings)
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(channels[0], self.out_channels, 3, padding=1)
+        self.initialize_weights()
+
+    def _add_down_blocks(
+        self, channels: Sequence[int], heads: Sequence[int | None], settings: BlockSettings
+    ) -> list[int]:
+        """Returns the channels of what the way up takes over, in order."""
+        width, last = channels[0], len(channels) - 1
+        skip_channels = [width]
         for level, out in enumerate(channels):
             self.down_blocks.append(DownBlock(width, out, heads[level], level < last, settings))
-            skip_channels += [out] * (config.layers_per_block + (level < last))
+            skip_channels += [out] * (settings.layers + (level < last))
             width = out
+        return skip_channels
 
-        self.mid_block = MidBlock(width, config.heads_per_level[last], settings)
-
-        self.up_blocks = nn.ModuleList()
-        for level in range(last, -1, -1):
+    def _add_up_blocks(
+        self, channels: Sequence[int], heads: Sequence[int | None], skip_channels: list[int], settings: BlockSettings
+    ) -> None:
+        width = channels[-1]
+        for level in range(len(channels) - 1, -1, -1):
             taken = [skip_channels.pop() for _ in range(self.skips_per_block)]
             self.up_blocks.append(UpBlock(width, taken, channels[level], heads[level], level > 0, settings))
             width = channels[level]
-
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, width, eps=1e-5)
-        self.conv_out = nn.Conv2d(width, self.out_channels, 3, padding=1)
-        self.initialize_weights()
 
     def initialize_weights(self) -> None:
         """What is not named here keeps PyTorch's defaults: convolutions, norms and the time embedding."""

@@ -12,7 +12,13 @@ from ldm.diffusion.paths import (
     prior_std,
 )
 from ldm.diffusion.predictions import Prediction, expand_times, from_x0, noise_sample, target, to_x0, x0_sensitivity
-from ldm.diffusion.randomness import SampleRandomness, sample_randomness, spread_uniforms, training_noise
+from ldm.diffusion.randomness import (
+    SampleRandomness,
+    drop_captions,
+    sample_randomness,
+    spread_uniforms,
+    training_noise,
+)
 
 __all__ = [
     "CosinePath",
@@ -28,6 +34,7 @@ __all__ = [
     "by_quantile",
     "diffusion_loss",
     "draw_times",
+    "drop_captions",
     "expand_times",
     "from_x0",
     "loss_weight",

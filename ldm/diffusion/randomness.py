@@ -88,3 +88,12 @@ def spread_uniforms(
 def van_der_corput(index: int) -> float:
     """The index's binary digits mirrored behind the point: 1, 2, 3, ... -> 1/2, 1/4, 3/4, ..."""
     return int(f"{index:064b}"[::-1], 2) / 2**64
+
+
+def drop_captions(captions: Sequence[str], uniforms: Tensor, fraction: float) -> list[str]:
+    """The captions, that fraction of them replaced by "": each where its own number in [0, 1), B, is below `fraction`.
+
+    So one network learns the unconditional answer too, which guidance needs. Ho & Salimans 2022, algorithm 1.
+    """
+    dropped = (uniforms < fraction).tolist()
+    return ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]

@@ -1,17 +1,18 @@
-"""Guidance: functions denoise(x_t, t) -> x0_hat made into one, and what training must do for it.
+"""Guidance: functions denoise(x_t, t) -> x0_hat made into one.
 
 A sampler never knows: each of these is a function from denoisers to a denoiser, and they compose. `scale` is a number,
 or a function of the time (0-d) that gives one; where it is 1 the second denoiser is not evaluated.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
+from ldm.samplers.steps import Denoise
+
 Scale = float | Callable[[Tensor], float]
 TINY = 1e-12  # for divisors that may be 0
 Schedule = Literal["constant", "linear", "cosine"]
@@ -127,12 +128,3 @@ def _combined(
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:
     """B numbers, to broadcast against x of shape B x ...."""
     return values.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def drop_captions(captions: Sequence[str], uniforms: Tensor, share: float) -> list[str]:
-    """The captions, that share of them replaced by "": each where its own number in [0, 1), B, is below `share`.
-
-    So one network learns the unconditional answer too, which guidance needs. Ho & Salimans 2022, algorithm 1.
-    """
-    dropped = (uniforms < share).tolist()
-    return ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]

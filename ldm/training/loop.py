@@ -1,105 +1,36 @@
-"""What all three trainings share: opening the data, the loop, and what is written while it runs."""
+"""The loop of every training: steps, what is logged and saved between them, and how they end."""
 
 from __future__ import annotations
 
 import time
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from data.loader import Batch, CaptionedImages, Tokenize, held_out
-from data.quarantine import Quarantine
-from ldm.config import dump, load_config
+from data.loader import Batch
 from ldm.errors import IN_TRAINING, CheckpointError, NonFiniteError, is_broken_connection
 from ldm.training.checkpoints.rng_state import generator_states, restore_generators
 from ldm.training.checkpoints.select import resume
-from ldm.training.checkpoints.train_state import Saved
-from ldm.training.configs import TextTrainConfig, TrainConfig, VAETrainConfig
-from ldm.training.engine.distributed import Ranks
-from ldm.training.engine.engine import Engine, Update, start_process
-from ldm.training.faults.signals import StopSignal
-from ldm.training.faults.watchdog import Watchdog, meeting_store
+from ldm.training.checkpoints.train_state import RunFacts, Saved
+from ldm.training.engine.engine import Engine, Update
+from ldm.training.faults.watchdog import Watchdog
 from ldm.training.optim.post_hoc_ema import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
 from ldm.training.run import DATA_WAIT, Run
+from ldm.training.session import Session
+from ldm.training.task import Task
 
-Config = TypeVar("Config", TrainConfig, VAETrainConfig, TextTrainConfig)
 SAVES_FAILED_AT_MOST = 3  # in a row, before a run is stopped
-
-
-class State(Protocol):
-    """What losses remember from step to step, as plain numbers, the same on every rank."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Session(Generic[Config]):
-    """A training command between its start and its first step: data are open, nothing is written yet."""
-
-    config: Config
-    world: Ranks
-    run: Run
-    images: CaptionedImages
-    validation: CaptionedImages
-    stop: StopSignal
-    watch: Watchdog
-
-    def engine(self, network: torch.nn.Module) -> Engine:
-        config = self.config
-        return Engine(
-            network,
-            self.world,
-            config=config.engine,
-            optim=config.optim,
-            batch_size=config.data.batch_size,
-            total_steps=config.run.steps,
-            checkpoints=self.run.checkpoints,
-        )
-
-
-def open_session(
-    kind: type[Config], args: Namespace, *, tokenizer: Callable[[Config], Tokenize] | None = None
-) -> Session[Config]:
-    """Read the configuration, join the other processes, open the shards. tokenizer: made from the configuration."""
-    stop = StopSignal()
-    stop.listen()
-    config = load_config(kind, args.config, args.overrides)
-    world = start_process()
-    watch = Watchdog(world, meeting_store(world), hang_seconds=config.engine.hang_seconds, stop=stop)
-    run = Run(config.run, is_main=world.is_main, config_text=dump(config))
-    tokenize = tokenizer(config) if tokenizer is not None else None
-    images = CaptionedImages(
-        config.data,
-        seed=config.run.seed,
-        tokenize=tokenize,
-        rank=world.rank,
-        ranks=world.ranks,
-        quarantine=Quarantine(config.run.path / "bad_samples.jsonl", rank=world.rank),
-    )
-    validation = held_out(config.validation, image_size=config.data.image_size, tokenize=tokenize)
-    return Session(config, world, run, images, validation, stop, watch)
 
 
 class Training:
     """The loop, and what it remembers from step to step."""
 
-    def __init__(
-        self,
-        session: Session[Any],
-        engine: Engine,
-        losses: Callable[[Batch], dict[str, Tensor]],
-        sample: Callable[[int, dict[str, Tensor]], None],
-        state: State | None,
-    ) -> None:
-        """As train is called."""
-        self.session, self.engine, self.losses, self.sample, self.state = session, engine, losses, sample, state
+    def __init__(self, session: Session[Any], engine: Engine, task: Task[Any]) -> None:
+        self.session, self.engine, self.task = session, engine, task
         self.run, self.world, self.images = session.run, session.world, session.images
         self.batch_size = session.config.data.batch_size
         self._since: list[dict[str, Tensor]] = []  # what else losses has returned since the last line of progress
@@ -140,7 +71,7 @@ class Training:
     def _parts(self, batch: Batch) -> Iterator[Tensor]:
         """The losses of a batch's parts, each computed when it is asked for."""
         for part in batch.split(self.engine.config.accumulation):
-            found = self.losses(part)
+            found = self.task.losses(self.engine, part, self.engine.step)
             self._since.append({name: value.detach() for name, value in found.items() if name != "loss"})
             yield found["loss"]
 
@@ -185,14 +116,17 @@ class Training:
     def _save(self) -> None:
         if self.engine.step == self._saved_step:  # stopped at a step that was skipped, or before the first one
             return
-        record: dict[str, Any] = {"samples_seen": self.engine.position * self.batch_size}
-        record |= {"config": self.run.config_text, "data": self.images.fingerprint}
-        record |= {"state": self.state.state_dict()} if self.state is not None else {}
-        record |= {"rewound_to": self.run.rewound_to} if self.run.rewound_to is not None else {}
+        facts = RunFacts(
+            config=self.run.config_text,
+            data=self.images.fingerprint,
+            samples_seen=self.engine.position * self.batch_size,
+            state=self.task.state_dict(),
+            rewound_to=self.run.rewound_to,
+        )
         with self.session.watch.elsewhere():
             self._tell_save(self.engine.finish_save())  # of the checkpoint before, if it still is being written
             self._saved_step = self.engine.step
-            self._tell_save(self.engine.save(record))
+            self._tell_save(self.engine.save(facts))
         self.run.restart_clock()
 
     def _finish_save(self) -> None:
@@ -225,50 +159,46 @@ class Training:
             )
 
     def _sample(self) -> None:
-        """Show what the averaged weights can do by now, on the main rank. A signal gives it up."""
+        """Measure, show and write what the averaged weights can do by now. A signal gives it up."""
         step = self.engine.step
-        with self.session.watch.elsewhere():
-            weights = self.engine.averaged_weights()
-            if self.world.is_main:
-                self.session.stop.interruptible(lambda: self._show(step, weights))
+        with self.session.watch.elsewhere(), untouched_generators():
+            network = self.task.averaged_network(self.engine.averaged_weights(everywhere=True))
+            measures = self.task.evaluate(network)
+            given_up = self.world.any_rank(self.session.stop.requested)
+            if self.world.is_main and not given_up:
+                self.session.stop.interruptible(lambda: self._show(step, network, measures))
         self.run.restart_clock()
 
-    def _show(self, step: int, weights: dict[str, Tensor]) -> None:
-        """What is shown leaves no trace in training: neither in the generators, nor where it cannot be written."""
-        states = generator_states()
-        try:
-            with self.run.told_if_not_written(f"what step {step} can do"):
-                self.sample(step, weights)
-        finally:
-            restore_generators(states)
+    def _show(self, step: int, network: nn.Module, measures: Mapping[str, float]) -> None:
+        run = self.run
+        with run.told_if_not_written(f"what step {step} can do"):
+            run.tell(f"step {step}: {self.task.summarize(measures)}")
+            self.task.show(step, network, run.sample_path(step))
+            self.task.export(step, network)
+            run.record(step=step, **measures)  # last: a step that is recorded has been shown and exported
 
 
-def train(
-    session: Session[Any],
-    engine: Engine,
-    losses: Callable[[Batch], dict[str, Tensor]],
-    sample: Callable[[int, dict[str, Tensor]], None],
-    *,
-    state: State | None = None,
-    finish: Callable[[dict[str, Tensor]], None] = lambda weights: None,
-) -> None:
+def train(session: Session[Any], task: Task[Any]) -> None:
     """Take optimiser steps until run.steps or run.minutes is reached, or a signal comes, from the newest checkpoint on.
 
-    losses(batch) returns "loss", which is minimised, and other tensors, whose means are logged. On the main rank,
-    sample(step, weights) shows what the averaged weights can do, and records it, every run.sample_every steps from step
-    0 on, and finish(weights) is called when run.steps are taken. state: what losses remembers, which goes into every
-    checkpoint and comes back from there.
+    Every run.sample_every steps from step 0 on, the averaged weights are measured on all ranks, and shown, exported and
+    recorded on the main one; when run.steps are taken, the task finishes.
     """
     run, stop, world = session.run, session.stop, session.world
-    record = resume(run, engine, world, data=session.images.fingerprint)
-    if state is not None and record is not None:
-        state.load_state_dict(record["state"])
+    engine = session.engine(task)
+    for line in task.describe():
+        run.tell(line)
+    state = resume(run, engine, world, config=session.config, data=session.images.fingerprint)
+    if state is not None and state.state:
+        task.load_state_dict(state.state)
     with stop.deferred(), in_training(engine, session.watch):
-        Training(session, engine, losses, sample, state).go()
+        Training(session, engine, task).go()
         if complete := engine.step == run.config.steps:
             with session.watch.elsewhere():
                 weights = engine.averaged_weights()
-                complete = not world.is_main or stop.interruptible(lambda: finish(weights))
+                complete = not world.is_main or stop.interruptible(
+                    lambda: task.finish(task.averaged_network(weights))
+                )
         session.watch.done()  # before signals end this process at once, which the watch may send
     if not complete:
         by = f" by {stop.name}" if stop.requested else ""
@@ -276,6 +206,16 @@ def train(
             f"stopped{by} after step {engine.step} of {run.config.steps}, which is saved: the same command goes on "
             "from there"
         )
+
+
+@contextmanager
+def untouched_generators() -> Iterator[None]:
+    """What is measured and shown leaves no trace in training."""
+    states = generator_states()
+    try:
+        yield
+    finally:
+        restore_generators(states)
 
 
 def snapshots(engine: Engine, run: Run) -> None:

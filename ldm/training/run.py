@@ -17,6 +17,7 @@ from ldm.training.faults.file_lock import Taken, lock_folder
 
 DATA_WAIT = "data_wait"  # the share of the time in which training waited for data
 WAIT_WORTH_TELLING = 0.02
+ALLOWABLE = ("optim", "engine")  # sections whose settings run.allow may name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +35,14 @@ class RunConfig:
     # auto: from the newest whole checkpoint of this run, if it has any; never: an error if it has; else: the path of a
     # checkpoint (one of this run: later ones are set aside), or of the run whose newest one a new run begins with.
     resume: str = "auto"
+    allow: tuple[str, ...] = ()  # settings of optim and engine that may differ on resume, as [optim.lr]
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "sample_every", "checkpoint_every", "snapshot_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1, not {getattr(self, name)}")
+        if wrong := [key for key in self.allow if key.split(".")[0] not in ALLOWABLE]:
+            raise ValueError(f"run.allow names {wrong[0]}, expected settings of {' or '.join(ALLOWABLE)}, as optim.lr")
         if not self.name.strip(".") or "/" in self.name:
             raise ValueError(f"run.name must be one folder's name, not {self.name!r}")
 

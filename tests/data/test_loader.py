@@ -11,17 +11,18 @@ import pytest
 import torch
 from helpers.loading import BAD, SIZES, first, images, same
 
-from data.config import HeldOutConfig
+from data.config import DataConfig, HeldOutConfig
 from data.loader import held_out
 from data.manifest import main as write_manifest
 from data.quarantine import BadSample, BadSampleError
+from data.readers import ImageCaptionReader
 from data.shards import RawSample
 from ldm.errors import DataError
 
 
 def test_pixels_captions_and_samples_belong_together(tiny_shards: Callable[..., str]):
     for batch in first(images(tiny_shards(SIZES), captions="best"), 4):
-        assert batch.pixels.shape == (8, 3, 8, 8) and batch.tokens is None
+        assert batch.pixels.shape == (8, 3, 8, 8) and batch.columns.keys() == {"pixels", "captions"}
         for picture, caption, (shard, index) in zip(batch.pixels, batch.captions, batch.samples, strict=True):
             assert caption == f"{shard}/{index}"
             expected = torch.tensor([10.0 * shard, 10.0 * index, 255.0]) / 127.5 - 1
@@ -175,7 +176,7 @@ def test_the_tokenizer_gets_the_captions_of_the_batch(tiny_shards: Callable[...,
         return torch.tensor([[len(caption), ord(caption[0])] for caption in captions])
 
     for batch in first(images(tiny_shards(SIZES), tokenize=tokenize), 3):
-        assert batch.tokens is not None and torch.equal(batch.tokens, tokenize(batch.captions))
+        assert torch.equal(batch.tensor("tokens"), tokenize(batch.captions))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
@@ -187,7 +188,18 @@ def test_once_visits_each_good_sample_once_in_order(tiny_shards: Callable[..., s
     for batch in batches:
         assert batch.captions == [f"{shard}/{index}" for shard, index in batch.samples]
         assert 0 < len(batch.pixels) == len(batch.samples) <= batch_size
-        assert set(batch.positions) == {-1}
+        assert [everything[position] for position in batch.positions] == batch.samples
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_parts_of_once_are_all_of_it(tiny_shards: Callable[..., str], parts: int):
+    """Each rank measures its own batches; where a sample stands does not depend on which are bad elsewhere."""
+    loader = images(tiny_shards(SIZES, bad=BAD), on_bad=lambda bad: None)
+    found = [list(loader.once(2, part=part, parts=parts)) for part in range(parts)]
+    own = [pair for batches in found for batch in batches for pair in zip(batch.positions, batch.samples, strict=True)]
+    expected = [pair for batch in loader.once(2) for pair in zip(batch.positions, batch.samples, strict=True)]
+    assert sorted(own) == expected
+    assert max(len(batches) for batches in found) - min(len(batches) for batches in found) <= 1
 
 
 def test_a_closed_stream_ends_its_threads(tiny_shards: Callable[..., str]):
@@ -210,16 +222,18 @@ def test_what_does_not_fit_fails_at_once(tiny_shards: Callable[..., str]):
         images(shards + ".nothing")
     for setting in ({"image_size": 0}, {"batch_size": 0}, {"prefetch": -1}):
         with pytest.raises(ValueError, match="must be at least"):
-            images(shards, **setting)
+            images(shards, **setting)  # pyright: ignore[reportArgumentType]
 
 
 def test_held_out_pictures_come_once_with_their_best_caption(tiny_shards):
     config = HeldOutConfig(shards=(tiny_shards([3, 2]),), batch_size=2)
-    batches = list(held_out(config, image_size=4, tokenize=lambda texts: torch.tensor([len(t) for t in texts])).once(2))
+    data = DataConfig(shards=config.shards, image_size=4, captions="any")
+    reader = ImageCaptionReader(data, seed=0, tokenize=lambda texts: torch.tensor([len(t) for t in texts]))
+    batches = list(held_out(config, image_size=4, reader=reader).once(2))
     assert [len(batch.captions) for batch in batches] == [2, 2, 1]
     assert [caption for batch in batches for caption in batch.captions] == ["0/0", "0/1", "0/2", "1/0", "1/1"]
     assert batches[0].pixels.shape == (2, 3, 4, 4)
-    assert batches[0].tokens is not None
+    assert batches[0].tensor("tokens").tolist() == [3, 3]
     with pytest.raises(ValueError, match="validation.batch_size must be at least 1"):
         HeldOutConfig(shards=("x",), batch_size=0)
 
@@ -247,8 +261,7 @@ def test_a_batch_is_split_into_equal_parts_that_follow_one_another(tiny_shards: 
         found = whole.split(parts)
         assert [len(part.pixels) for part in found] == [8 // parts] * parts
         assert torch.equal(torch.cat([part.pixels for part in found]), whole.pixels)
-        tokens = [part.tokens for part in found if part.tokens is not None]
-        assert whole.tokens is not None and torch.equal(torch.cat(tokens), whole.tokens)
+        assert torch.equal(torch.cat([part.tensor("tokens") for part in found]), whole.tensor("tokens"))
         for name in ("captions", "positions", "samples", "keys"):
             assert [value for part in found for value in getattr(part, name)] == getattr(whole, name)
     for parts in (0, 3, 16):
@@ -256,8 +269,21 @@ def test_a_batch_is_split_into_equal_parts_that_follow_one_another(tiny_shards: 
             whole.split(parts)
 
 
-def test_a_batch_without_tokens_is_split_too(tiny_shards: Callable[..., str]):
-    assert [part.tokens for part in images(tiny_shards(SIZES)).batch(0).split(2)] == [None, None]
+def test_a_reader_makes_the_columns(tiny_shards: Callable[..., str]):
+    """Of its own, whatever they are, in training and in measuring."""
+
+    class Sizes:
+        def read(self, raw: RawSample) -> dict[str, int]:
+            return {"size": len(raw.members["png"])}
+
+        def collate(self, samples, positions):
+            sizes = torch.tensor([sample["size"] for sample in samples])
+            return {"sizes": sizes, "in_a_run": [positions is not None] * len(samples)}
+
+    loader = images(tiny_shards(SIZES), reader=Sizes())
+    for batch, in_a_run in ((loader.batch(0), True), (next(loader.once(8)), False)):
+        assert batch.columns.keys() == {"sizes", "in_a_run"} and batch.columns["in_a_run"] == [in_a_run] * 8
+        assert batch.tensor("sizes").shape == (8,) and len(batch.split(2)[1].tensor("sizes")) == 4
 
 
 def test_what_shards_hold_is_known_by_their_manifests_wherever_they_lie(

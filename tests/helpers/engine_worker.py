@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import ldm.training.engine.engine
 from ldm.training.checkpoints import Checkpoints, Fragments
-from ldm.training.checkpoints.train_state import CheckpointError
+from ldm.training.checkpoints.train_state import CheckpointError, RunFacts
 from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_settings
 from ldm.training.engine.distributed import Ranks
-from ldm.training.engine.engine import Engine, NonFiniteError, start_process
+from ldm.training.engine.engine import Engine, NonFiniteError
+from ldm.training.engine.launch import start_process
 
 BATCH, INPUTS, OUTPUTS = 8, 7, 5
 
@@ -101,7 +102,7 @@ def run(world: Ranks, order: dict[str, Any]) -> dict[str, Any]:
 def outcome(engine: Engine, folder: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {"step": engine.step, "position": engine.position}
     if folder is not None:
-        saved = engine.save({"samples_seen": BATCH * engine.position}) or engine.finish_save()
+        saved = engine.save(RunFacts(samples_seen=BATCH * engine.position)) or engine.finish_save()
         assert saved is not None and not saved.failed, saved
         with Fragments(saved.path) as fragments:
             found["digest"] = fragments.digest()

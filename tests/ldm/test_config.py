@@ -8,7 +8,10 @@ import yaml
 
 from ldm.config import dump, load_config, parse
 from ldm.denoisers import DiTConfig
-from ldm.training.configs import TextTrainConfig, TrainConfig, VAETrainConfig, check_continues
+from ldm.training.checkpoints.continuity import check_continues
+from ldm.training.clip_task import TextTrainConfig
+from ldm.training.denoiser_config import TrainConfig
+from ldm.training.vae_task import VAETrainConfig
 from text.clip import build_clip
 from vae import AutoencoderKL
 
@@ -122,7 +125,7 @@ def test_a_mistake_is_one_line_that_names_it(word, message):
 def test_a_u_net_learns_no_variance():
     words = ["model.denoiser={kind: unet}", "model.path={kind: scaled_linear_beta}", "model.objective.prediction=eps"]
     load_config(TrainConfig, DIT, words)
-    with pytest.raises(ValueError, match="learned_variance needs a DiT"):
+    with pytest.raises(ValueError, match="learned_variance is not for a denoiser of kind unet.*: use a DiT, or leave it out"):
         load_config(TrainConfig, DIT, [*words, "model.objective.learned_variance=true"])
 
 

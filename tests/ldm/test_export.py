@@ -19,7 +19,7 @@ from ldm.interop.compvis.writing import single_file_tensors
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.identify import DENOISER
 from ldm.interop.model_card import model_card
-from ldm.training.configs import TrainConfig
+from ldm.training.denoiser_config import TrainConfig
 from ldm.training.optim.post_hoc_ema import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
 

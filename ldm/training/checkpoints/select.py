@@ -8,46 +8,52 @@ from typing import Any
 
 from ldm.errors import CheckpointError
 from ldm.training.checkpoints import NAME, STATE, Checkpoints, fault, step_of
-from ldm.training.checkpoints.train_state import read_record
-from ldm.training.configs import check_continues
+from ldm.training.checkpoints.continuity import check_continues
+from ldm.training.checkpoints.train_state import TrainState, read_train_state
 from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.engine import Engine
 from ldm.training.run import Run
 
 
-def resume(run: Run, engine: Engine, world: Ranks, *, data: dict[str, Any]) -> dict[str, Any] | None:
-    """Load the checkpoint that run.resume selects, if any, and create the run's folder; returns the record.
+def resume(run: Run, engine: Engine, world: Ranks, *, config: Any, data: dict[str, Any]) -> TrainState | None:
+    """Load the checkpoint that run.resume selects, if any, and create the run's folder; returns its state.
 
     data: the shards' fingerprint. Raises CheckpointError if there are checkpoints, but none is valid: a run never
     starts over by itself. Raises ValueError if the configuration or the data have changed since the run began.
     """
     run.lock()
     chosen = choose(run, world)
-    record = None
+    state = None
     if chosen is not None:
-        check_record(read_record(chosen), run, data)  # first: its errors say more than one about a tensor's size
-        record = engine.load(chosen)
+        # First: its errors say more than one about a tensor's size.
+        changes = check_state(read_train_state(chosen), config, data)
+        state = engine.load(chosen)
         run.checkpoints.trust(chosen)
-        ranks = "" if record["ranks"] == world.ranks else f", written by {record['ranks']} ranks"
+        ranks = "" if state.ranks == world.ranks else f", written by {state.ranks} ranks"
         run.tell(f"resumed from {chosen}{ranks}")
-        if record["precision"] != engine.precision:
-            run.tell(f"the forward pass now runs in {engine.precision}; before, it ran in {record['precision']}")
-        run.rewound_to = rewound_to(run, chosen, record)
+        for line in changes:
+            run.tell(line)
+        if state.precision != engine.precision:
+            run.tell(f"the forward pass now runs in {engine.precision}; before, it ran in {state.precision}")
+        run.rewound_to = rewound_to(run, chosen, state)
         if engine.step > run.config.steps:
             raise ValueError(
                 f"run.steps is {run.config.steps}, but {chosen} is already at step {engine.step}: "
                 f"set run.steps={engine.step} or more, or another run.name"
             )
     run.begin(None if chosen is None else engine.step)
-    return record
+    return state
 
 
-def check_record(record: dict[str, Any], run: Run, data: dict[str, Any]) -> None:
-    """Raise ValueError if a setting or shard that affects the result has changed since the run began."""
-    then = record["data"]
+def check_state(state: TrainState, config: Any, data: dict[str, Any]) -> list[str]:
+    """Raise ValueError if a setting or shard that affects the result has changed since the run began.
+
+    Returns a line for each change that run.allow made possible.
+    """
+    then = state.data
     before, now = then.get("contents"), data["contents"]
     known = before is not None and now is not None
-    check_continues(then=record["config"], now=run.config_text, same_shards=known and before == now)
+    changes = check_continues(then=state.config, now=config, same_shards=known and before == now)
     if any(then[key] != data[key] for key in ("shards", "samples", "sha256")):
         raise ValueError(
             f"the data are not those that this run began with: then {then['samples']} samples in {then['shards']} "
@@ -59,6 +65,7 @@ def check_record(record: dict[str, Any], run: Run, data: dict[str, Any]) -> None
             "the shards hold as many samples as when this run began but, by the sha256 of their manifests, different "
             "ones: restore the data, or give another run.name"
         )
+    return changes
 
 
 def listed(checkpoints: Checkpoints, world: Ranks) -> list[Path]:
@@ -87,11 +94,11 @@ def choose(run: Run, world: Ranks) -> Path | None:
     return newest_good(run, others, world)
 
 
-def rewound_to(run: Run, chosen: Path, record: dict[str, Any]) -> str | None:
+def rewound_to(run: Run, chosen: Path, state: TrainState) -> str | None:
     """Return the checkpoint that this run was last rewound to, to be recorded in its later ones."""
     asked = Path(run.config.resume)
     rewinding = chosen.parent == run.checkpoints.folder and chosen.name == asked.name
-    return asked.name if rewinding else record.get("rewound_to")
+    return asked.name if rewinding else state.rewound_to
 
 
 def newest_good(run: Run, checkpoints: Checkpoints, world: Ranks) -> Path:

@@ -6,8 +6,9 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
-from importlib.metadata import version
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,49 @@ class Saved(NamedTuple):
     reason: str | None  # only on a rank that failed
 
 
+class RunFacts(NamedTuple):
+    """What the loop knows of a run and the engine does not."""
+
+    config: str = ""  # the resolved configuration, as YAML
+    data: Mapping[str, Any] = {}  # the fingerprint of the shards
+    samples_seen: int = 0
+    state: Mapping[str, Any] = {}  # of the task
+    rewound_to: str | None = None  # name of the checkpoint that run.resume sent this run back to
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that a checkpoint says of its run besides tensors: state.json."""
+
+    config: str
+    data: Mapping[str, Any]
+    samples_seen: int = 0
+    step: int  # optimiser steps taken
+    position: int  # global batches used
+    skipped_in_a_row: int = 0
+    zero_stage: int = 0
+    precision: str
+    ranks: int
+    versions: Mapping[str, str] = field(default_factory=dict)
+    loss_scale: Mapping[str, Any] | None = None  # of fp16
+    state: Mapping[str, Any] = field(default_factory=dict)
+    rewound_to: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> TrainState:
+        """Raises ValueError for a record that lacks something; what a newer version adds is left out."""
+        if missing := {entry.name for entry in fields(cls) if _is_required(entry)} - content.keys():
+            raise ValueError(f"its {STATE} lacks {', '.join(sorted(missing))}")
+        return cls(**{entry.name: content[entry.name] for entry in fields(cls) if entry.name in content})
+
+
+def _is_required(entry: Field[Any]) -> bool:
+    return entry.default is MISSING and entry.default_factory is MISSING
+
+
 class Resumption:
     """Collects this rank's part of the training state for checkpoints, and restores it."""
 
@@ -46,30 +90,28 @@ class Resumption:
         self.world, self.partition, self.averages, self.module = world, partition, averages, module
         self._saver = Saver(checkpoints, rank=world.rank, ranks=world.ranks) if checkpoints is not None else None
         self._writing = Path()
-        packages = ("latent-foundry", "torch", "deepspeed")
-        self._about = {"ranks": world.ranks, "versions": {name: version(name) for name in packages}}
 
     def kept_whole(self) -> dict[str, Tensor]:
         """Collect the network's persistent buffers, which are not sharded."""
         saved = self.module.state_dict().keys()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in saved}
 
-    def begin(self, step: int, record: dict[str, Any]) -> Saved | None:
+    def begin(self, state: TrainState) -> Saved | None:
         """Copy the state and start to write it. Returns the failure if the folder cannot be created, else None."""
         assert self._saver is not None, "an engine without a checkpoint folder cannot save"
         assert self._saver.status is Status.IDLE, "finish the previous save first"
-        self._writing = self._saver.checkpoints.path(step)
+        self._writing = self._saver.checkpoints.path(state.step)
         tensors, spans = self._tensors()
         reason = None
         if self.world.is_main:
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             try:
-                self._saver.prepare(step, size * self.world.ranks)
+                self._saver.prepare(state.step, size * self.world.ranks)
             except OSError as error:
                 reason = one_line(error)
         if self.world.any_rank(reason is not None):
             return Saved(self._writing, True, reason)
-        self._saver.begin(step, tensors, spans, record | self._about)
+        self._saver.begin(state.step, tensors, spans, state.to_json())
         return None
 
     def report(self) -> list[float]:
@@ -98,24 +140,25 @@ class Resumption:
                 return saved
             time.sleep(POLL_SECONDS)
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Restore the state from a checkpoint; returns its record. Raises CheckpointError."""
+    def load(self, folder: Path) -> TrainState:
+        """Restore the state from a checkpoint. Raises CheckpointError."""
         with _readable(folder), Fragments(folder) as fragments:
-            record = json.loads((folder / STATE).read_text())
+            state = read_train_state(folder)
             self._check(fragments, folder)
 
             def read(group: str, span: Span) -> Tensor:
                 return fragments.read(f"{group}/{span.name}", span.start, span.stop)
 
-            self.partition.load(read, record["step"])
+            self.partition.load(read, state.step)
             for group, average in self.averages.items():
-                shadow = {piece.span.name: read(group, piece.span) for piece in self.partition.owned}
-                average.load_state_dict({"updates": record["step"], "shadow": shadow})
+                spans = {piece.span.name: piece.span for piece in self.partition.owned}
+                shadow = {name: read(group, spans[name]) for name in average.shadow}
+                average.load_state_dict({"updates": state.step, "shadow": shadow})
             with torch.no_grad():
                 for name, buffer in self.kept_whole().items():
                     buffer.copy_(fragments.whole(f"buffers/{name}"))
-            self._restore_generators(fragments, record)
-        return record
+            self._restore_generators(fragments, state)
+        return state
 
     @cached_property
     def _owned(self) -> tuple[dict[str, Tensor], dict[str, Span]]:
@@ -124,7 +167,11 @@ class Resumption:
         spans: dict[str, Span] = {}
         for piece in self.partition.owned:
             parts = {"weights": piece.of(piece.home)} | self.partition.moments(piece)
-            parts |= {group: average.shadow[piece.span.name] for group, average in self.averages.items()}
+            parts |= {
+                group: average.shadow[piece.span.name]
+                for group, average in self.averages.items()
+                if piece.span.name in average.shadow
+            }
             for group, part in parts.items():
                 tensors[f"{group}/{piece.span.name}"] = part
                 spans[f"{group}/{piece.span.name}"] = piece.span
@@ -148,23 +195,30 @@ class Resumption:
                     f"{wanted.get(name, 'no')}: it belongs to another network, give another run.name"
                 )
 
-    def _restore_generators(self, fragments: Fragments, record: Mapping[str, Any]) -> None:
+    def _restore_generators(self, fragments: Fragments, state: TrainState) -> None:
         """Restore this rank's generators; without stored states, seed them from the position and the rank."""
         own = f"generators/{self.world.rank}/"
         states = {key.removeprefix(own): fragments.whole(key) for key in fragments.keys() if key.startswith(own)}
         if states:
             restore_generators(states)
         else:
-            torch.manual_seed(record["position"] * 1_000_003 + self.world.rank)
+            torch.manual_seed(state.position * 1_000_003 + self.world.rank)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's record. Raises CheckpointError if another program wrote it."""
+def read_train_state(folder: Path) -> TrainState:
+    """Read a checkpoint's state.json. Raises CheckpointError if another program wrote it."""
     with _readable(folder):
-        record = json.loads((folder / STATE).read_text())
-        if missing := {"config", "data", "step", "position", "ranks", "precision"} - record.keys():
-            raise ValueError(f"its {STATE} lacks {', '.join(sorted(missing))}")
-        return record
+        return TrainState.from_json(json.loads((folder / STATE).read_text()))
+
+
+@cache
+def versions() -> dict[str, str]:
+    """The versions of what computes, as far as they are known: a checkout need not be installed."""
+    found: dict[str, str] = {}
+    for package in ("latent-foundry", "torch", "deepspeed"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +13,39 @@ from ldm.training.engine.config import OptimConfig
 from ldm.training.optim.muon import Cut, Join, linear_maps, muon_step, uncut
 
 
-def parameter_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+class ParameterGroup(NamedTuple):
+    """Parameters that share a learning rate."""
+
+    parameters: Sequence[nn.Parameter]
+    lr_scale: float = 1.0  # times optim.lr
+
+    def of(self, chosen: Callable[[nn.Parameter], bool]) -> ParameterGroup:
+        """Those that are chosen."""
+        return ParameterGroup([p for p in self.parameters if chosen(p)], self.lr_scale)
+
+
+def decay_groups(group: ParameterGroup, weight_decay: float) -> list[dict[str, Any]]:
     """Biases and what scales norms are never decayed; a group that would be empty is left out."""
-    decayed = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
+    decayed = [p for p in group.parameters if p.ndim >= 2]
+    others = [p for p in group.parameters if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return [found | {"lr_scale": group.lr_scale} for found in groups if found["params"]]
 
 
-def build_optimizer(network: nn.Module, config: OptimConfig) -> Optimizer:
-    parameters = [p for p in network.parameters() if p.requires_grad]
+def build_optimizer(
+    network: nn.Module, config: OptimConfig, groups: Sequence[ParameterGroup] | None = None
+) -> Optimizer:
+    """The optimiser that the configuration names. groups: of all trained parameters; None: one of them all."""
+    groups = groups or [ParameterGroup([p for p in network.parameters() if p.requires_grad])]
     if config.optimizer == "muon":
-        return MuonAndAdamW(linear_maps(network), parameters, config)
-    return adamw(parameters, config)
+        return MuonAndAdamW(linear_maps(network), groups, config)
+    return adamw(groups, config)
 
 
-def adamw(parameters: Sequence[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+def adamw(groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.AdamW:
     # Fused AdamW takes a quarter of the time of the plain one on a CPU.
-    groups = parameter_groups(parameters, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    parameters = [found for group in groups for found in decay_groups(group, config.weight_decay)]
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, fused=True)
 
 
 class MuonAndAdamW(Optimizer):
@@ -41,18 +55,19 @@ class MuonAndAdamW(Optimizer):
     """
 
     def __init__(
-        self, matrices: Sequence[nn.Parameter], parameters: Sequence[nn.Parameter], config: OptimConfig
+        self, matrices: Sequence[nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig
     ) -> None:
         """matrices: those of the parameters that are Muon's. Raises ValueError if there is none."""
         if not matrices:
             raise ValueError("optim.optimizer is muon, but this network has no linear layer to train: use adamw")
         self.matrices = set(matrices)
-        super().__init__(parameters, {"lr": config.lr})
-        others = [p for p in parameters if p not in self.matrices]
+        super().__init__([p for group in groups for p in group.parameters], {"lr": config.lr})
+        others = [found for group in groups if (found := group.of(lambda p: p not in self.matrices)).parameters]
         self._adamw = adamw(others, config) if others else None
-        muon = {"params": list(matrices), "lr": config.lr, "weight_decay": config.weight_decay}
-        muon["momentum"] = config.muon_momentum
-        self.param_groups = [muon, *(self._adamw.param_groups if self._adamw else [])]
+        own = [found for group in groups if (found := group.of(self.matrices.__contains__)).parameters]
+        settings = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.muon_momentum}
+        muon = [{"params": list(group.parameters), "lr_scale": group.lr_scale} | settings for group in own]
+        self.param_groups = [*muon, *(self._adamw.param_groups if self._adamw else [])]
         self.cuts = {p: [Cut(p.shape, 0, 0, p.numel())] for p in matrices}
         self._join: Join = uncut
 

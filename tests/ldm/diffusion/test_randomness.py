@@ -5,6 +5,7 @@ import torch
 
 from ldm.diffusion.objective import ObjectiveConfig, TimeNumbers
 from ldm.diffusion.randomness import (
+    drop_captions,
     keyed_uniform,
     mixed_seed,
     sample_randomness,
@@ -151,3 +152,10 @@ def test_spread_numbers_stay_below_one_in_float32(kind, monkeypatch):
     monkeypatch.setattr("ldm.diffusion.randomness.keyed_uniform", lambda *key: 1 - 1e-12)
     found = spread_uniforms(kind, torch.zeros(1), [0], batch_size=4, seed=0)
     assert found.item() == 1 - 2**-24
+
+
+def test_captions_are_dropped_each_by_its_own_number():
+    captions, uniforms = ["a", "b", "c", "d"], torch.tensor([0.05, 0.1, 0.0, 0.999])
+    assert drop_captions(captions, uniforms, 0.1) == ["", "b", "", "d"]
+    assert drop_captions(captions, uniforms, 0.0) == captions
+    assert drop_captions(captions, uniforms, 1.0) == [""] * 4

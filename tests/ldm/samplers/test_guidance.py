@@ -8,7 +8,6 @@ from ldm.diffusion.predictions import Prediction, to_x0
 from ldm.samplers.guidance import (
     autoguidance,
     classifier_free,
-    drop_captions,
     projected,
     rescaled,
     scheduled,
@@ -79,12 +78,6 @@ def test_answers_of_the_two_functions_are_left_alone():
     guided(X, T)
     assert torch.equal(answers["cond"], cond(X, T)) and torch.equal(answers["uncond"], uncond(X, T))
 
-
-def test_captions_are_dropped_each_by_its_own_number():
-    captions, uniforms = ["a", "b", "c", "d"], torch.tensor([0.05, 0.1, 0.0, 0.999])
-    assert drop_captions(captions, uniforms, 0.1) == ["", "b", "", "d"]
-    assert drop_captions(captions, uniforms, 0.0) == captions
-    assert drop_captions(captions, uniforms, 1.0) == [""] * 4
 
 
 def never(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

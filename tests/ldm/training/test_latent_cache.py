@@ -10,7 +10,8 @@ from vae import AutoencoderKL, AutoencoderKLConfig
 def batch(samples: list[int]) -> Batch:
     pixels = torch.stack([torch.full((3, 8, 8), sample / 10) for sample in samples])
     keys = [f"0.tar:{sample}" for sample in samples]
-    return Batch(pixels, ["x"] * len(samples), None, samples, [(0, sample) for sample in samples], keys)
+    columns = {"pixels": pixels, "captions": ["x"] * len(samples)}
+    return Batch(columns, samples, [(0, sample) for sample in samples], keys)
 
 
 def vae() -> AutoencoderKL:

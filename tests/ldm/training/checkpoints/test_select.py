@@ -13,9 +13,9 @@ import torch
 
 from ldm.config import dump, load_config
 from ldm.training.checkpoints import Digest, fault, step_of
-from ldm.training.checkpoints.select import check_record, choose, rewound_to
-from ldm.training.checkpoints.train_state import CheckpointError
-from ldm.training.configs import TrainConfig
+from ldm.training.checkpoints.select import check_state, choose, rewound_to
+from ldm.training.checkpoints.train_state import CheckpointError, TrainState
+from ldm.training.denoiser_config import TrainConfig
 from ldm.training.engine.distributed import Ranks
 from ldm.training.run import Run, RunConfig
 
@@ -137,9 +137,9 @@ def test_the_same_command_again_does_not_go_back_twice(tmp_path: Path, capsys: p
     shutil.rmtree(run.checkpoints.path(10))  # which may have been removed since, as too old
     assert choose(asked, ALONE) == run.checkpoints.path(20)
     # What the next checkpoints tell: still the same, or where the run is sent back to now.
-    assert rewound_to(asked, run.checkpoints.path(20), {"rewound_to": "step_0000010"}) == "step_0000010"
-    assert rewound_to(asked, run.checkpoints.path(10), {}) == "step_0000010"
-    assert rewound_to(make_run(tmp_path), run.checkpoints.path(20), {}) is None
+    assert rewound_to(asked, run.checkpoints.path(20), state_of_a_run(rewound_to="step_0000010")) == "step_0000010"
+    assert rewound_to(asked, run.checkpoints.path(10), state_of_a_run()) == "step_0000010"
+    assert rewound_to(make_run(tmp_path), run.checkpoints.path(20), state_of_a_run()) is None
 
 
 @pytest.mark.parametrize("asked", ["step_0000020", "step_0000050", "latest", "step_0000030.aside"])
@@ -229,32 +229,51 @@ def test_only_the_main_rank_sets_aside_and_the_others_say_what_they_found(
 FEW = {"shards": 2, "samples": 9, "sha256": "abc", "contents": None}
 
 
-def test_other_data_than_the_run_began_with_are_refused(tmp_path: Path):
-    run = make_run(tmp_path)
-    run.config_text = dump_of_a_run()
-    record = {"config": run.config_text, "data": FEW}
-    check_record(record, run, FEW)
+def test_other_data_than_the_run_began_with_are_refused():
+    state = state_of_a_run(data=FEW)
+    assert check_state(state, config_of_a_run(), FEW) == []
     for other in ({"samples": 10}, {"sha256": "abd"}):
         with pytest.raises(ValueError, match="the data are not those that this run began with: then 9 samples in 2"):
-            check_record(record, run, FEW | other)
+            check_state(state, config_of_a_run(), FEW | other)
 
 
-def test_shards_may_move_if_manifests_say_that_they_are_the_same(tmp_path: Path):
+def test_shards_may_move_if_manifests_say_that_they_are_the_same():
     """And if they only look the same, they may not: nor where they are."""
-    run = make_run(tmp_path)
-    record = {"config": dump_of_a_run(), "data": FEW | {"contents": "123"}}
-    run.config_text = dump_of_a_run("data.shards=[s3://bucket/*.tar]")
-    check_record(record, run, FEW | {"contents": "123"})
+    state = state_of_a_run(data=FEW | {"contents": "123"})
+    moved = config_of_a_run("data.shards=[s3://bucket/*.tar]")
+    check_state(state, moved, FEW | {"contents": "123"})
     for unknown in (FEW, FEW | {"contents": "124"}):
         with pytest.raises(ValueError, match="data.shards was .* when this run began and is .*bucket"):
-            check_record(record, run, unknown)
-    run.config_text = dump_of_a_run()
-    check_record(record, run, FEW)  # the manifests are gone: the numbers of samples are what is left
+            check_state(state, moved, unknown)
+    config = config_of_a_run()
+    check_state(state, config, FEW)  # the manifests are gone: the numbers of samples are what is left
     with pytest.raises(ValueError, match="by the sha256 of their manifests, different ones"):
-        check_record(record, run, FEW | {"contents": "124"})
-    del record["data"]["contents"]  # as versions before this wrote it
-    check_record(record, run, FEW | {"contents": "124"})
+        check_state(state, config, FEW | {"contents": "124"})
+    old = {name: value for name, value in FEW.items() if name != "contents"}  # as versions before this wrote it
+    check_state(state_of_a_run(data=old), config, FEW | {"contents": "124"})
 
 
-def dump_of_a_run(*words: str) -> str:
-    return dump(load_config(TrainConfig, Path(__file__).parents[4] / "configs/demo.yaml", words))
+def test_what_run_allow_names_may_change_and_is_logged():
+    state, lower = state_of_a_run(data=FEW), "optim.lr=0.0005"
+    with pytest.raises(ValueError, match=r"optim.lr was 0.001 .* allow it with run.allow=\[optim.lr\], or begin anew"):
+        check_state(state, config_of_a_run(lower), FEW)
+    (line,) = check_state(state, config_of_a_run(lower, "run.allow=[optim.lr]"), FEW)
+    assert line == "optim.lr is 0.0005 from now on, it was 0.001 (run.allow)"
+    with pytest.raises(ValueError, match="data.batch_size was 64 when this run began and is 32 now: set it back, or"):
+        check_state(state, config_of_a_run("data.batch_size=32"), FEW)
+    with pytest.raises(ValueError, match="run.allow names data.batch_size, expected settings of optim or engine"):
+        config_of_a_run("run.allow=[data.batch_size]")
+
+
+def test_another_kind_of_training_is_refused():
+    with pytest.raises(ValueError, match="this run is a training of kind vae, the configuration is of kind denoiser"):
+        check_state(state_of_a_run(data=FEW, config="kind: vae\n"), config_of_a_run(), FEW)
+
+
+def config_of_a_run(*words: str) -> TrainConfig:
+    return load_config(TrainConfig, Path(__file__).parents[4] / "configs/demo.yaml", words)
+
+
+def state_of_a_run(**changes: Any) -> TrainState:
+    known = {"config": dump(config_of_a_run()), "data": {}, "step": 10, "position": 10, "precision": "fp32", "ranks": 1}
+    return TrainState(**known | changes)

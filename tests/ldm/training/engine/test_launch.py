@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from ldm.training.engine.engine import _join
+from ldm.training.engine.launch import _join
 
 TAKEN = "The server socket has failed to listen on any local network address. port: 7, name: EADDRINUSE"
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ldm.training.engine.config import OptimConfig
 from ldm.training.optim.optimizers import (
     MuonAndAdamW,
+    ParameterGroup,
     adamw,
     build_optimizer,
-    parameter_groups,
+    decay_groups,
     prepare_state,
     set_step,
 )
@@ -61,7 +62,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def test_biases_and_norms_are_not_decayed():
     network = make_network()
-    decayed, others = parameter_groups(list(network.parameters()), 0.1)
+    decayed, others = decay_groups(ParameterGroup(list(network.parameters())), 0.1)
     assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0.0
     names = {id(p): name for name, p in network.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == {"0.weight", "2.weight", "3.weight", "table"}
@@ -71,7 +72,7 @@ def test_biases_and_norms_are_not_decayed():
 @pytest.mark.parametrize(("shape", "decay"), [((2, 2), 0.1), ((2,), 0.0)])
 def test_an_empty_group_is_left_out(shape: tuple[int, ...], decay: float):
     """DeepSpeed stumbles over it."""
-    (group,) = parameter_groups([nn.Parameter(torch.ones(shape))], 0.1)
+    (group,) = decay_groups(ParameterGroup([nn.Parameter(torch.ones(shape))]), 0.1)
     assert group["weight_decay"] == decay and len(group["params"]) == 1
 
 
@@ -97,13 +98,25 @@ def test_frozen_weights_are_left_alone(kind: Kind):
     assert owned == {id(p) for name, p in network.named_parameters() if name != "0.weight"}
 
 
+@KINDS
+def test_groups_keep_their_own_learning_rates(kind: Kind):
+    """The engine multiplies the learning rate of each group by its lr_scale."""
+    network = make_network()
+    slow = ParameterGroup(list(network.get_submodule("0").parameters()), 0.1)
+    fast = ParameterGroup([p for name, p in network.named_parameters() if not name.startswith("0.")])
+    optimizer = build_optimizer(network, config(kind), [slow, fast])
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {id(p): 0.1 if name.startswith("0.") else 1.0 for name, p in network.named_parameters()}
+    assert scales == expected
+
+
 def test_muon_and_adamw_as_one_are_both_by_themselves():
     network, twin = make_network(), make_network()
     settings = config("muon")
     both = build_optimizer(network, settings)
     matrices = [p for p in twin.parameters() if p.ndim == 2]
     muon = torch.optim.Muon(matrices, lr=settings.lr, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-    alone = adamw([p for p in twin.parameters() if p.ndim != 2], settings)
+    alone = adamw([ParameterGroup([p for p in twin.parameters() if p.ndim != 2])], settings)
     for step in range(STEPS):
         for group in [*both.param_groups, *muon.param_groups, *alone.param_groups]:
             group["lr"] = 0.01 / (step + 1)  # as the engine does

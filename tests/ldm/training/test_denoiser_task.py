@@ -1,4 +1,4 @@
-"""What ldm/train.py does beside calling others: losses by importance."""
+"""Losses by importance."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 from ldm.diffusion import LossHistory
 from ldm.diffusion.importance import BINS, KEPT
-from ldm.train import by_importance
+from ldm.training.denoiser_task import by_importance
 
 
 def test_losses_count_less_where_times_are_drawn_more_often_and_all_are_remembered_in_order():
@@ -23,8 +23,8 @@ def test_losses_count_less_where_times_are_drawn_more_often_and_all_are_remember
         rows.append(mine)
         return torch.cat([mine, torch.tensor([[2.0**24 + 2, 0.105, 7.0]], dtype=torch.float64)])
 
-    engine: Any = SimpleNamespace(world=SimpleNamespace(device="cpu", gather=gather))
-    counted = by_importance(losses, numbers, [2**24 + 1, 2**24 + 3], history, engine)
+    world: Any = SimpleNamespace(device="cpu", gather=gather)
+    counted = by_importance(losses, numbers, [2**24 + 1, 2**24 + 3], history, world)
     assert torch.allclose(counted, losses / density) and counted.requires_grad
     assert density[0] < 0.6 and density[1] > 1.3
     assert rows[0][:, 0].tolist() == [2**24 + 1, 2**24 + 3]
@@ -33,8 +33,8 @@ def test_losses_count_less_where_times_are_drawn_more_often_and_all_are_remember
 
 def test_a_batch_that_the_engine_will_skip_is_not_remembered():
     history = LossHistory()
-    engine: Any = SimpleNamespace(world=SimpleNamespace(device="cpu", gather=lambda rows: rows))
-    by_importance(torch.tensor([1.0, float("nan")]), torch.tensor([0.1, 0.9]), [0, 1], history, engine)
+    world: Any = SimpleNamespace(device="cpu", gather=lambda rows: rows)
+    by_importance(torch.tensor([1.0, float("nan")]), torch.tensor([0.1, 0.9]), [0, 1], history, world)
     assert sum(history.seen) == 0
-    by_importance(torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.9]), [2, 3], history, engine)
+    by_importance(torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.9]), [2, 3], history, world)
     assert sum(history.seen) == 2

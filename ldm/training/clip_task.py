@@ -1,0 +1,109 @@
+"""Train a small CLIP contrastively, the text encoder of a latent diffusion model: text/train.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from open_clip import ClipLoss
+from torch import Tensor, nn
+
+from data.loader import Batch
+from data.readers import ImageCaptionReader
+from ldm.diffusion import sample_randomness
+from ldm.files.atomic import atomic_folder
+from ldm.files.strict_json import write_json
+from ldm.interop.network_files import write_weights
+from ldm.training.session import Session
+from ldm.training.task import Task, TrainingConfig
+from text import OpenClipTextEncoder, TextEncoderConfig, Tokenizer, save_text_encoder, save_tokenizer
+from text.clip import (
+    MAX_LOGIT_SCALE,
+    ImageTowerConfig,
+    build_clip,
+    features,
+    open_clip_config_json,
+    recall,
+    shifted,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTrainConfig(TrainingConfig):
+    kind: Literal["clip"] = "clip"
+    text: TextEncoderConfig
+    image: ImageTowerConfig
+    shift: int = 4  # pixels by which a picture is moved, at most, when it is shown
+
+    def __post_init__(self) -> None:
+        if self.text.projection_dim != self.image.embed_dim:
+            raise ValueError(
+                f"text.projection_dim ({self.text.projection_dim}) and image.embed_dim ({self.image.embed_dim}) "
+                "are the width of one space: make them equal"
+            )
+        if self.image.image_size != self.data.image_size or self.shift < 0:
+            raise ValueError(
+                f"image.image_size ({self.image.image_size}) must equal data.image_size ({self.data.image_size}), and "
+                f"shift ({self.shift}) must be 0 or more"
+            )
+        if self.engine.accumulation > 1:
+            raise ValueError(
+                f"engine.accumulation is {self.engine.accumulation}, but CLIP's loss compares all pictures of a batch "
+                "with each other: set it to 1, or data.batch_size to a part"
+            )
+
+
+class CLIPTask(Task[TextTrainConfig]):
+    """Radford et al. 2021 (arXiv 2103.00020): pictures and their captions find each other in a batch."""
+
+    config_class = TextTrainConfig
+
+    def __init__(self, session: Session[TextTrainConfig]) -> None:
+        super().__init__(session)
+        self.device, world = session.world.device, session.world
+        session.seed()
+        self.network = self.build()
+        self.loss_function = ClipLoss(local_loss=True, gather_with_grad=True, rank=world.rank, world_size=world.ranks)
+
+    @classmethod
+    def reader(cls, config: TextTrainConfig) -> ImageCaptionReader:
+        return ImageCaptionReader(config.data, seed=config.run.seed, tokenize=Tokenizer(config.text.tokenizer))
+
+    def build(self) -> nn.Module:
+        return build_clip(self.config.text, self.config.image)
+
+    def losses(self, network: Callable[..., Any], batch: Batch, step: int) -> dict[str, Tensor]:
+        offsets = sample_randomness(self.config.run.seed, batch.positions, (2,)).eps.erf().add(1).div(2)
+        pixels = shifted(batch.pixels, offsets.clamp(0, 0.999), self.config.shift).to(self.device)
+        image, text, scale = network(pixels, batch.tensor("tokens").to(self.device))
+        # Features in float32: at a scale of 100 bfloat16 would round the logits to whole numbers.
+        loss = self.loss_function(image.float(), text.float(), scale.float().clamp(max=MAX_LOGIT_SCALE))
+        return {"loss": loss, "scale": scale.detach()}
+
+    def evaluate(self, network: nn.Module) -> dict[str, float]:
+        """Retrieval among the validation pictures, by their best captions."""
+        found = []
+        for batch in self.session.held_out():
+            tokens = batch.tensor("tokens").to(self.device)
+            found.append((batch, torch.stack(features(network, batch.pixels.to(self.device), tokens), dim=1)))
+        image, text = self.session.collect(found).unbind(1)
+        return {"pictures": len(image), **recall(image, text)}
+
+    def summarize(self, measures: Mapping[str, float]) -> str:
+        shown = "  ".join(f"{name} {value:.1%}" for name, value in measures.items() if name != "pictures")
+        return f"recall among {measures['pictures']} pictures: {shown}"
+
+    def finish(self, network: nn.Module) -> None:
+        """Write the averaged text tower, its tokenizer and the complete CLIP."""
+        config, path = self.config, self.config.run.path
+        encoder = OpenClipTextEncoder(network, hidden=config.text.hidden, pad_id=config.text.pad_id)
+        with atomic_folder(path / "text_encoder") as folder:
+            save_text_encoder(encoder, folder)
+        with atomic_folder(path / "tokenizer") as folder:
+            save_tokenizer(Tokenizer(config.text.tokenizer), folder)
+        with atomic_folder(path / "clip") as folder:
+            write_weights(network.state_dict(), folder / "open_clip_model.safetensors")
+            write_json(open_clip_config_json(config.text, config.image), folder / "open_clip_config.json")
+        self.session.run.tell(f"wrote {path / 'text_encoder'}, {path / 'tokenizer'} and {path / 'clip'}")

@@ -1,0 +1,205 @@
+"""Train a text-to-image denoiser in the latents of a frozen autoencoder: ldm/train.py.
+
+B batch, C latent channels, h x w latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch
+from ldm.denoisers import Denoiser, describe_attention
+from ldm.diffusion import (
+    LossHistory,
+    by_quantile,
+    draw_times,
+    drop_captions,
+    sample_randomness,
+    spread_uniforms,
+    training_noise,
+)
+from ldm.inference.contact_sheet import save_image, sheet
+from ldm.inference.pipeline import TextToImage
+from ldm.interop.diffusers_layout.denoiser import denoiser_folder, load_denoiser
+from ldm.interop.diffusers_layout.folder import write_folder
+from ldm.interop.diffusers_layout.vae import load_vae
+from ldm.interop.network_files import RUN_MODEL, load_strictly, model_folder
+from ldm.model.components import ModelComponents
+from ldm.model.conditioner import Conditioner, TextTower
+from ldm.model.latent_diffusion import LatentDiffusion
+from ldm.training.denoiser_config import TrainConfig
+from ldm.training.engine.distributed import Ranks
+from ldm.training.latent_cache import LatentEncoder
+from ldm.training.session import Session
+from ldm.training.task import Task
+from text import load_text_encoder, load_tokenizer
+
+NOISE, POSTERIOR = 0, 1  # streams of random numbers, each a function of (seed, position) alone
+HELD_OUT_SEED = 1_000_003  # noise and times of the held-out loss, the same for every run and step
+
+
+class DenoiserTask(Task[TrainConfig]):
+    """E w(t) || network(x_t, t, caption) - target ||^2, over pictures, times and noise."""
+
+    config_class = TrainConfig
+
+    def __init__(self, session: Session[TrainConfig]) -> None:
+        super().__init__(session)
+        config, self.device = session.config, session.world.device
+        self.model = frozen_half(config, self.device)
+        self.side = latent_side(config, self.model)
+        self.shape = (self.model.vae.config.latent_channels, self.side, self.side)
+        session.seed()
+        self.network = self.build()
+        if config.model.start is not None:
+            start_from(self.network, config, config.model.start)
+        sampled = config.model.latents == "sample"
+        self.encode = LatentEncoder(self.model.vae, keep=config.model.keep_latents, bf16=session.bf16, sample=sampled)
+        self.history = LossHistory() if config.model.objective.time_sampling == "importance" else None
+
+    def build(self) -> Denoiser:
+        """Raises ValueError for a network that is made for latents of another size."""
+        config, native = self.config, self.config.model.denoiser.native_side
+        if native not in (None, self.side):
+            raise ValueError(
+                f"model.denoiser.sample_size is {native}, but pictures of {config.data.image_size} pixels have latents "
+                f"of {self.side} a side: set it to {self.side}"
+            )
+        return config.model.denoiser.build(
+            latent_channels=self.model.vae.config.latent_channels,
+            context_width=self.model.conditioner.width,
+            learned_variance=config.model.objective.learned_variance,
+        )
+
+    def describe(self) -> list[str]:
+        millions = sum(p.numel() for p in self.network.parameters()) / 1e6
+        precision, images = self.session.precision, len(self.session.images)
+        length = self.config.model.denoiser.attention_length(self.side)
+        dtype = torch.bfloat16 if self.session.bf16 else torch.float32
+        return [
+            f"{millions:.1f} M parameters, {images} pictures, {precision} on {self.device}",
+            describe_attention(self.device, length, dtype),
+        ]
+
+    def losses(self, network: Callable[..., Any], batch: Batch, step: int) -> dict[str, Tensor]:
+        positions, seed, objective = batch.positions, self.config.run.seed, self.config.model.objective
+        random = sample_randomness(seed * 2 + NOISE, positions, self.shape)
+        x0 = self.encode(batch, sample_randomness(seed * 2 + POSTERIOR, positions, self.shape).eps)
+        eps, added = training_noise(objective, random.eps, seed=seed, positions=positions)
+        uniforms = spread_uniforms(
+            objective.time_numbers, random.time_uniforms, positions, batch_size=self.config.data.batch_size, seed=seed
+        )
+        numbers = uniforms if self.history is None else self.history.numbers(uniforms)
+        t = draw_times(objective, self.model.path, numbers)
+        captions = drop_captions(batch.captions, random.drop_uniforms, self.config.model.caption_dropout)
+        condition = self.model.conditioner(captions)
+        found = self.model.losses(network, x0, eps.to(self.device), t, condition, added=added.to(self.device))
+        weighted = found.weighted(objective, self.model.path, t)
+        if self.history is not None:
+            weighted = by_importance(weighted, numbers, positions, self.history, self.session.world)
+        return {"loss": weighted.mean(), **by_quantile(found.error, uniforms)}
+
+    @torch.no_grad()
+    def evaluate(self, network: Denoiser) -> dict[str, float]:
+        """The error's mean over the validation set, "held_out_loss", and over each quarter of the times.
+
+        Noise and times are fixed, captions always given; where training draws times by importance, these are even.
+        """
+        objective, bf16 = self.config.model.objective, self.session.bf16
+        encode = LatentEncoder(self.model.vae, keep=False, bf16=bf16)
+        if objective.time_sampling == "importance":
+            objective = replace(objective, time_sampling="uniform")
+        found: list[tuple[Batch, Tensor]] = []
+        for batch in self.session.held_out():
+            x0 = encode.moments(batch).mean
+            random = sample_randomness(HELD_OUT_SEED, batch.positions, self.shape)
+            eps, t = random.eps.to(self.device), draw_times(objective, self.model.path, random.time_uniforms)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+                condition = self.model.conditioner(batch.captions)
+                errors = self.model.losses(network, x0, eps, t, condition).error
+            found.append((batch, torch.stack([errors, random.time_uniforms.to(errors)], dim=1)))
+        errors, uniforms = self.session.collect(found).unbind(1)
+        parts = {f"held_out_{name}": part for name, part in by_quantile(errors, uniforms).items() if len(part)}
+        return {name: part.mean().item() for name, part in ({"held_out_loss": errors} | parts).items()}
+
+    def summarize(self, measures: Mapping[str, float]) -> str:
+        return f"held-out loss {measures['held_out_loss']:.4f}"
+
+    def show(self, step: int, network: Denoiser, path: Path) -> None:
+        """A sheet of the preview's prompts, one row each, from the same noise at every step."""
+        preview = self.config.preview
+        pipe = TextToImage(self._components(network), name=self.config.run.name, weights_hash=f"step {step}")
+        images = [
+            image
+            for prompt in preview.prompts
+            for image in pipe(
+                prompt, steps=preview.steps, scale=preview.scale, sampler=preview.sampler, seed=preview.seed,
+                n=preview.pictures,
+            )
+        ]  # fmt: skip
+        save_image(sheet(images, columns=preview.pictures, labels=preview.prompts), path)
+
+    def export(self, step: int, network: Denoiser) -> None:
+        write_folder(self._components(network), self.config.run.path / RUN_MODEL, dtype=torch.float32)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.history is None else self.history.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.history is not None:
+            self.history.load_state_dict(state)
+
+    def _components(self, network: Denoiser) -> ModelComponents:
+        return ModelComponents(
+            model=self.model,
+            denoiser=network,
+            config=self.config.model.denoiser,
+            sample_size=self.side,
+            notes=self.session.run.config_text,
+        )
+
+
+def by_importance(
+    losses: Tensor, numbers: Tensor, positions: Sequence[int], history: LossHistory, world: Ranks
+) -> Tensor:
+    """Weigh the losses, B, less where times are drawn more often; then let history learn those of all ranks."""
+    weighted = losses / history.density(numbers).to(losses)
+    columns = torch.tensor(positions), numbers, losses.detach().cpu()
+    rows = torch.stack([column.double() for column in columns], dim=1)  # float32 counts only to 2^24
+    everywhere = world.gather(rows.to(world.device)).cpu()
+    _, seen, found = everywhere[everywhere[:, 0].argsort()].T
+    if found.isfinite().all():  # otherwise the engine skips this batch
+        history.record(seen, found)
+    return weighted
+
+
+def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
+    """The autoencoder and the text encoder, from the folders that the configuration names."""
+    text = Path(config.model.text)
+    encoder = load_text_encoder(text / "text_encoder").eval().requires_grad_(False).to(device)
+    return LatentDiffusion(
+        vae=load_vae(Path(config.model.vae) / "vae").eval().requires_grad_(False).to(device),
+        conditioner=Conditioner(TextTower(encoder, load_tokenizer(text / "tokenizer"))),
+        path=config.model.path,
+        prediction=config.model.objective.prediction,
+    )
+
+
+def latent_side(config: TrainConfig, model: LatentDiffusion) -> int:
+    """Raises ValueError if the pictures do not become latents without a remainder."""
+    size, factor = config.data.image_size, model.vae.config.factor
+    if size % factor:
+        raise ValueError(f"data.image_size is {size}, not a multiple of {factor}, the factor of {config.model.vae}")
+    return size // factor
+
+
+def start_from(denoiser: Denoiser, config: TrainConfig, folder: str) -> None:
+    """Give a fresh denoiser the weights of a model or run. Raises ValueError if they are another network's."""
+    source = model_folder(Path(folder)) / denoiser_folder(config.model.denoiser)
+    load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)

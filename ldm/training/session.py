@@ -1,0 +1,110 @@
+"""A training command between its start and its first step: data are open, nothing is written yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch, CaptionedImages, held_out
+from data.quarantine import Quarantine
+from data.readers import Reader
+from ldm.config import dump
+from ldm.errors import DataError
+from ldm.training.checkpoints.rng_state import seed_generators
+from ldm.training.engine.config import Resolved, resolved_precision
+from ldm.training.engine.distributed import Ranks
+from ldm.training.engine.launch import start_process
+from ldm.training.faults.signals import StopSignal
+from ldm.training.faults.watchdog import Watchdog, meeting_store
+from ldm.training.run import Run
+from ldm.training.task import TrainingConfig
+
+if TYPE_CHECKING:
+    from ldm.training.engine.engine import Engine
+    from ldm.training.task import Task
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Session(Generic[Config]):
+    """What a Task is made of: its configuration, its data, and the processes that train together."""
+
+    config: Config
+    world: Ranks
+    run: Run
+    images: CaptionedImages
+    validation: CaptionedImages
+    stop: StopSignal
+    watch: Watchdog
+
+    @property
+    def precision(self) -> Resolved:
+        """What the forward pass runs in."""
+        return resolved_precision(self.config.engine.precision, self.world.device)
+
+    @property
+    def bf16(self) -> bool:
+        return self.precision == "bf16"
+
+    def seed(self) -> None:
+        """Seed this process's generators, before a network is built, from run.seed."""
+        seed_generators(self.config.run.seed)
+
+    def engine(self, task: Task[Config]) -> Engine:
+        from ldm.training.engine.engine import Engine
+
+        config = self.config
+        return Engine(
+            task.network,
+            self.world,
+            config=config.engine,
+            optim=config.optim,
+            batch_size=config.data.batch_size,
+            total_steps=config.run.steps,
+            checkpoints=self.run.checkpoints,
+            groups=task.parameter_groups(),
+            exported=task.exported,
+        )
+
+    def held_out(self) -> Iterator[Batch]:
+        """This rank's batches of the validation set; fewer if the run is asked to stop."""
+        size = self.config.validation.batch_size
+        for batch in self.validation.once(size, part=self.world.rank, parts=self.world.ranks):
+            yield batch
+            if self.stop.requested:
+                return
+
+    def collect(self, batches: list[tuple[Batch, Tensor]]) -> Tensor:
+        """What was measured of each held-out sample, N x ..., in their order, on every rank.
+
+        batches: this rank's, each with its measures, B x .... Every rank must call it.
+        """
+        positions = [position for batch, _ in batches for position in batch.positions]
+        order = torch.tensor(positions, dtype=torch.int64, device=self.world.device)
+        measures = torch.cat([own for _, own in batches]) if batches else None
+        try:
+            return self.world.gather_in_order(order, measures)
+        except ValueError as error:
+            raise DataError("none of the held-out samples can be used: give others") from error
+
+
+def open_session(config: Config, stop: StopSignal, *, reader: Reader) -> Session[Config]:
+    """Join the other processes, and open the shards."""
+    world = start_process()
+    watch = Watchdog(world, meeting_store(world), hang_seconds=config.engine.hang_seconds, stop=stop)
+    run = Run(config.run, is_main=world.is_main, config_text=dump(config))
+    images = CaptionedImages(
+        config.data,
+        seed=config.run.seed,
+        reader=reader,
+        rank=world.rank,
+        ranks=world.ranks,
+        quarantine=Quarantine(config.run.path / "bad_samples.jsonl", rank=world.rank),
+    )
+    validation = held_out(config.validation, image_size=config.data.image_size, reader=reader)
+    return Session(config, world, run, images, validation, stop, watch)

@@ -1,0 +1,110 @@
+"""Train a KL autoencoder: vae/train.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch
+from ldm.diffusion import sample_randomness
+from ldm.files.atomic import atomic_folder
+from ldm.inference.contact_sheet import save_image, sheet, to_images
+from ldm.interop.diffusers_layout.vae import save_vae
+from ldm.training.session import Session
+from ldm.training.task import Task, TrainingConfig
+from vae import AutoencoderKL, AutoencoderKLConfig
+from vae.losses import VAELoss, VAELossConfig
+from vae.measure import latent_statistics, psnr
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+GRID_PICTURES, GRID_COLUMNS = 32, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETrainConfig(TrainingConfig):
+    kind: Literal["vae"] = "vae"
+    vae: AutoencoderKLConfig
+    loss: VAELossConfig
+
+    def __post_init__(self) -> None:
+        if self.data.image_size % self.vae.factor:
+            raise ValueError(
+                f"data.image_size is {self.data.image_size}, not a multiple of the autoencoder's factor "
+                f"{self.vae.factor}, which the number of vae.block_out_channels makes: change either"
+            )
+
+
+class VAETask(Task[VAETrainConfig]):
+    """|x - x_hat| + w_p d(x, x_hat) + w_KL KL(q(z|x) || N(0, I)): see VAELoss."""
+
+    config_class = VAETrainConfig
+
+    def __init__(self, session: Session[VAETrainConfig]) -> None:
+        super().__init__(session)
+        config, self.device = session.config, session.world.device
+        side = config.data.image_size // config.vae.factor
+        self.shape = (config.vae.latent_channels, side, side)
+        session.seed()
+        self.network = self.build()
+        self.loss_function = VAELoss(config.loss).to(self.device)
+
+    def build(self) -> AutoencoderKL:
+        return AutoencoderKL(self.config.vae)
+
+    def losses(self, network: Callable[..., Any], batch: Batch, step: int) -> dict[str, Tensor]:
+        # Convolutions follow their input into this layout, in which they run faster; the weights stay as they are,
+        # because DeepSpeed broadcasts and flattens only contiguous ones.
+        pixels = batch.pixels.to(self.device).contiguous(memory_format=torch.channels_last)
+        noise = sample_randomness(self.config.run.seed, batch.positions, self.shape).eps
+        reconstruction, posterior = network(pixels, noise.to(self.device))
+        return self.loss_function(reconstruction, pixels, posterior)
+
+    @torch.no_grad()
+    def evaluate(self, network: AutoencoderKL) -> dict[str, float]:
+        """PSNR of the reconstructions over the validation set."""
+        found = []
+        for batch in self.session.held_out():
+            pixels = batch.pixels.to(self.device)
+            found.append((batch, psnr(reconstruct(network, pixels), pixels)))
+        return {"validation_psnr": self.session.collect(found).mean().item()}
+
+    def summarize(self, measures: Mapping[str, float]) -> str:
+        return f"validation PSNR {measures['validation_psnr']:.2f} dB over {len(self.session.validation)} pictures"
+
+    @torch.no_grad()
+    def show(self, step: int, network: AutoencoderKL, path: Path) -> None:
+        """Pictures of the validation set above their reconstructions."""
+        batch = next(iter(self.session.validation.once(self.config.validation.batch_size)))
+        pixels = batch.pixels.to(self.device)
+        shown = (pixels[:GRID_PICTURES], reconstruct(network, pixels)[:GRID_PICTURES])
+        originals, reconstructions = (to_images(part) for part in shown)
+        columns = min(GRID_COLUMNS, len(originals))
+        cells: list[Image.Image] = []
+        for start in range(0, len(originals) - columns + 1, columns):
+            cells += originals[start : start + columns] + reconstructions[start : start + columns]
+        save_image(sheet(cells, columns=columns), path)
+
+    def finish(self, network: AutoencoderKL) -> None:
+        """Measure the latents over the training set and write the averaged weights to RUN/vae."""
+        config, run = self.config, self.session.run
+        run.tell(f"measuring the latents of {len(self.session.images)} pictures")
+        batches = self.session.images.once(config.data.batch_size)
+        mean, std = latent_statistics(network, (batch.pixels.to(self.device) for batch in batches))
+        network.config = dataclasses.replace(config.vae, latent_mean=mean, latent_std=std)
+        with atomic_folder(config.run.path / "vae") as folder:
+            save_vae(network, folder)
+        run.tell(f"latents: mean {[round(m, 3) for m in mean]}, standard deviation {[round(s, 3) for s in std]}")
+        run.tell(f"wrote {config.run.path / 'vae'}")
+
+
+def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """There and back by the posterior's mean: B x 3 x H x W."""
+    return vae.decode_z(vae.posterior(pixels).mean)
