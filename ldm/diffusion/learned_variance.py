@@ -24,7 +24,7 @@ def bound_terms(x0: Tensor, x_t: Tensor, x0_hat: Tensor, raw_v: Tensor, path: Pa
     B x C x h x w, t B on the CPU. Raises ValueError for a path without a table, because it has no fixed steps.
     """
     if isinstance(path, RectifiedFlowPath | EDMPath):
-        raise ValueError(f"path {path.kind} has no steps of its own, whose variance could be learned: use a table path")
+        raise ValueError(f"path {path.kind} has no discrete steps whose variance could be learned: use a table path")
     steps = node_steps(path, t)
     means = torch.tensor([ddpm_mean(step) for step in steps], dtype=torch.float64)
     x_weight, x0_weight = (expand_times(column, x0) for column in means.T)
