@@ -39,12 +39,12 @@ class Entry:
 
 
 def entry_of(path: Path) -> Entry:
-    """What a shard that is whole holds. Raises DataError if it is not whole."""
+    """Compute the entry of a valid shard. Raises DataError if the shard is damaged."""
     return Entry(len(Shard(path)), path.stat().st_size, sha256_of(path))
 
 
 def mismatch(path: Path, entry: Entry) -> str:
-    """What shows that a file is not the one of its entry, or ""."""
+    """Describe how a file differs from its entry; "" if it matches."""
     size = path.stat().st_size
     if entry.size is not None and size != entry.size:
         return f"it has {size:,} bytes, the manifest says {entry.size:,}"

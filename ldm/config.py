@@ -1,6 +1,6 @@
-"""YAML -> frozen dataclasses, and back: the one file that knows YAML and pydantic.
+"""Convert YAML to frozen dataclasses and back; only this file uses YAML and pydantic.
 
-Each component's config stands next to its class and validates itself; nothing here knows any of them.
+Each component's config is defined next to its class and validates itself; this file knows none of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BY_KIND: Any = Field(discriminator="kind")  # for unions of dataclasses: Annotat
 
 
 def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` words, check everything.
+    """Read a YAML file, apply `section.key=value` overrides and validate the result.
 
     Raises ValueError, one line naming the key, for a missing file, an unknown key or a wrong value.
     """
@@ -47,8 +47,8 @@ def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 
 def parse(kind: type[Config], tree: Any, *, source: str) -> Config:
-    """Check a tree of plain values against the dataclass `kind`; raises ValueError as load_config does."""
-    # A wrapper with extra="forbid" is what makes pydantic refuse unknown keys in the plain dataclasses below it.
+    """Validate a tree of plain values against the dataclass `kind`. Raises ValueError as load_config does."""
+    # The wrapper's extra="forbid" makes pydantic refuse unknown keys in the plain dataclasses below it.
     wrapper = create_model("Root", __config__=ConfigDict(extra="forbid"), root=(kind, ...))
     try:
         return wrapper.model_validate({"root": tree}).root  # pyright: ignore[reportAttributeAccessIssue]
@@ -57,7 +57,7 @@ def parse(kind: type[Config], tree: Any, *, source: str) -> Config:
 
 
 def read_tree(text: str) -> dict[str, Any]:
-    """The plain values in the text of `dump`; empty for anything else."""
+    """Read the plain values from the text of `dump`; empty for anything else."""
     try:
         tree = yaml.safe_load(text)
     except (yaml.YAMLError, LookupError, AttributeError, TypeError, RecursionError, ValueError):
@@ -66,7 +66,7 @@ def read_tree(text: str) -> dict[str, Any]:
 
 
 def dump(config: Any) -> str:
-    """The resolved configuration as YAML; parsing it gives an equal one."""
+    """Write the resolved configuration as YAML; parsing it gives an equal one."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
@@ -106,16 +106,16 @@ def _first_error(error: ValidationError, kind: type) -> str:
 
 
 def _nearest(error: Any) -> str:
-    """A hint, where one of some names was expected and what was given, or the kind that it names, resembles one."""
+    """Suggest an expected name if the given value, or its `kind`, resembles one."""
     context = error.get("ctx", {})
     expected = context.get("expected") or context.get("expected_tags", "")
-    given = reprlib.repr(context.get("tag", error["input"])).strip("'")  # short, whatever it is
+    given = reprlib.repr(context.get("tag", error["input"])).strip("'")  # shortened, for any value
     near = did_you_mean(given, re.findall(r"'([^']*)'", expected))
     return f"; did you mean {near}?" if near else ""
 
 
 def _known_keys(kind: Any) -> set[str]:
-    """Every field's name in a dataclass and the dataclasses below it."""
+    """Collect the field names of a dataclass and of the dataclasses nested in it."""
     found: set[str] = set()
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)

@@ -1,6 +1,6 @@
-"""The errors of all packages: one class per kind of fault, each with the exit code of the command that meets it.
+"""Errors of all packages: one class per kind of fault, each with the exit code of the command.
 
-A mistake of the user is a ValueError or an OSError, whose exit code is USER_ERROR. Nothing heavy is imported here.
+User errors are ValueError or OSError, with exit code USER_ERROR. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import ClassVar
 
 USER_ERROR = 2
 INTERRUPTED = 130  # Ctrl-C, as in shells
-IN_TRAINING = "in training"  # begins a note on errors that one rank may meet alone; before training, all meet the same
+IN_TRAINING = "in training"  # starts a note on errors that only one rank may raise; before training, all raise the same
 
 
 class DataError(Exception):
-    """Something is wrong with the data itself (a shard, a sample), not with how it was asked for."""
+    """The data itself (a shard, a sample) is faulty, not the request for it."""
 
     exit_code: ClassVar[int] = 3
 
@@ -31,13 +31,13 @@ class PeerError(Exception):
 
 
 class NonFiniteError(FloatingPointError):
-    """Losses, gradients, weights or pixels stopped being numbers."""
+    """Losses, gradients, weights or pixels are no longer finite."""
 
     exit_code: ClassVar[int] = 6
 
 
 class Stopped(BaseException):
-    """Raised by a signal where nothing is lost by stopping.
+    """Raised by a signal when stopping loses no work.
 
     Derives from BaseException, so that `except Exception` does not swallow it.
     """
@@ -46,7 +46,7 @@ class Stopped(BaseException):
 
 
 def exit_code(error: BaseException) -> int | None:
-    """The code with which a command ends that met this error; None for one that is a fault of this program."""
+    """Return the exit code for this error; None if it is a bug in this program."""
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return code
@@ -56,7 +56,7 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def is_broken_connection(error: BaseException) -> bool:
-    """Whether a message between ranks failed because one of them ended."""
+    """Return whether communication between ranks failed because one of them ended."""
     text = str(error).lower()
     signs = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
     return type(error).__name__ in ("DistNetworkError", "DistBackendError", "DistStoreError") or (

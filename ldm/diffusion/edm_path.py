@@ -1,4 +1,4 @@
-"""EDM's path: noise is added to data that keep their size."""
+"""EDM's path: noise is added to unscaled data."""
 
 import math
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from torch import Tensor
 class EDMPath:
     """alpha = 1, sigma = sigma_max t^rho. Karras et al. 2022 (arXiv 2206.00364), table 1.
 
-    t counts evenly in sigma^(1 / rho), so that even steps of t are those of eq. 5 down to sigma = 0. The network
-    sees x_t at unit variance, and what it should answer has unit variance too, if the data's is sigma_data^2.
+    t is linear in sigma^(1 / rho), so that even steps of t are those of eq. 5 down to sigma = 0. The network's input
+    and its target have unit variance, if the data's variance is sigma_data^2.
     """
 
     kind: Literal["edm"] = "edm"
-    sigma_min: float = 0.002  # the least that is trained and sampled at: below it data count as clean
+    sigma_min: float = 0.002  # minimum for training and sampling: below it, data count as clean
     sigma_max: float = 80.0
     sigma_data: float = 0.5  # standard deviation of the data: 1 for our latents
     rho: float = 7.0
-    default_grid: ClassVar[str] = "karras"  # of ldm.samplers.TIME_GRIDS: even steps of t go far below sigma_min
+    default_grid: ClassVar[str] = "karras"  # in ldm.samplers.TIME_GRIDS: even steps of t go far below sigma_min
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf or self.sigma_data <= 0 or self.rho < 1:
@@ -51,7 +51,7 @@ class EDMPath:
         return -2 * math.log(self.sigma_max), -2 * math.log(self.sigma_min)
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The inverse of log_snr; more noise than sigma_max comes to 1."""
+        """Invert log_snr; noise above sigma_max gives 1."""
         return ((-log_snr / 2 - math.log(self.sigma_max)) / self.rho).exp().clamp(max=1)
 
     def input_scale(self, t: Tensor) -> Tensor:
@@ -59,13 +59,13 @@ class EDMPath:
         return (self.sigma(t) ** 2 + self.sigma_data**2).rsqrt()
 
     def timesteps(self, t: Tensor) -> Tensor:
-        """c_noise = log(sigma) / 4, what the network's time embedding sees."""
+        """c_noise = log(sigma) / 4, the input of the network's time embedding."""
         return -self.log_snr(t) / 8
 
     def training_times(self, u: Tensor) -> Tensor:
-        """u itself, but not below sigma_min: at t = 0 the timestep is infinite."""
+        """Return u, clamped at sigma_min: at t = 0 the timestep is infinite."""
         return u.clamp(min=(self.sigma_min / self.sigma_max) ** (1 / self.rho))
 
     def snap(self, t: Tensor) -> Tensor:
-        """t itself: every time was seen in training."""
+        """Return t: training covers all times."""
         return t.clone()

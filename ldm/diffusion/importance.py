@@ -1,7 +1,7 @@
-"""Training times by importance: more often where the loss is large, and counted less there.
+"""Importance sampling of training times: more often where the loss is large, with a lower weight there.
 
-Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.3, with times in bins, so that continuous paths have it too. A time
-stands here as the number in [0, 1] that a path's training_times makes it of.
+Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.3, with times in bins, so that it works for continuous paths. Here
+a time is the number in [0, 1] from which a path's training_times computes it.
 """
 
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BINS, KEPT = 100, 10  # of [0, 1]; losses that each bin remembers
-UNIFORM_SHARE = 0.001  # of the times, drawn evenly, so that no bin is ever forgotten
+BINS, KEPT = 100, 10  # bins of [0, 1]; losses stored per bin
+UNIFORM_FRACTION = 0.001  # of the times are drawn uniformly, so that every bin is visited
 
 
 class LossHistory:
-    """The last losses in each bin of times. It is part of a run's state: the same on all ranks, saved and loaded.
+    """The last losses in each bin of times. Part of a run's state: equal on all ranks, saved and loaded.
 
-    density = sqrt(mean of the bin's squared losses), normalised; even until every bin has seen KEPT losses.
+    density = sqrt(mean of the bin's squared losses), normalised; uniform until every bin has KEPT losses.
     """
 
     def __init__(self) -> None:
@@ -26,14 +26,14 @@ class LossHistory:
 
     @property
     def densities(self) -> Tensor:
-        """Of each bin, mean 1, float64."""
+        """The density of each bin, with mean 1, float64."""
         if not (self.seen >= KEPT).all():
             return torch.ones(BINS, dtype=torch.float64)
         size = self.losses.square().mean(1).sqrt()
-        return (1 - UNIFORM_SHARE) * size / size.mean() + UNIFORM_SHARE
+        return (1 - UNIFORM_FRACTION) * size / size.mean() + UNIFORM_FRACTION
 
     def numbers(self, uniforms: Tensor) -> Tensor:
-        """Numbers that have this density, rising with the uniform ones: the inverse of its integral."""
+        """Map uniform numbers monotonically to this density, by inverting its integral."""
         densities = self.densities
         mass = torch.cat([torch.zeros(1, dtype=torch.float64), densities.cumsum(0) / BINS])
         u = uniforms.double() * mass[-1]
@@ -44,13 +44,13 @@ class LossHistory:
         return self.densities[bin_of(numbers)].to(numbers)
 
     def record(self, numbers: Tensor, losses: Tensor) -> None:
-        """Remember the losses of a global batch, in its order."""
+        """Store the losses of a global batch, in its order."""
         for place, loss in zip(bin_of(numbers).tolist(), losses.double().tolist(), strict=True):
             self.losses[place, self.seen[place] % KEPT] = loss
             self.seen[place] += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, which JSON keeps to the last bit."""
+        """Return plain numbers, which JSON stores exactly."""
         return {"losses": self.losses.tolist(), "seen": self.seen.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

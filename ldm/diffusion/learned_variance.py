@@ -1,6 +1,6 @@
-"""Learning the variance of the reverse steps, from the terms of the variational bound.
+"""Learn the variance of the reverse steps from the terms of the variational bound.
 
-Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.1; DiT is trained so. B batch, C channels, h x w latents.
+Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.1; also used by DiT. B batch, C channels, h x w latents.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from ldm.diffusion.paths import TablePath
 from ldm.diffusion.posterior import ddpm_mean, learned_log_variance, variance_range
 
 
-def bound_terms(x0: Tensor, x_t: Tensor, x0_hat: Tensor, share: Tensor, path: PathConfig, t: Tensor) -> Tensor:
-    """The bound's term at each sample's own node t, in bits per dimension: B.
+def bound_terms(x0: Tensor, x_t: Tensor, x0_hat: Tensor, raw_v: Tensor, path: PathConfig, t: Tensor) -> Tensor:
+    """Compute the bound's term at each sample's node t, in bits per dimension: B.
 
-    KL(q(x' | x_t, x0) || N(mean of x0_hat, variance of share)), x' one node nearer to the data; at the first node,
-    where x' is x0 itself, -log N(x0; x0_hat, variance). Give x0_hat without gradient, that the share alone learns here.
-    All B x C x h x w, t B on the CPU. Raises ValueError for a path that is no table: it has no steps of its own.
+    KL(q(x' | x_t, x0) || N(mean of x0_hat, variance of raw_v)), x' one node nearer to the data; at the first node,
+    where x' is x0 itself, -log N(x0; x0_hat, variance). Pass x0_hat detached, so that only the variance is trained. All
+    B x C x h x w, t B on the CPU. Raises ValueError for a path without a table, because it has no fixed steps.
     """
     if isinstance(path, RectifiedFlowPath | EDMPath):
-        raise ValueError(f"path {path.kind} has no steps of its own, whose variance could be learned: use a table path")
+        raise ValueError(f"path {path.kind} has no discrete steps whose variance could be learned: use a table path")
     steps = node_steps(path, t)
     means = torch.tensor([ddpm_mean(step) for step in steps], dtype=torch.float64)
-    x_share, x0_share = (expand_times(column, x0) for column in means.T)
+    x_weight, x0_weight = (expand_times(column, x0) for column in means.T)
     logs = torch.tensor([log_range(step, path) for step in steps], dtype=torch.float64)
     small, large = (expand_times(column, x0) for column in logs.T)
-    true_mean, mean = x_share * x_t + x0_share * x0, x_share * x_t + x0_share * x0_hat
-    log_variance = learned_log_variance(share, small, large)
+    true_mean, mean = x_weight * x_t + x0_weight * x0, x_weight * x_t + x0_weight * x0_hat
+    log_variance = learned_log_variance(raw_v, small, large)
     to_data = expand_times(torch.tensor([step.end.sigma == 0 for step in steps]), x0) > 0
     terms = normal_kl(true_mean, small, mean, log_variance)
     terms = torch.where(to_data, normal_nll(x0, mean, log_variance), terms)
@@ -39,14 +39,14 @@ def bound_terms(x0: Tensor, x_t: Tensor, x0_hat: Tensor, share: Tensor, path: Pa
 
 
 def node_steps(path: TablePath, t: Tensor) -> list[Step]:
-    """From each of some nodes of a table to the one before it."""
+    """Return the step from each node of a table to the previous one."""
     t = path.snap(t.double())
     before = path.snap(t - 1 / path.num_train_timesteps)
     return [Step(*ends) for ends in zip(nodes_at(path, t), nodes_at(path, before), strict=True)]
 
 
 def log_range(step: Step, path: TablePath) -> tuple[float, float]:
-    """The logarithms of the least and the largest variance: of the step to the data, the least of the one before it."""
+    """Return the logs of the smallest and largest variance; a step to the data uses the previous step's smallest."""
     small, large = variance_range(step)
     if step.end.sigma == 0:
         (second,) = node_steps(path, step.start.t[None] + 1 / path.num_train_timesteps)
@@ -62,5 +62,5 @@ def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_
 
 
 def normal_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """-log N(x; mean, e^log_variance), in nats: latents are continuous, so that their density needs no bins."""
+    """-log N(x; mean, e^log_variance), in nats. No bins, because latents are continuous."""
     return (math.log(2 * math.pi) + log_variance + (x - mean) ** 2 * (-log_variance).exp()) / 2

@@ -1,7 +1,7 @@
-"""Nodes of a path, and the steps between them, which samplers take and whose variance a network may learn.
+"""Nodes of a path and the steps between them, which samplers take and whose variance a network may learn.
 
-Everything is written over (alpha, sigma), never over sigma / alpha: that is infinite at alpha = 0, where rectified
-flow starts.
+Everything is expressed in (alpha, sigma), never in sigma / alpha, which is infinite at alpha = 0, where rectified flow
+starts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ldm.diffusion.paths import PathConfig
 
 
 class Node(NamedTuple):
-    """A time and what the path is there."""
+    """A time, and the path's alpha and sigma at it."""
 
     t: Tensor
     alpha: float
@@ -24,37 +24,37 @@ class Node(NamedTuple):
 
     @property
     def half_log_snr(self) -> float:
-        """lambda = log(alpha / sigma), with its limits."""
+        """lambda = log(alpha / sigma), including its infinite limits."""
         if self.alpha == 0:
             return -math.inf
         return math.log(self.alpha / self.sigma) if self.sigma > 0 else math.inf
 
 
 class Step(NamedTuple):
-    """From a node to the next of the grid; sigma > 0 at the first and alpha > 0 at the second."""
+    """A step from a node to the next of the grid; sigma > 0 at the start and alpha > 0 at the end."""
 
     start: Node
     end: Node
 
     @property
     def h(self) -> float:
-        """The step in lambda; infinite from alpha = 0, and to sigma = 0."""
+        """The step size in lambda; infinite from alpha = 0 and to sigma = 0."""
         return self.end.half_log_snr - self.start.half_log_snr
 
 
 def nodes_at(path: PathConfig, times: Tensor) -> list[Node]:
-    """The nodes of some times, 1-D."""
+    """Compute the nodes at 1-D times."""
     return [Node(*node) for node in zip(times, path.alpha(times).tolist(), path.sigma(times).tolist(), strict=True)]
 
 
 def grid_steps(path: PathConfig, times: Tensor) -> Iterator[Step]:
-    """The grid's steps in order. Raises ValueError for times that do not fall strictly within [0, 1]."""
+    """Yield the grid's steps in order. Raises ValueError unless the times decrease strictly within [0, 1]."""
     if times.ndim != 1 or len(times) < 2:
-        raise ValueError(f"times must be two or more numbers in one row, not of shape {tuple(times.shape)}")
+        raise ValueError(f"times must be a 1-D tensor of two or more numbers, not of shape {tuple(times.shape)}")
     if not (times[:-1] > times[1:]).all() or times[0] > 1 or times[-1] < 0:
-        raise ValueError(f"times must fall strictly, from at most 1 to at least 0, not {times.tolist()}")
+        raise ValueError(f"times must decrease strictly, from at most 1 to at least 0, not {times.tolist()}")
     nodes = nodes_at(path, times)
     if any(node.sigma == 0 for node in nodes[:-1]):
-        raise ValueError(f"times are {times.tolist()}, of which some leave no noise: leave out what is so near to 0")
+        raise ValueError(f"times are {times.tolist()}, some of which leave no noise: remove those so close to 0")
     for start, end in zip(nodes[:-1], nodes[1:], strict=True):
         yield Step(start, end)

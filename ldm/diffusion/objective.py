@@ -1,7 +1,7 @@
-"""What training minimises: which times are drawn, how the error at each counts, and what noise is added.
+"""The training objective: the distribution of times, the weight of the error at each, and the added noise.
 
-The loss is the mean of w(t) || output - target ||^2 over t = g(u) of uniform numbers u: time_numbers says how these
-are spread, time_sampling what g is, weighting what w is.
+The loss is the mean of w(t) || output - target ||^2 over t = g(u) of uniform numbers u: time_numbers selects how these
+are spread, time_sampling selects g, weighting selects w.
 """
 
 import math
@@ -21,21 +21,21 @@ Weighting = Literal["constant", "min_snr", "soft_min_snr", "edm", "logit_normal"
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The defaults are plain diffusion; each number is read only where its heading says."""
+    """Settings of the objective. The defaults are plain diffusion; each number is used only by the named options."""
 
     prediction: Prediction
     time_sampling: TimeSampling = "uniform"
     time_numbers: TimeNumbers = "independent"
-    logit_mean: float = 0.0  # of logit_normal, like the next; 0 and 1 are Stable Diffusion 3's
+    logit_mean: float = 0.0  # of logit_normal, like logit_std; 0 and 1 are Stable Diffusion 3's
     logit_std: float = 1.0
-    log_mean: float = -1.2  # of log(sigma / alpha) under log_normal, like the next; these are EDM's
+    log_mean: float = -1.2  # of log(sigma / alpha) under log_normal, like log_std; these are EDM's
     log_std: float = 1.2
     weighting: Weighting = "constant"
     snr_limit: float = 5.0  # gamma of min_snr and soft_min_snr
-    offset_noise: float = 0.0  # share of noise that is the same over a whole channel; 0.1 is usual
-    input_perturbation: float = 0.0  # noise in the input that the target knows nothing of; 0.1 is usual
-    learned_variance: bool = False  # as iDDPM and DiT: the network also says how wide each step of DDPM scatters
-    variance_weight: float = 0.001  # of the bound's N terms beside the loss, if so
+    offset_noise: float = 0.0  # strength of noise that is constant over a channel; 0.1 is usual
+    input_perturbation: float = 0.0  # strength of noise in the input that is not in the target; 0.1 is usual
+    learned_variance: bool = False  # as in iDDPM and DiT: the network also predicts the variance of DDPM's steps
+    variance_weight: float = 0.001  # of the bound's N terms in addition to the loss, with learned_variance
 
     def __post_init__(self) -> None:
         for name, kind in (("prediction", Prediction), ("time_sampling", TimeSampling), ("time_numbers", TimeNumbers),
@@ -51,9 +51,9 @@ class ObjectiveConfig:
 
 
 def draw_times(config: ObjectiveConfig, path: PathConfig, uniforms: Tensor) -> Tensor:
-    """Training times, float32, one for each supplied number in [0, 1] and rising with it; nothing is random here.
+    """Map numbers in [0, 1] monotonically to training times, float32; nothing is random here.
 
-    For importance the numbers are a LossHistory's, for the others uniform ones.
+    For importance the numbers are a LossHistory's, for the others they are uniform.
     """
     u = uniforms.float()
     match config.time_sampling:
@@ -79,10 +79,10 @@ def log_normal_times(u: Tensor, path: PathConfig, mean: float, std: float) -> Te
 
 
 def loss_weight(config: ObjectiveConfig, path: PathConfig, t: Tensor) -> Tensor:
-    """w(t), of t's shape.
+    """Compute w(t), of t's shape.
 
-    Weights that papers give for the error of x0_hat, as all but "constant" and Stable Diffusion 3's, are turned into
-    weights for the output's: || x0_hat - x_0 ||^2 = (d x0_hat / d output)^2 || output - target ||^2.
+    Weights that papers define for the error of x0_hat (all but "constant" and Stable Diffusion 3's) are converted to
+    the output's error: || x0_hat - x_0 ||^2 = (d x0_hat / d output)^2 || output - target ||^2.
     """
     match config.weighting:
         case "constant":
@@ -102,20 +102,20 @@ def loss_weight(config: ObjectiveConfig, path: PathConfig, t: Tensor) -> Tensor:
 
 
 def min_snr(log_snr: Tensor, limit: float) -> Tensor:
-    """min(SNR, gamma): of x0's error. Hang et al. 2023 (arXiv 2303.09556), section 3.4.
+    """min(SNR, gamma), for x0's error. Hang et al. 2023 (arXiv 2303.09556), section 3.4.
 
-    So eps's error has min(SNR, gamma) / SNR, and v's, where variance is preserved, min(SNR, gamma) / (SNR + 1).
+    So eps's error gets min(SNR, gamma) / SNR, and v's, on variance-preserving paths, min(SNR, gamma) / (SNR + 1).
     """
     return log_snr.clamp(max=math.log(limit)).exp()
 
 
 def soft_min_snr(log_snr: Tensor, limit: float) -> Tensor:
-    """SNR gamma / (SNR + gamma), a minimum without a corner. Crowson et al. 2024 (arXiv 2401.11605), section 3.3."""
+    """SNR gamma / (SNR + gamma), a smooth minimum. Crowson et al. 2024 (arXiv 2401.11605), section 3.3."""
     return limit * torch.sigmoid(log_snr - math.log(limit))
 
 
 def edm_weight(path: PathConfig, t: Tensor) -> Tensor:
-    """lambda = (alpha^2 s^2 + sigma^2) / (sigma s)^2, s = sigma_data: of x0's error, so that F's has 1.
+    """lambda = (alpha^2 s^2 + sigma^2) / (sigma s)^2, s = sigma_data, for x0's error, so that F's gets 1.
 
     Karras et al. 2022, table 1, where alpha = 1.
     """
@@ -124,7 +124,7 @@ def edm_weight(path: PathConfig, t: Tensor) -> Tensor:
 
 
 def logit_normal_density(t: Tensor, mean: float, std: float) -> Tensor:
-    """The density of logit_normal_times: uniform times under this weight have the same loss in the mean.
+    """The density of logit_normal_times: uniform times with this weight give the same mean loss.
 
     0 at both ends. Esser et al. 2024, eq. 19.
     """
@@ -133,7 +133,7 @@ def logit_normal_density(t: Tensor, mean: float, std: float) -> Tensor:
 
 
 def cosmap_density(t: Tensor) -> Tensor:
-    """2 / (pi (1 - 2 t + 2 t^2)): the flow's times at which the cosine path has evenly spread log-SNRs.
+    """2 / (pi (1 - 2 t + 2 t^2)): density of the flow times with the log-SNRs of the cosine path's uniform times.
 
     Esser et al. 2024, eq. 21.
     """
@@ -141,30 +141,30 @@ def cosmap_density(t: Tensor) -> Tensor:
 
 
 def offset_noise(eps: Tensor, channel_noise: Tensor, strength: float) -> Tensor:
-    """(eps + s n) / sqrt(1 + s^2), n one number a channel: pictures learn to change their brightness as a whole.
+    """(eps + s n) / sqrt(1 + s^2), n one number per channel: the network learns to change an image's mean brightness.
 
-    Guttenberg 2023, "Diffusion with offset noise", but kept at unit variance. eps B x C x h x w, n B x C.
+    Guttenberg 2023, "Diffusion with offset noise", but normalised to unit variance. eps B x C x h x w, n B x C.
     """
     return (eps + strength * channel_noise[:, :, None, None]) / math.sqrt(1 + strength**2)
 
 
 def input_perturbation(eps: Tensor, more: Tensor, strength: float) -> Tensor:
-    """eps + s n: what is added to the data, while eps stays the target. Ning et al. 2023 (arXiv 2301.11706), eq. 9.
+    """eps + s n: the noise added to the data, while eps stays the target. Ning et al. 2023 (arXiv 2301.11706), eq. 9.
 
-    In training x_t is made of true data, in drawing of the network's own, slightly wrong ones: this makes up for it.
+    In training x_t contains true data, in sampling the network's own inexact estimates: this compensates for that.
     """
     return eps + strength * more
 
 
 def diffusion_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample: B x ... to B, in float32 whatever the network's dtype."""
+    """Compute each sample's mean squared error: B x ... to B, in float32 for any dtype of the network."""
     return (output.float() - target.float()).square().flatten(1).mean(1)
 
 
 def by_quantile(losses: Tensor, uniforms: Tensor, parts: int = 4) -> dict[str, Tensor]:
-    """The losses, B, of each quantile of the times: "loss_q1" of the cleanest quarter to "loss_q4" of the noisiest.
+    """Split losses, B, by quantile of their times: from "loss_q1", the cleanest quarter, to "loss_q4", the noisiest.
 
-    Times rise with their uniform numbers, B, which are therefore the quantiles themselves. A part may be empty.
+    Times increase with their uniform numbers, B, which are therefore the quantiles. A part may be empty.
     """
     part = (uniforms * parts).long().to(losses.device)
     return {f"loss_q{i + 1}": losses[part == i] for i in range(parts)}

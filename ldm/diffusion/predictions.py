@@ -1,4 +1,4 @@
-"""What the network predicts, and how x0_hat follows from it: the one place that knows eps, v, velocity and F.
+"""Predictions of the network and their conversion to x0_hat: only this file knows eps, v, velocity and F.
 
 With x_t = alpha x_0 + sigma eps, and ' for d/dt:
 
@@ -9,10 +9,10 @@ With x_t = alpha x_0 + sigma eps, and ' for d/dt:
                                                            rectified flow
     edm       F, of unit variance at every time if the     Karras et al. 2022 (arXiv 2206.00364), eqs. 7-8; on
               data's is sigma_data^2                       other paths than theirs, where sigma_data = 1, it is
-                                                           v turned round: F = -v / sqrt(alpha^2 + sigma^2)
+                                                           v negated: F = -v / sqrt(alpha^2 + sigma^2)
 
-All are one thing: from x_t and any of them the others follow. Shapes: x_t, x_0, eps and outputs B x ...; times () or
-B, one for each sample.
+All are equivalent: x_t and any one of them give the others. Shapes: x_t, x_0, eps and outputs B x ...; times () or B,
+one per sample.
 """
 
 from typing import Literal, assert_never
@@ -24,13 +24,13 @@ from ldm.diffusion.paths import PathConfig
 
 Prediction = Literal["eps", "v", "x0", "velocity", "edm"]
 
-SMALLEST_ALPHA = 2.0**-12  # diffusers' choice too: alpha_bar = 2^-24
+SMALLEST_ALPHA = 2.0**-12  # as in diffusers: alpha_bar = 2^-24
 
 
 def expand_times(values: Tensor, x: Tensor) -> Tensor:
-    """Numbers of shape () or B, made to broadcast against x of shape B x ..., in x's dtype and on its device.
+    """Reshape numbers of shape () or B to broadcast against x of shape B x ..., in x's dtype and on its device.
 
-    Without this, B numbers meet the last axis of x: silently so where that is B long, or 1.
+    Without this, B numbers would broadcast along the last axis of x, silently if its length is B or 1.
     """
     if values.ndim > 1 or (values.ndim == 1 and len(values) != len(x)):
         raise ValueError(
@@ -58,18 +58,18 @@ def velocity_target(x0: Tensor, eps: Tensor, d_alpha: Tensor, d_sigma: Tensor) -
 def edm_target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
     """F = (x_0 - c_skip x_t) / c_out = (sigma x_0 / s - alpha s eps) / sqrt(alpha^2 s^2 + sigma^2), s = sigma_data.
 
-    The second form, in which nothing is divided by sigma, follows from the first by inserting x_t.
+    The second form, without a division by sigma, follows from the first by inserting x_t.
     """
     return (sigma / sigma_data * x0 - alpha * sigma_data * eps) / (alpha**2 * sigma_data**2 + sigma**2).sqrt()
 
 
 def eps_from_x0(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """eps = (x_t - alpha x_0) / sigma; 0 at sigma = 0, where x_t = alpha x_0 says nothing of it."""
+    """eps = (x_t - alpha x_0) / sigma; 0 at sigma = 0, where x_t = alpha x_0 does not depend on it."""
     return (x_t - alpha * x0) / sigma.where(sigma > 0, 1.0)
 
 
 def x0_from_eps(eps: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x_0 = (x_t - sigma eps) / alpha; at alpha = 0, where x_t says nothing of it, as if alpha were 2^-12."""
+    """x_0 = (x_t - sigma eps) / alpha; at alpha = 0, where x_t does not depend on x_0, as if alpha were 2^-12."""
     return (x_t - sigma * eps) / alpha.clamp(min=SMALLEST_ALPHA)
 
 
@@ -81,8 +81,8 @@ def x0_from_v(v: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 def x0_from_velocity(u: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, d_alpha: Tensor, d_sigma: Tensor) -> Tensor:
     """x_0 = (sigma' x_t - sigma u) / (sigma' alpha - sigma alpha'): x_t and u solved for x_0 and eps.
 
-    The divisor is alpha sigma times the rate at which log(alpha / sigma) falls: positive on every path, 1 on
-    rectified flow. At sigma = 0, where sigma' may be 0 or infinite, what is left is x_t / alpha.
+    The divisor is alpha sigma times the rate at which log(alpha / sigma) decreases: positive on every path, 1 on
+    rectified flow. At sigma = 0, where sigma' may be 0 or infinite, this reduces to x_t / alpha.
     """
     d_sigma = d_sigma.where(sigma > 0, 1.0)
     return (d_sigma * x_t - sigma * u) / (d_sigma * alpha - sigma * d_alpha)
@@ -103,9 +103,9 @@ def score(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def target(prediction: Prediction, x0: Tensor, eps: Tensor, path: PathConfig, t: Tensor) -> Tensor:
-    """What the network should answer to x_t at time t.
+    """Compute the network's training target at x_t and time t.
 
-    Finite for every t, but for velocity on table paths at t = 0, where sigma' is infinite.
+    Finite for every t, except for velocity on table paths at t = 0, where sigma' is infinite.
     """
     alpha, sigma = expand_times(path.alpha(t), x0), expand_times(path.sigma(t), x0)
     match prediction:
@@ -125,7 +125,7 @@ def target(prediction: Prediction, x0: Tensor, eps: Tensor, path: PathConfig, t:
 
 
 def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, path: PathConfig, t: Tensor) -> Tensor:
-    """x0_hat, of x_t's shape, from the network's output at x_t and time t. Finite for every t."""
+    """Convert the network's output at x_t and time t to x0_hat, of x_t's shape. Finite for every t."""
     alpha, sigma = expand_times(path.alpha(t), x_t), expand_times(path.sigma(t), x_t)
     match prediction:
         case "x0":
@@ -144,14 +144,14 @@ def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, path: PathConfig,
 
 
 def from_x0(prediction: Prediction, x0: Tensor, x_t: Tensor, path: PathConfig, t: Tensor) -> Tensor:
-    """The output that to_x0 turns into this x0_hat. Finite as target is."""
+    """Convert x0_hat to the network's output, the inverse of to_x0. Finite where target is."""
     alpha, sigma = expand_times(path.alpha(t), x_t), expand_times(path.sigma(t), x_t)
     return target(prediction, x0, eps_from_x0(x0, x_t, alpha, sigma), path, t)
 
 
 def x0_sensitivity(prediction: Prediction, path: PathConfig, t: Tensor) -> Tensor:
-    """(d x0_hat / d output)^2 at times t: what turns a weight on x0's error into one on the output's.
+    """(d x0_hat / d output)^2 at times t: converts a weight on x0's error to one on the output's.
 
-    x0_hat is linear in x_t and the output together, so it is what an output of 1 gives where x_t is 0.
+    x0_hat is jointly linear in x_t and the output, so it is x0_hat for an output of 1 at x_t = 0.
     """
     return to_x0(prediction, torch.ones_like(t), torch.zeros_like(t), path, t) ** 2

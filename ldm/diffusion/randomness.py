@@ -1,4 +1,4 @@
-"""The random numbers of training, a function of (run seed, position in the global order of samples) alone."""
+"""Random numbers of training: a function of only (run seed, position in the global order of samples)."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -11,7 +11,7 @@ from ldm.diffusion.objective import ObjectiveConfig, TimeNumbers, input_perturba
 
 
 class SampleRandomness(NamedTuple):
-    """eps is standard normal, B x latent shape; the uniforms are in [0, 1), B each. Float32 on the CPU."""
+    """Random numbers of B samples: eps standard normal, B x latent shape; uniforms in [0, 1), B each. Float32, CPU."""
 
     eps: Tensor
     time_uniforms: Tensor
@@ -19,11 +19,11 @@ class SampleRandomness(NamedTuple):
 
 
 def sample_randomness(seed: int | str, positions: Sequence[int], latent_shape: Sequence[int]) -> SampleRandomness:
-    """Noise, time and caption-drop numbers of the samples at these positions.
+    """Draw the noise, time and caption-drop numbers of the samples at these positions.
 
-    A sample's numbers do not depend on its batch, so a run that is resumed, or split among another number
-    of ranks, sees the same ones. (PyTorch's CPU generator keeps 32 bits of its seed: two given samples
-    share their numbers with probability 2^-32, which no training notices.)
+    A sample's numbers do not depend on its batch, so they are the same if a run is resumed, or continued on another
+    number of ranks. (PyTorch's CPU generator uses 32 bits of its seed: two given samples get the same numbers with
+    probability 2^-32, which does not affect training.)
     """
     eps = torch.empty(len(positions), *latent_shape)
     uniforms = torch.empty(len(positions), 2)
@@ -36,7 +36,7 @@ def sample_randomness(seed: int | str, positions: Sequence[int], latent_shape: S
 
 
 def mixed_seed(seed: int | str, position: int) -> int:
-    """63 well-mixed bits of the pair; a sum of the two would let runs repeat each other's noise."""
+    """Hash the pair to 63 bits; with a sum instead, runs would repeat each other's noise."""
     digest = blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -44,7 +44,7 @@ def mixed_seed(seed: int | str, position: int) -> int:
 def training_noise(
     config: ObjectiveConfig, eps: Tensor, *, seed: int, positions: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """The noise that the target knows, and the noise in x_t: both are eps, unless the objective asks for more."""
+    """Return the noise in the target and the noise in x_t; both are eps, unless the objective adds more."""
     if config.offset_noise:
         channel_noise = sample_randomness(f"{seed} offset", positions, eps.shape[1:2]).eps
         eps = offset_noise(eps, channel_noise, config.offset_noise)
@@ -55,7 +55,7 @@ def training_noise(
 
 
 def keyed_uniform(*key: object) -> float:
-    """A number in [0, 1) that depends on the key alone."""
+    """Hash a key to a number in [0, 1)."""
     digest = blake2b(repr(key).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
@@ -63,12 +63,11 @@ def keyed_uniform(*key: object) -> float:
 def spread_uniforms(
     kind: TimeNumbers, uniforms: Tensor, positions: Sequence[int], *, batch_size: int, seed: int
 ) -> Tensor:
-    """Uniform numbers for the times of the samples at these positions, more even than independent ones, float32.
+    """Return uniform numbers for the times of these samples, spread more evenly than independent ones, float32.
 
-    stratified: one in each B-th of [0, 1) over the global batch of B, moved together at random. Kingma et al. 2021
-    (arXiv 2107.00630), appendix I.1. sobol: a low-discrepancy sequence over the whole run, which in one dimension is
-    van der Corput's, moved once at random. Both are functions of seed and position, and each number by itself is
-    uniform.
+    stratified: one in each B-th of [0, 1) over the global batch of B, with a common random shift. Kingma et al. 2021
+    (arXiv 2107.00630), appendix I.1. sobol: a low-discrepancy sequence over the entire run, in one dimension van der
+    Corput's, with one random shift. Both are functions of seed and position, and each single number is uniform.
     """
     match kind:
         case "independent":
@@ -81,12 +80,12 @@ def spread_uniforms(
             numbers = [keyed_uniform("sobol", seed) + van_der_corput(p) for p in positions]
         case _:
             assert_never(kind)
-    # Rounding up to 1.0 in float32 is avoided, as in torch.rand.
+    # Avoid rounding up to 1.0 in float32, as torch.rand does.
     return (torch.tensor(numbers, dtype=torch.float64) % 1).float().clamp(max=1 - 2**-24)
 
 
 def van_der_corput(index: int) -> float:
-    """The index's binary digits mirrored behind the point: 1, 2, 3, ... -> 1/2, 1/4, 3/4, ..."""
+    """Mirror the index's binary digits at the radix point: 1, 2, 3, ... -> 1/2, 1/4, 3/4, ..."""
     return int(f"{index:064b}"[::-1], 2) / 2**64
 
 

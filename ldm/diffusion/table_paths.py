@@ -1,7 +1,7 @@
-"""Variance-preserving paths that come as a table of N noise levels, alpha^2 + sigma^2 = 1.
+"""Variance-preserving paths defined by a table of N noise levels, alpha^2 + sigma^2 = 1.
 
-Entry i (i = 0..N-1) stands at the *node* t = (i + 1) / N; t = 0 is clean data. A time within rounding of a node
-counts as that node, so float32 times lose nothing there. Between nodes log alpha_bar is linear in t.
+Entry i (i = 0..N-1) belongs to the *node* t = (i + 1) / N; t = 0 is clean data. A time within rounding error of a node
+counts as that node, so that float32 times are exact there. Between nodes log alpha_bar is linear in t.
 """
 
 import math
@@ -18,21 +18,21 @@ from torch import Tensor
 class BetaTablePath(ABC):
     """alpha_bar_i = prod_{j <= i} (1 - beta_j), alpha^2 = alpha_bar. Ho et al. 2020 (arXiv 2006.11239), eq. 4.
 
-    zero_terminal_snr: rescaled so that the last level holds no data at all, alpha(1) = 0.
+    zero_terminal_snr: rescale the table so that the last level contains no data, alpha(1) = 0.
     """
 
     num_train_timesteps: int = 1000
     zero_terminal_snr: bool = False
-    sigma_data: ClassVar[float] = 1.0  # our latents' standard deviation
-    default_grid: ClassVar[str] = "trailing"  # of ldm.samplers.TIME_GRIDS
+    sigma_data: ClassVar[float] = 1.0  # standard deviation of our latents
+    default_grid: ClassVar[str] = "trailing"  # in ldm.samplers.TIME_GRIDS
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_train_timesteps, int) or self.num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; use a whole number, 2 or more")
+            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; use an integer, 2 or more")
 
     @abstractmethod
     def betas(self) -> Tensor:
-        """The N noise variances before any rescaling, float64."""
+        """Return the N noise variances before any rescaling, float64."""
 
     def alpha(self, t: Tensor) -> Tensor:
         """alpha = exp(log alpha_bar / 2)."""
@@ -58,70 +58,70 @@ class BetaTablePath(ABC):
 
     @property
     def log_snr_range(self) -> tuple[float, float]:
-        """log_snr at the noisiest and the cleanest node where it is finite."""
+        """log_snr at the noisiest and the cleanest node at which it is finite."""
         n = self.num_train_timesteps
         ends = self.log_snr(torch.tensor([n - self.zero_terminal_snr, 1], dtype=torch.float64) / n)
         return ends[0].item(), ends[1].item()
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The inverse of log_snr; what lies beyond the ends of the path comes to 0 or 1."""
+        """Invert log_snr; values beyond the ends of the path give 0 or 1."""
         table, n = _log_alpha_bar(self), self.num_train_timesteps
         wanted = torch.nn.functional.logsigmoid(log_snr.to("cpu", torch.float64))  # log alpha_bar
         above = torch.searchsorted(-table, -wanted).clamp(1, n)  # table[above] <= wanted < table[above - 1]
         left, right = table[above - 1], table[above]
         to_zero = right.isneginf()
         linear = (left - wanted) / (left - right.where(~to_zero, left - 1))
-        share = torch.where(to_zero, -((wanted - left) / 2).expm1(), linear)
-        return ((above - 1 + share.clamp(0, 1)) / n).to(log_snr)
+        fraction = torch.where(to_zero, -((wanted - left) / 2).expm1(), linear)
+        return ((above - 1 + fraction.clamp(0, 1)) / n).to(log_snr)
 
     def input_scale(self, t: Tensor) -> Tensor:
         """1: x_t has unit variance at every time, if the data have."""
         return torch.ones_like(t)
 
     def timesteps(self, t: Tensor) -> Tensor:
-        """N t - 1, what the network's time embedding sees: the integer i at table entry i."""
+        """N t - 1, the input of the network's time embedding: the integer i at table entry i."""
         return (self._position(t) - 1).to(t)
 
     def training_times(self, u: Tensor) -> Tensor:
-        """Numbers u in [0, 1] raised to the next node: a uniform u gives every node equally often."""
+        """Round u in [0, 1] up to the next node: a uniform u gives every node equally often."""
         n = self.num_train_timesteps
         return ((u.to("cpu", torch.float64) * n).ceil().clamp(min=1) / n).to(u)
 
     def snap(self, t: Tensor) -> Tensor:
-        """Times moved to the nearest node (or 0): the only times that the network saw in training."""
+        """Round times to the nearest node (or 0): the only times in training."""
         n = self.num_train_timesteps
         return ((t.to("cpu", torch.float64) * n).round() / n).to(t)
 
     def _position(self, t: Tensor) -> Tensor:
-        """N t in float64, made whole where it is whole up to the rounding of t's dtype; gradients pass."""
+        """N t in float64, rounded to an integer if within the rounding error of t's dtype; keeps gradients."""
         position = t.to("cpu", torch.float64) * self.num_train_timesteps
         excess = (position - position.round()).detach()
         within_rounding = excess.abs() <= position * torch.finfo(t.dtype).eps
         return position - torch.where(within_rounding, excess, 0.0)
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha, sigma and alpha', float64.
+        """Compute alpha, sigma and alpha', float64.
 
-        log alpha_bar has a constant slope within each interval (i/N, (i+1)/N]; where it falls to -infinity, alpha has.
+        Within each interval (i/N, (i+1)/N], log alpha_bar is linear or, where it falls to -infinity, alpha is.
         """
         table, n = _log_alpha_bar(self), self.num_train_timesteps
         position = self._position(t)
         below = (position.detach().ceil().long() - 1).clamp(0, n - 1)
-        left, right, share = table[below], table[below + 1], position - below
+        left, right, fraction = table[below], table[below + 1], position - below
         to_zero = right.isneginf()
-        right = right.where(~to_zero, left)  # so that log_alpha_bar stays at left there
-        log_alpha_bar = torch.lerp(left, right, share)
+        right = right.where(~to_zero, left)  # log_alpha_bar then stays at left
+        log_alpha_bar = torch.lerp(left, right, fraction)
         level = (log_alpha_bar / 2).exp()
-        alpha = torch.where(to_zero, level * (1 - share), level)
+        alpha = torch.where(to_zero, level * (1 - fraction), level)
         d_alpha = torch.where(to_zero, -level * n, level * (right - left) * n / 2)
-        # By expm1, because alpha_bar is close to 1 near the data.
+        # expm1, because alpha_bar is close to 1 near the data.
         sigma = torch.where(to_zero, 1 - alpha**2, -log_alpha_bar.expm1()).sqrt()
         return alpha, sigma, d_alpha
 
 
 @lru_cache(maxsize=16)
 def _log_alpha_bar(path: BetaTablePath) -> Tensor:
-    """log alpha_bar at t = 0, 1/N, ..., 1, float64; N + 1 numbers."""
+    """Compute log alpha_bar at t = 0, 1/N, ..., 1, float64; N + 1 numbers."""
     logs = torch.log1p(-path.betas()).cumsum(0)
     if path.zero_terminal_snr:
         logs = 2 * zero_terminal_alphas((logs / 2).exp()).log()
@@ -129,7 +129,7 @@ def _log_alpha_bar(path: BetaTablePath) -> Tensor:
 
 
 def zero_terminal_alphas(alphas: Tensor) -> Tensor:
-    """alpha <- (alpha - alpha_N) alpha_1 / (alpha_1 - alpha_N): the first level stays, the last becomes 0.
+    """alpha <- (alpha - alpha_N) alpha_1 / (alpha_1 - alpha_N): the first level is kept, the last becomes 0.
 
     Lin et al. 2023 (arXiv 2305.08891), algorithm 1.
     """
@@ -138,7 +138,7 @@ def zero_terminal_alphas(alphas: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _BetaRangePath(BetaTablePath):
-    """From beta_start to beta_end."""
+    """A path whose beta runs from beta_start to beta_end."""
 
     beta_start: float
     beta_end: float
@@ -181,11 +181,11 @@ class ScaledLinearBetaPath(_BetaRangePath):
 class CosinePath(BetaTablePath):
     """iDDPM's path: alpha_bar(t) = f(t) / f(0), f = cos^2((t + s) / (1 + s) pi / 2), as betas of at most 0.999.
 
-    Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17; their limit keeps the last level from alpha = 0.
+    Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17; the limit keeps the last alpha above 0.
     """
 
     kind: Literal["cosine"] = "cosine"
-    offset: float = 0.008  # s: keeps the first betas from being too small to learn
+    offset: float = 0.008  # s: avoids first betas that are too small to learn
     beta_limit: float = 0.999
 
     def __post_init__(self) -> None:

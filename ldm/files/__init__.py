@@ -1,4 +1,4 @@
-"""Files, digests and messages as all packages write and read them: atomic writes, strict JSON, sha256, "did you mean".
+"""Common helpers for files and messages: atomic writes, strict JSON, SHA-256, "did you mean".
 
-Only the standard library is imported here, so that everything else may import it.
+Only the standard library is imported here, so that every other package may import it.
 """

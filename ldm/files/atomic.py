@@ -9,18 +9,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PARTIAL = ".partial"  # suffix of what is being written
+PARTIAL = ".partial"  # suffix of files and folders being written
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; on success it replaces `path`, readable by whom the umask allows."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")  # a name that no other process has
+    """Yield a path to write to; on success it replaces `path`, with the permissions of the umask."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")  # unique among processes
     try:
         partial.touch()
         mode = partial.stat().st_mode & 0o777
         yield partial
-        partial.chmod(mode)  # libraries that write a file of their own under this name may have another opinion
+        partial.chmod(mode)  # a library may have replaced the file with other permissions
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -30,7 +30,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to fill; on success it replaces `folder`."""
     partial, older = (folder.with_name(folder.name + suffix) for suffix in (PARTIAL, f".older{PARTIAL}"))
-    if older.exists() and not folder.exists():  # the last attempt was cut off between its two renamings
+    if older.exists() and not folder.exists():  # the last attempt was interrupted between its two renames
         older.rename(folder)
     for leftover in (partial, older):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -51,7 +51,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_new(content: bytes, paths: Iterable[Path]) -> Path:
-    """Write a file under the first of these paths, all of one folder, that is free; nothing is ever replaced."""
+    """Write a file to the first free path of several in one folder; never replace a file."""
     partial: Path | None = None
     try:
         for path in paths:
@@ -71,18 +71,18 @@ def write_new(content: bytes, paths: Iterable[Path]) -> Path:
 
 
 def _link(partial: Path, path: Path) -> None:
-    """Give a complete file its name. Raises FileExistsError if that is taken."""
+    """Rename a complete file. Raises FileExistsError if the name is taken."""
     try:
         os.link(partial, path)
     except FileExistsError:
         raise
-    except OSError:  # FAT and some network drives have no hard links; there the name stands empty for an instant
+    except OSError:  # FAT and some network drives lack hard links: there the file is empty for an instant
         path.open("xb").close()
         partial.replace(path)
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of files, is on the disk and not only in the system's cache."""
+    """Flush a file's content, or a folder's list of files, from the system's cache to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

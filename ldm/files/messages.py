@@ -1,22 +1,22 @@
-"""What errors and logs have in common: one line, the nearest name, and a list of what does not fit."""
+"""Format messages: errors on one line, suggestions for unknown names, and lists of mismatches."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
-SHOWN = 5  # of a long list of names
+SHOWN = 5  # names shown of a long list
 Shape = Sequence[int]
 
 
 def one_line(error: BaseException | str, most: int | None = None) -> str:
-    """An error's text without line breaks, at most so many characters; its class where it has no text."""
+    """Format an error without line breaks, cut to `most` characters; its class name if it has no text."""
     text = " ".join(str(error).split())
     return text[:most] or type(error).__name__
 
 
 def printable(text: str, most: int | None = None) -> str:
-    """Escape what a terminal would obey or could not show, such as line ends; cut what is longer than `most`."""
+    """Escape control and unprintable characters, such as line ends; cut the text to `most` characters."""
     cut = text if most is None or len(text) <= most else text[:most] + "..."
     if cut.isprintable():
         return cut
@@ -25,15 +25,15 @@ def printable(text: str, most: int | None = None) -> str:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str | None:
-    """The known name that resembles the given one most; None if none does."""
+    """Find the known name most similar to the given one; None if none is similar."""
     near = difflib.get_close_matches(given, list(known), n=1)
     return near[0] if near else None
 
 
 def unknown_name(what: str, given: str, names: Mapping[str, str]) -> ValueError:
-    """The error for an unknown name: it suggests the nearest and lists all.
+    """Build the error for an unknown name; it suggests the nearest name and lists all.
 
-    names: each way of writing a name, in small letters, and the name itself.
+    names: maps each spelling, in lower case, to the name itself.
     """
     near = did_you_mean(given.lower(), names)
     hint = f", did you mean {names[near]}?" if near else ":"
@@ -41,13 +41,13 @@ def unknown_name(what: str, given: str, names: Mapping[str, str]) -> ValueError:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first five names, in order, and dots for the others."""
+    """List the first five names, sorted, and "..." for the rest."""
     ordered = sorted(names)
     return ", ".join(ordered[:SHOWN]) + (", ..." if len(ordered) > SHOWN else "")
 
 
 def describe_misfit(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
-    """How the tensors that a file holds differ from those that a network needs, by name and shape; "" if they do not.
+    """Describe how the tensors in a file differ from a network's, by name and shape; "" if they match.
 
     For example "2 missing (a, b); 1 of another shape (c (3, 4) for (4, 4))".
     """

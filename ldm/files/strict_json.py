@@ -1,4 +1,4 @@
-"""JSON files from anywhere: read as data, of a bounded size, and an object or an error that names the file."""
+"""Read untrusted JSON files: bounded in size, and either an object or an error that names the file."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ MAX_BYTES = 2**24  # an index of a million tensors would be larger
 
 
 def read_json(
-    path: Path, *, most: int = MAX_BYTES, missing: str = "is missing: give the folder of a whole model"
+    path: Path, *, most: int = MAX_BYTES, missing: str = "is missing: give the folder of a complete model"
 ) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
-    most: bytes. missing: what the error says of a file that is not there. Raises FileNotFoundError if it is not there,
-    ValueError, naming the file, if it is no JSON object of at most `most` bytes.
+    most: bytes. missing: the end of the error message for a missing file. Raises FileNotFoundError if it is missing;
+    ValueError, naming the file, if it is not a JSON object of at most `most` bytes.
     """
     return parse_json(read_text(path, most=most, missing=missing, kind="JSON"), source=path)
 
 
 def read_text(path: Path, *, most: int = MAX_BYTES, missing: str, kind: str = "text") -> str:
-    """A file's text in UTF-8. Raises FileNotFoundError or ValueError as read_json does. kind: what errors call it."""
+    """Read a UTF-8 file. kind: its type in error messages. Raises FileNotFoundError or ValueError as read_json does."""
     try:
         if path.exists() and not path.is_file():  # a pipe or a device might never end
             raise ValueError(f"{path} is not a plain file, expected {kind}")
@@ -39,7 +39,7 @@ def read_text(path: Path, *, most: int = MAX_BYTES, missing: str, kind: str = "t
 
 
 def parse_json(text: str, *, source: Path | str) -> dict[str, Any]:
-    """The JSON object that a text holds. Raises ValueError, naming the source."""
+    """Parse a JSON object. Raises ValueError, naming the source."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -224,7 +224,6 @@ class TextToImage:
             times = remaining(times, drawn_on.strength)
         found = SAMPLERS[sampler_named(sampler)]
         found.check(learned=self.denoiser.learned_variance)
-        found.with_eta(options.eta)  # raises before anything is drawn
         rounds = model.conditioner.batches(prompts, options.weighting, largest=MAX_BATCH)
         drawn: list[Tensor] = []
         for number, own in enumerate(rounds):

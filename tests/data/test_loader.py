@@ -93,7 +93,7 @@ def test_two_threads_that_meet_a_bad_sample_at_once_report_it_once(
             raise BadSampleError("bad")
         return torch.zeros(3, image_size, image_size)
 
-    monkeypatch.setattr("data.loader.decode_pixels", decode)
+    monkeypatch.setattr("data.readers.decode_pixels", decode)
     told: list[BadSample] = []
     first(images(tiny_shards([2]), batch_size=2, lanes=1, on_bad=told.append), 1)
     assert [bad.key for bad in told] == ["000000001"]

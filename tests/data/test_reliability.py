@@ -104,7 +104,7 @@ def test_a_shard_that_raises_something_else_is_found(tmp_path: Path, error: Exce
     def fails(raw: object, size: int) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr("data.loader.decode_pixels", fails)
+    monkeypatch.setattr("data.readers.decode_pixels", fails)
     with pytest.raises(type(error)):
         for seed in range(10):
             check_shard(seed, fresh(tmp_path / str(seed)))

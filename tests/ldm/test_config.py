@@ -125,7 +125,7 @@ def test_a_mistake_is_one_line_that_names_it(word, message):
 def test_a_u_net_learns_no_variance():
     words = ["model.denoiser={kind: unet}", "model.path={kind: scaled_linear_beta}", "model.objective.prediction=eps"]
     load_config(TrainConfig, DIT, words)
-    with pytest.raises(ValueError, match="learned_variance is not for a denoiser of kind unet.*: use a DiT, or leave it out"):
+    with pytest.raises(ValueError, match="learned_variance is not for a denoiser of kind unet.*: use a DiT"):
         load_config(TrainConfig, DIT, [*words, "model.objective.learned_variance=true"])
 
 
@@ -160,15 +160,15 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
      "model.keep_latents=false"],
 )  # fmt: skip
 def test_a_run_may_go_on_longer_and_show_more(word):
-    check_continues(then=dump(load_config(TrainConfig, DIT)), now=dump(load_config(TrainConfig, DIT, [word])))
+    check_continues(then=dump(load_config(TrainConfig, DIT)), now=load_config(TrainConfig, DIT, [word]))
 
 
 def test_a_setting_that_is_new_had_its_default_when_the_run_began():
     tree = yaml.safe_load(dump(load_config(TrainConfig, DIT)))
     del tree["optim"]["ema_lengths"], tree["model"]["objective"]["learned_variance"], tree["run"]["snapshot_every"]
-    check_continues(then=yaml.safe_dump(tree), now=dump(load_config(TrainConfig, DIT)))
+    check_continues(then=yaml.safe_dump(tree), now=load_config(TrainConfig, DIT))
     with pytest.raises(ValueError, match=r"optim.ema_lengths was \[\] when this run began and is \[0.1\] now"):
-        check_continues(yaml.safe_dump(tree), dump(load_config(TrainConfig, DIT, ["optim.ema_lengths=[0.1]"])))
+        check_continues(yaml.safe_dump(tree), load_config(TrainConfig, DIT, ["optim.ema_lengths=[0.1]"]))
 
 
 @pytest.mark.parametrize(
@@ -177,4 +177,4 @@ def test_a_setting_that_is_new_had_its_default_when_the_run_began():
 def test_a_run_does_not_go_on_as_another(word):
     key = word.split("=")[0]
     with pytest.raises(ValueError, match=f"{key} was .* when this run began and is .* now"):
-        check_continues(then=dump(load_config(TrainConfig, DIT)), now=dump(load_config(TrainConfig, DIT, [word])))
+        check_continues(then=dump(load_config(TrainConfig, DIT)), now=load_config(TrainConfig, DIT, [word]))

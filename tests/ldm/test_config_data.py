@@ -25,14 +25,14 @@ def test_several_sets_are_parsed_and_come_back_equal():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([SETS], "data: give data.shards, or data.sets to mix several: one of the two"),
+        ([SETS], "data: give either data.shards or, to mix several sets, data.sets"),
         (
             ["data.shards=[]", SETS.replace("weight: 3", "weight: 0")],
             "the weight of set a is 0.0, expected more than 0",
         ),
         (["data.shards=[]", SETS.replace("weight: 3", "wieght: 3")], "data.sets.0.wieght; did you mean weight?"),
         (["data.shard=x"], "unknown key data.shard; did you mean shards?"),
-        (["validation.max_bad_fraction=2"], "max_bad_fraction (2.0) must be a share from 0 to 1"),
+        (["validation.max_bad_fraction=2"], "max_bad_fraction (2.0) must be a fraction from 0 to 1"),
     ],
 )
 def test_a_mistake_is_named(words: list[str], message: str):

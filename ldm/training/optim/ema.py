@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WarmedUp:
-    """min(decay, (1 + n) / (10 + n)) at update n, so that the average soon forgets its start."""
+    """Decay min(decay, (1 + n) / (10 + n)) at update n, so that the average quickly forgets the initial weights."""
 
     decay: float  # in [0, 1)
 
@@ -23,21 +23,21 @@ class WarmedUp:
 
 
 class EMA:
-    """Float32 shadows of named tensors, whatever their dtype: in bfloat16 small changes round away.
+    """Float32 averages ("shadows") of named tensors of any dtype: in bfloat16, small changes would be rounded away.
 
-    Update n = 1, 2, ...: shadow += (1 - d) (value - shadow), d = profile(n). It sees names and tensors only: whole
-    weights, or the shards that a rank owns.
+    Update n = 1, 2, ...: shadow += (1 - d) (value - shadow), d = profile(n). The tensors may be full weights or the
+    shards that a rank owns.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], profile: Callable[[int], float]) -> None:
-        """The shadows start as copies, on the tensors' own devices."""
+        """Initialise the shadows as copies, on the tensors' devices."""
         self.profile = profile
         self.updates = 0
         self.shadow = {name: value.detach().float().clone() for name, value in named_parameters}
 
     @torch.no_grad()
     def update(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Move the shadows towards the tensors: those of the start by name and shape, in any order."""
+        """Move the shadows towards the tensors, which must have the initial names and shapes, in any order."""
         values = dict(named_parameters)
         self._check_matches(values)
         self.updates += 1
@@ -47,11 +47,11 @@ class EMA:
         torch._foreach_lerp_(shadows, sources, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates and the shadows themselves, not copies. The profile belongs to the config."""
+        """Return the number of updates and the shadows, not copies. The profile belongs to the config."""
         return {"updates": self.updates, "shadow": self.shadow}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy a saved state into the shadows, in place; names and shapes must agree."""
+        """Copy a saved state into the shadows, in place; names and shapes must match."""
         self._check_matches(state["shadow"])
         self.updates = state["updates"]
         for name, shadow in self.shadow.items():
@@ -60,7 +60,7 @@ class EMA:
     def _check_matches(self, values: Mapping[str, Tensor]) -> None:
         if values.keys() != self.shadow.keys():
             raise ValueError(
-                f"the EMA follows other names: missing {sorted(self.shadow.keys() - values.keys())}, "
+                f"the EMA tracks other names: missing {sorted(self.shadow.keys() - values.keys())}, "
                 f"unexpected {sorted(values.keys() - self.shadow.keys())}; use the model that it was made for"
             )
         for name, value in values.items():

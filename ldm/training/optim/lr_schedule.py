@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the optimiser step: resuming needs no scheduler state."""
+"""Compute the learning rate as a pure function of the optimiser step: resuming needs no scheduler state."""
 
 import math
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ LRSchedule = Literal["constant", "cosine", "wsd", "inverse_sqrt"]
 
 @dataclass(frozen=True, kw_only=True)
 class LRConfig:
-    """wsd: warm-up, stable, linear decay to 0 over the last decay_fraction of the steps (1.0: all).
+    """Learning rate schedule. wsd: warm-up, stable, linear decay to 0 over the last decay_fraction of steps (1.0: all).
 
-    inverse_sqrt: after warm-up as 1 / sqrt(step), whatever the number of steps: a run can be made longer at any time.
+    inverse_sqrt: after warm-up as 1 / sqrt(step), independent of the number of steps: a run can always be extended.
     """
 
     schedule: LRSchedule = "constant"
     lr: float
     warmup_steps: int = 0
-    decay_fraction: float = 0.2  # read by wsd alone
+    decay_fraction: float = 0.2  # used only by wsd
 
     def __post_init__(self) -> None:
         if self.schedule not in get_args(LRSchedule):
@@ -31,12 +31,12 @@ class LRConfig:
 
 
 def warmup(step: int, warmup_steps: int) -> float:
-    """(step + 1) / warmup_steps, at most 1: no step is wasted on a rate of 0."""
+    """(step + 1) / warmup_steps, at most 1: no step has a rate of 0."""
     return min(1.0, (step + 1) / max(1, warmup_steps))
 
 
 def linear_decay(step: int, total_steps: int, decay_fraction: float) -> float:
-    """1 until the last decay_fraction of the steps, then straight to 0 at total_steps."""
+    """1 until the last decay_fraction of the steps, then linear to 0 at total_steps."""
     decay_steps = max(1, round(decay_fraction * total_steps))
     return min(1.0, max(0.0, (total_steps - step) / decay_steps))
 
@@ -55,9 +55,9 @@ def inverse_sqrt_decay(step: int, warmup_steps: int) -> float:
 
 
 def lr_at(config: LRConfig, step: int, total_steps: int) -> float:
-    """Learning rate of the optimiser step with this index, counted from 0.
+    """Compute the learning rate of an optimiser step, counted from 0.
 
-    Decays to 0 reach it at total_steps, one after the last. Where warm-up and decay overlap, the lower holds.
+    Decays to 0 reach 0 at total_steps, one after the last step. If warm-up and decay overlap, the lower rate applies.
     """
     match config.schedule:
         case "constant":

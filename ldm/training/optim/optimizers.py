@@ -1,4 +1,4 @@
-"""The optimisers: which weights are decayed, and Muon beside AdamW."""
+"""Build the optimisers: select the weights to decay, and combine Muon with AdamW."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ParameterGroup(NamedTuple):
 
 
 def decay_groups(group: ParameterGroup, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and what scales norms are never decayed; a group that would be empty is left out."""
+    """Divide a group: 1-D parameters, biases and norm scales, are not decayed. Empty groups are left out."""
     decayed = [p for p in group.parameters if p.ndim >= 2]
     others = [p for p in group.parameters if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -43,21 +43,21 @@ def build_optimizer(
 
 
 def adamw(groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.AdamW:
-    # Fused AdamW takes a quarter of the time of the plain one on a CPU.
+    # On a CPU, fused AdamW takes a quarter of the time of the plain one.
     parameters = [found for group in groups for found in decay_groups(group, config.weight_decay)]
     return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, fused=True)
 
 
 class MuonAndAdamW(Optimizer):
-    """Muon for the weights of linear maps, AdamW for all others, as one optimiser: groups and state of both.
+    """One optimiser with the groups and state of both: Muon for the weights of linear layers, AdamW for all others.
 
-    DeepSpeed puts flat tensors in the places of weights: `cuts` then tells where the matrices are in them.
+    DeepSpeed replaces weights by flat tensors: `cuts` then locates the matrices in them.
     """
 
     def __init__(
         self, matrices: Sequence[nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig
     ) -> None:
-        """matrices: those of the parameters that are Muon's. Raises ValueError if there is none."""
+        """matrices: the parameters for Muon. Raises ValueError if there are none."""
         if not matrices:
             raise ValueError("optim.optimizer is muon, but this network has no linear layer to train: use adamw")
         self.matrices = set(matrices)
@@ -72,13 +72,12 @@ class MuonAndAdamW(Optimizer):
         self._join: Join = uncut
 
     def lay_out(self, cuts: dict[Tensor, list[Cut]], join: Join) -> None:
-        """Say which parts of which matrices each tensor holds that Muon is going to move, in the same order on every
-        rank."""
+        """Set which parts of which matrices each of Muon's tensors contains, in the same order on every rank."""
         self.cuts, self._join = cuts, join
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Of the groups that are in param_groups just now: DeepSpeed takes one after the other."""
+        """Step the groups currently in param_groups: DeepSpeed passes one at a time."""
         assert closure is None
         for group in self.param_groups:
             if "momentum" not in group:
@@ -95,7 +94,7 @@ class MuonAndAdamW(Optimizer):
 
 
 def prepare_state(optimizer: Optimizer, home: Tensor) -> dict[str, Any]:
-    """What the optimiser remembers of a tensor that it moves, made as its first step would, if it has not been yet."""
+    """Return the optimiser's state of a tensor, created as in its first step if there is none yet."""
     state = optimizer.state[home]
     if not state:
         if isinstance(optimizer, MuonAndAdamW) and home in optimizer.cuts:
@@ -107,6 +106,6 @@ def prepare_state(optimizer: Optimizer, home: Tensor) -> dict[str, Any]:
 
 
 def set_step(state: dict[str, Any], step: int) -> None:
-    """How many steps the optimiser has taken, which AdamW's bias correction depends on."""
+    """Set the number of steps taken, on which AdamW's bias correction depends."""
     if "step" in state:
         state["step"].fill_(step)

@@ -1,4 +1,4 @@
-"""Averages whose length grows with the run: each weight counts by a power of when it was. Karras et al. 2023
+"""EMA profiles whose length grows with the run: weights count by a power of their time. Karras et al. 2023
 (arXiv 2312.02696), section 3.1."""
 
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from functools import cached_property
 
 import torch
 
-SHORTEST = 1e-4  # a step of ten thousand
+SHORTEST = 1e-4  # one step in ten thousand
 LONGEST = 12**-0.5  # relative length of the plain mean over all of training, gamma = 0
 
 
 @dataclass(frozen=True)
 class PowerProfile:
-    """length: deviation of the profile, over the training so far: SHORTEST to LONGEST. 0.05 and 0.1 are usual.
+    """A power profile. length: its standard deviation relative to the training so far; 0.05 and 0.1 are usual.
 
-    It never looks back to the start, where the weights were random: its first update is a copy.
+    The random initial weights have no influence: the first update is a copy.
     """
 
     length: float
@@ -30,12 +30,12 @@ class PowerProfile:
         return gamma_of_length(self.length)
 
     def __call__(self, n: int) -> float:
-        """beta = (1 - 1 / n)^(gamma + 1) of update n = 1, 2, .... Karras et al. 2023, eq. 2."""
+        """beta = (1 - 1 / n)^(gamma + 1) at update n = 1, 2, .... Karras et al. 2023, eq. 2."""
         return (1 - 1 / n) ** (self.gamma + 1)
 
 
 def length_of_gamma(gamma: float) -> float:
-    """sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)): deviation of p(t) ~ t^gamma on [0, 1]. Their eq. 3."""
+    """sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)): standard deviation of p(t) ~ t^gamma on [0, 1]. Their eq. 3."""
     return (gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)
 
 

@@ -1,4 +1,4 @@
-"""Snapshots of averages, RUN/ema/step_0001000_0.05.safetensors: which one it is stands in the file itself."""
+"""Read and write snapshots of averages, RUN/ema/step_0001000_0.05.safetensors; the metadata identify each one."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ FOLDER = "ema"
 
 
 def write_snapshot(weights: Mapping[str, Tensor], run: Path, snapshot: Snapshot) -> None:
-    """One average's weights, in their own precision; the same snapshot of before is replaced."""
+    """Write one average's weights, in their own dtype; an earlier file of the same snapshot is replaced."""
     path = run / FOLDER / f"step_{snapshot.step:07d}_{snapshot.length!r}.safetensors"
     path.parent.mkdir(exist_ok=True)
     write_weights(dict(weights), path, {"step": str(snapshot.step), "length": repr(snapshot.length)})
 
 
 def read_snapshots(run: Path) -> dict[Snapshot, Path]:
-    """Those of a run, in order. Raises ValueError, naming the file, for one that is damaged or something else."""
+    """Find a run's snapshots, in order. Raises ValueError, naming the file, for a damaged or foreign one."""
     from safetensors import SafetensorError, safe_open
 
     found: dict[Snapshot, Path] = {}
     for path in (run / FOLDER).glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
-                told = file.metadata()
-            found[Snapshot(int(told["step"]), float(told["length"]))] = path
+                metadata = file.metadata()
+            found[Snapshot(int(metadata["step"]), float(metadata["length"]))] = path
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is no whole snapshot of a run ({error!r}): remove it, or copy it again"
+                f"{path} is not a complete snapshot of a run ({error!r}): remove it, or copy it again"
             ) from error
     return dict(sorted(found.items()))
 
 
-def mixed(paths: Sequence[Path], shares: Sequence[float]) -> dict[str, Tensor]:
-    """sum of share_i weights_i, summed in float64, as float32. One file at a time is in memory."""
+def mixed(paths: Sequence[Path], coefficients: Sequence[float]) -> dict[str, Tensor]:
+    """Compute the sum of c_i weights_i in float64, as float32. Only one file at a time is in memory."""
     total: dict[str, Tensor] = {}
-    for path, share in zip(paths, shares, strict=True):
+    for path, coefficient in zip(paths, coefficients, strict=True):
         for name, tensor in open_weights(path).tensors.items():
-            total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + share * tensor.double()
+            total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + coefficient * tensor.double()
     return {name: tensor.float() for name, tensor in total.items()}
 
 
-def mixed_components(run: Path, paths: Sequence[Path], shares: Sequence[float]) -> ModelComponents:
-    """The run's newest model with the weights of an average that was never kept, in these shares of those that were."""
+def mixed_components(run: Path, paths: Sequence[Path], coefficients: Sequence[float]) -> ModelComponents:
+    """Load the run's newest model with the weights of an average mixed from snapshots with these coefficients."""
     parts = read_folder(run / RUN_MODEL, dtype=torch.float32)
-    load_strictly(parts.denoiser, mixed(paths, shares), source=run / FOLDER)
+    load_strictly(parts.denoiser, mixed(paths, coefficients), source=run / FOLDER)
     return parts

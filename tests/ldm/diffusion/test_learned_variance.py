@@ -93,5 +93,5 @@ def test_the_share_learns_what_scatters():
 
 @pytest.mark.parametrize("path", [RectifiedFlowPath(), EDMPath()])
 def test_a_path_without_steps_is_refused(path):
-    with pytest.raises(ValueError, match=f"path {path.kind} has no steps of its own"):
+    with pytest.raises(ValueError, match=f"path {path.kind} has no discrete steps"):
         bound_terms(some(0), some(1), some(2), some(3), path, torch.tensor([0.5]))

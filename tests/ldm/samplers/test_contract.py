@@ -96,7 +96,7 @@ def test_labels_are_unique():
 
 def test_times_that_leave_no_noise_are_refused():
     path, x = EDMPath(), torch.ones(1, 1, 2, 2)
-    with pytest.raises(ValueError, match="of which some leave no noise"):
+    with pytest.raises(ValueError, match="some of which leave no noise"):
         SAMPLERS["heun"].function(ideal_denoiser(path), x, path, double(1.0, 1e-60, 0.0), generators(0))
 
 
