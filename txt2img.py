@@ -189,7 +189,7 @@ def find_sampler(request: Request) -> str:
 
 def check_words(request: Request) -> None:
     """Raise ValueError for weights in a prompt that are none."""
-    from text import check_weights
+    from text.weighting import check_weights
 
     try:
         for prompt in (request.prompt, request.negative_prompt):

@@ -19,7 +19,7 @@ from data.samples import eight_bits, over_white, to_pixels
 from ldm.diffusion import PathConfig, noise_sample
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.samplers import Denoise
-from vae import DiagonalGaussian
+from vae.gaussian import DiagonalGaussian
 
 if TYPE_CHECKING:
     from PIL import Image

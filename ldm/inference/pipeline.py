@@ -260,9 +260,7 @@ class TextToImage:
         """The function that a sampler takes, guided, and keeping what a mask covers; and the network's variance."""
         model = self.model
         with_prompt, without = (
-            model.denoise_with(
-                self.denoiser, model.conditioner(texts, options.weighting)._replace(concat=begun.concat)
-            )
+            model.denoise_with(self.denoiser, model.conditioner(texts, options.weighting)._replace(concat=begun.concat))
             for texts in (prompts, [negative_prompt] * len(prompts))
         )
         denoise = guided(with_prompt, without, scale, options)

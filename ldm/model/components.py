@@ -12,8 +12,9 @@ from torch import nn
 from ldm.denoisers import Denoiser, DenoiserConfig
 from ldm.files.digest import short_hash
 from ldm.model.latent_diffusion import LatentDiffusion
-from text import TextEncoderConfig, Tokenizer
-from vae import AutoencoderKL
+from text.encoder import TextEncoderConfig
+from text.tokenizer import Tokenizer
+from vae.autoencoder import AutoencoderKL
 
 
 class LoadedDenoiser(NamedTuple):

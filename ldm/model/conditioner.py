@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 
 from ldm.denoisers import Condition
-from text import TextCondition, TextEncoder, Tokenizer, chunk_count, encode_weighted
+from text.encoder import TextCondition, TextEncoder
+from text.tokenizer import Tokenizer
+from text.weighting import chunk_count, encode_weighted
 
 
 class TextTower(NamedTuple):

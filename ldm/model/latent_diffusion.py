@@ -31,7 +31,7 @@ from ldm.diffusion.learned_variance import bound_terms
 from ldm.errors import NonFiniteError
 from ldm.model.conditioner import Conditioner
 from ldm.samplers import noise_like
-from vae import AutoencoderKL
+from vae.autoencoder import AutoencoderKL
 
 
 class Losses(NamedTuple):

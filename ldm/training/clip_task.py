@@ -18,7 +18,6 @@ from ldm.files.strict_json import write_json
 from ldm.interop.network_files import write_weights
 from ldm.training.session import Session
 from ldm.training.task import Task, TrainingConfig
-from text import OpenClipTextEncoder, TextEncoderConfig, Tokenizer, save_text_encoder, save_tokenizer
 from text.clip import (
     MAX_LOGIT_SCALE,
     ImageTowerConfig,
@@ -28,6 +27,9 @@ from text.clip import (
     recall,
     shifted,
 )
+from text.conversion import save_text_encoder
+from text.encoder import OpenClipTextEncoder, TextEncoderConfig
+from text.tokenizer import Tokenizer, save_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

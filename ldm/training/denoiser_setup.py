@@ -17,7 +17,8 @@ from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.training.denoiser_config import TrainConfig
 from ldm.training.engine.distributed import Ranks
-from text import load_text_encoder, load_tokenizer
+from text.conversion import load_text_encoder
+from text.tokenizer import load_tokenizer
 
 
 def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
-from vae import AutoencoderKL, DiagonalGaussian
+from vae.autoencoder import AutoencoderKL
+from vae.gaussian import DiagonalGaussian
 
 
 class LatentEncoder:

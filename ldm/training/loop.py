@@ -196,9 +196,7 @@ def train(session: Session[Any], task: Task[Any]) -> None:
         if complete := engine.step == run.config.steps:
             with session.watch.elsewhere():
                 weights = engine.averaged_weights()
-                complete = not world.is_main or stop.interruptible(
-                    lambda: task.finish(task.averaged_network(weights))
-                )
+                complete = not world.is_main or stop.interruptible(lambda: task.finish(task.averaged_network(weights)))
         session.watch.done()  # before signals end this process at once, which the watch may send
     if not complete:
         by = f" by {stop.name}" if stop.requested else ""

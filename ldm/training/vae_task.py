@@ -18,7 +18,7 @@ from ldm.inference.contact_sheet import save_image, sheet, to_images
 from ldm.interop.diffusers_layout.vae import save_vae
 from ldm.training.session import Session
 from ldm.training.task import Task, TrainingConfig
-from vae import AutoencoderKL, AutoencoderKLConfig
+from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from vae.losses import VAELoss, VAELossConfig
 from vae.measure import latent_statistics, psnr
 

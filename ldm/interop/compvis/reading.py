@@ -44,9 +44,10 @@ from ldm.interop.weight_reader import Weights, describe, open_weights
 from ldm.model.components import LoadedDenoiser, ModelComponents, Origin, check_components_fit, inpainting_channels
 from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
-from text import Tokenizer, TransformersTextEncoder, read_text_encoder_config, text_encoder_from_weights
-from vae import AutoencoderKL
-from vae.autoencoder import STABLE_DIFFUSION_SCALE
+from text.conversion import read_text_encoder_config, text_encoder_from_weights
+from text.encoder import TransformersTextEncoder
+from text.tokenizer import Tokenizer
+from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL
 
 # What training left in such files: its tables, the averages' bookkeeping, and the networks that judged the autoencoder.
 LEFT_OVER = re.compile(

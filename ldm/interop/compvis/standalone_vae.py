@@ -14,7 +14,7 @@ from ldm.interop.diffusers_layout.vae import load_vae, with_new_names
 from ldm.interop.identify import FIRST_STAGE, is_vae, refuse_foreign, shapes_of
 from ldm.interop.network_files import described_by, fill
 from ldm.interop.weight_reader import open_weights
-from vae import AutoencoderKL, AutoencoderKLConfig
+from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
 
 def read_vae(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig) -> AutoencoderKL:

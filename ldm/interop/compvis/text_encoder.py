@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from ldm.interop.identify import CONDITIONER, Shapes
-from text import (
-    TextEncoderConfig,
-    TransformersTextEncoder,
-    flattened,
-    open_clip_to_transformers,
-    transformers_to_open_clip,
-)
-from text.conversion import PREFIX
+from text.conversion import PREFIX, flattened, open_clip_to_transformers, transformers_to_open_clip
+from text.encoder import TextEncoderConfig, TransformersTextEncoder
 from text.tokenizer import EOS_ID
 
 OPEN_CLIP, TRANSFORMERS = "model.", "transformer."

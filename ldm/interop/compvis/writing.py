@@ -30,13 +30,8 @@ from ldm.interop.network_files import write_weights
 from ldm.interop.weight_reader import open_weights
 from ldm.model.components import ModelComponents
 from ldm.model.conditioner import TextTower
-from text import (
-    OpenClipTextEncoder,
-    TransformersTextEncoder,
-    prefixed_weights,
-    text_encoder_config_json,
-    transformers_to_open_clip,
-)
+from text.conversion import prefixed_weights, text_encoder_config_json, transformers_to_open_clip
+from text.encoder import OpenClipTextEncoder, TransformersTextEncoder
 from text.tokenizer import clip_vocabulary
 
 SUFFIX = ".safetensors"

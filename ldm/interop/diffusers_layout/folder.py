@@ -21,17 +21,9 @@ from ldm.interop.weight_reader import Weights, describe
 from ldm.model.components import ModelComponents, Origin, check_components_fit
 from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
-from text import (
-    OpenClipTextEncoder,
-    TextEncoderConfig,
-    TransformersTextEncoder,
-    flattened,
-    load_tokenizer,
-    read_text_encoder_config,
-    save_text_encoder,
-    save_tokenizer,
-    text_encoder_from_weights,
-)
+from text.conversion import flattened, read_text_encoder_config, save_text_encoder, text_encoder_from_weights
+from text.encoder import OpenClipTextEncoder, TextEncoderConfig, TransformersTextEncoder
+from text.tokenizer import load_tokenizer, save_tokenizer
 
 NOTES = "foundry.yaml"
 INDEX = "model_index.json"
@@ -203,9 +195,7 @@ def check_target(folder: Path) -> None:
         raise ValueError(f"{folder} exists and is no export of this program: give a new folder, or an older export")
 
 
-def model_index(
-    layout: DenoiserLayout[Any], *, text_encoders: int = 1, for_inpainting: bool = False
-) -> dict[str, Any]:
+def model_index(layout: DenoiserLayout[Any], *, text_encoders: int = 1, for_inpainting: bool = False) -> dict[str, Any]:
     """model_index.json: which pipeline opens the folder, and what each subfolder is."""
     texts: dict[str, Any] = {}
     for suffix in SUFFIXES[:text_encoders]:

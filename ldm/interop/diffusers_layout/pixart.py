@@ -62,9 +62,7 @@ class PixArtLayout(DenoiserLayout[DiTConfig]):
         if outputs not in (channels, 2 * channels):
             raise ValueError(f"{source} has in_channels {channels} and out_channels {outputs}: this is not supported")
         learned = outputs == 2 * channels
-        around = Surroundings(
-            config.sample_size, channels, content["caption_channels"], learned_variance=learned
-        )
+        around = Surroundings(config.sample_size, channels, content["caption_channels"], learned_variance=learned)
         return config, around
 
     def pipeline(self, *, for_inpainting: bool) -> str:

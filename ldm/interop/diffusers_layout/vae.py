@@ -23,8 +23,7 @@ from ldm.interop.network_files import (
 )
 from ldm.interop.weight_files import WEIGHTS_STEM, find_weights
 from ldm.interop.weight_reader import Weights
-from vae import AutoencoderKL, AutoencoderKLConfig
-from vae.autoencoder import STABLE_DIFFUSION_SCALE
+from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL, AutoencoderKLConfig
 
 ALWAYS = {
     "act_fn": "silu",

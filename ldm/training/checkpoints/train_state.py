@@ -62,7 +62,8 @@ class TrainState:
     rewound_to: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
+        required = {entry.name for entry in fields(self) if _is_required(entry)}
+        return {name: value for name, value in asdict(self).items() if name in required or value not in (None, {})}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> TrainState:

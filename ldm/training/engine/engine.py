@@ -73,9 +73,7 @@ class Engine:
         self.power_emas = {length: EMA(self._averaged(), PowerProfile(length)) for length in optim.ema_lengths}
         self._resumption = Resumption(world, self._partition, self._averages(), checkpoints, self._engine.module)
 
-    def _initialize(
-        self, network: nn.Module, settings: dict[str, Any], groups: Sequence[ParameterGroup] | None
-    ) -> Any:
+    def _initialize(self, network: nn.Module, settings: dict[str, Any], groups: Sequence[ParameterGroup] | None) -> Any:
         """DeepSpeed's engine, which puts attributes on modules and parameters that no type knows of."""
         import deepspeed
 

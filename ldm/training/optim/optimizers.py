@@ -54,9 +54,7 @@ class MuonAndAdamW(Optimizer):
     DeepSpeed replaces weights by flat tensors: `cuts` then locates the matrices in them.
     """
 
-    def __init__(
-        self, matrices: Sequence[nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig
-    ) -> None:
+    def __init__(self, matrices: Sequence[nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig) -> None:
         """matrices: the parameters for Muon. Raises ValueError if there are none."""
         if not matrices:
             raise ValueError("optim.optimizer is muon, but this network has no linear layer to train: use adamw")

@@ -44,8 +44,7 @@ def test_picture_does_not_depend_on_its_batch(name, path, start):
 def test_generators_matter_only_where_stochastic(name):
     path, x = RectifiedFlowPath(), torch.ones(1, 1, 2, 2)
     pictures = [
-        drawing_with(name)(ideal_denoiser(path), x, path, time_grid(path, 5), generators(seed))
-        for seed in (0, 0, 1)
+        drawing_with(name)(ideal_denoiser(path), x, path, time_grid(path, 5), generators(seed)) for seed in (0, 0, 1)
     ]
     assert torch.equal(pictures[0], pictures[1])
     assert torch.equal(pictures[0], pictures[2]) != SAMPLERS[name].stochastic

@@ -79,7 +79,6 @@ def test_answers_of_the_two_functions_are_left_alone():
     assert torch.equal(answers["cond"], cond(X, T)) and torch.equal(answers["uncond"], uncond(X, T))
 
 
-
 def never(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     raise AssertionError("evaluated")
 

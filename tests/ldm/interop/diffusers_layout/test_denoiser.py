@@ -68,7 +68,7 @@ def test_diffusers_opens_it_and_computes_the_same(config, tmp_path):
     save_denoiser(denoiser, config, tmp_path, **SIZES)
     x, t, context, mask = inputs()
     with torch.no_grad():
-        ours = denoiser(x, t, context, mask, context[:, 0])
+        ours = denoiser(x, t, Condition(context, mask, context[:, 0])).prediction
         if denoiser_folder(config) == "unet":
             theirs = UNet2DConditionModel.from_pretrained(tmp_path)(x, t, context).sample
         else:

@@ -124,4 +124,4 @@ def test_what_a_checkpoint_says_of_itself(two, folder):
 def test_another_networks_checkpoint_is_refused(one, folder):
     runs = {"wider": {"stage": 0, "batches": 10, "hidden": 40, "load": str(folder / "one_0" / "step_0000010")}}
     error = work(folder, runs)["wider"]["error"]
-    assert "CheckpointError" in error and "holds 33 elements of blocks.0.0.bias, this network has 40" in error
+    assert "CheckpointError" in error and "holds 33 elements of blocks.0.0.bias, but this network has 40" in error

@@ -1,0 +1,171 @@
+"""Our packages under names that are ours, wherever a program runs and whatever else bears the short ones.
+
+In the repository, `from data.shards import …` finds data/shards.py. Anywhere else `data` may be a folder of pictures,
+somebody's data.py or another package, so outside the repository vae, text and data are loaded as `ldm.vae`, `ldm.text`
+and `ldm.data`: from the folders beside this file, or from within ldm/ where they are installed. And where `ldm` itself
+is somebody else's (CompVis' code is called so), all of it is loaded below the name of this module:
+
+    from latent_foundry import TextToImage
+
+A module that is loaded under a longer name gets the names that its own `from … import` lines ask for made longer, too,
+in its compiled code; its file is left as it is, and no import of anybody else is touched. Where the short names are
+ours, the longer ones are the same modules once more: `ldm.vae.autoencoder is vae.autoencoder`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import find_spec
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any, cast
+
+HERE = Path(__file__).resolve().parent
+SIBLINGS = ("vae", "text", "data")
+# Where these are: beside ldm/ in the repository, within it where they were installed.
+SHELF = HERE if (HERE / "vae").is_dir() else HERE / "ldm"
+FOLDERS = (HERE / "ldm", *(SHELF / name for name in SIBLINGS))
+# What the package offers by itself, imported when it is first asked for.
+OFFERED = {"TextToImage": "inference.pipeline"}
+
+
+def offered(package: str, name: str) -> Any:
+    """What `from package import name` gives.
+
+    Raises:
+        AttributeError: nothing of this name is offered.
+    """
+    if name not in OFFERED:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{package}.{OFFERED[name]}"), name)
+
+
+def renamed(code: CodeType, names: Mapping[str, str]) -> CodeType:
+    """The same code, which imports `names[first].rest` where it imported `first.rest`.
+
+    Only a module's name has a dot in it among the names of compiled code, so nothing else is touched; and nothing of
+    ours imports a whole package by a name without a dot.
+    """
+
+    def longer(name: str) -> str:
+        first, dot, rest = name.partition(".")
+        return names.get(first, first) + dot + rest if dot else name
+
+    constants = (renamed(value, names) if isinstance(value, CodeType) else value for value in code.co_consts)
+    return code.replace(co_names=tuple(map(longer, code.co_names)), co_consts=tuple(constants))
+
+
+class RenamingLoader(SourceFileLoader):
+    """Loads a file of ours under a longer name than the one by which its neighbours know it."""
+
+    def __init__(self, fullname: str, path: str, names: Mapping[str, str]) -> None:
+        super().__init__(fullname, path)
+        self.names = names
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        code = super().get_code(fullname)
+        return renamed(code, self.names) if code is not None else None
+
+
+class RenamingFinder(MetaPathFinder):
+    """Finds our modules below `package`, the siblings among them."""
+
+    def __init__(self, package: str, names: Mapping[str, str]) -> None:
+        self.package, self.names = package, names
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not fullname.startswith(self.package + "."):
+            return None
+        sibling = fullname.removeprefix(self.package + ".") in SIBLINGS
+        spec = PathFinder.find_spec(fullname, [str(SHELF)] if sibling else path)
+        if spec is None or not isinstance(spec.loader, SourceFileLoader) or not _is_ours(spec):
+            return spec
+        spec.loader = RenamingLoader(fullname, spec.loader.path, self.names)
+        return spec
+
+
+class SameModuleLoader(Loader):
+    """Gives a module that has another name already."""
+
+    def __init__(self, known: ModuleSpec) -> None:
+        self.known = known
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(self.known.name)
+        self.known = module.__spec__ or self.known
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.known  # The import system has just put the other name's there.
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """For `python -m`."""
+        return cast(SourceFileLoader, self.known.loader).get_code(self.known.name)
+
+
+class SameModuleFinder(MetaPathFinder):
+    """Finds `long.rest` where `names` has `long: short`: the module that `short.rest` is."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names = names
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        for long, short in self.names.items():
+            if fullname == long and "." in long or fullname.startswith(long + "."):
+                known = find_spec(short + fullname.removeprefix(long))
+                return known and _same(fullname, known)
+        return None
+
+
+def _same(fullname: str, known: ModuleSpec) -> ModuleSpec:
+    package = known.submodule_search_locations is not None
+    return ModuleSpec(fullname, SameModuleLoader(known), origin=known.origin, is_package=package)
+
+
+def _is_ours(spec: ModuleSpec) -> bool:
+    return spec.origin is not None and any(Path(spec.origin).resolve().is_relative_to(folder) for folder in FOLDERS)
+
+
+def _finds_ours(name: str) -> bool:
+    """Whether `import name` gives a package of ours, now."""
+    if (loaded := sys.modules.get(name)) is not None:
+        spec = loaded.__spec__
+    else:
+        spec = find_spec(name)
+    return spec is not None and _is_ours(spec)
+
+
+def find_below_ldm() -> None:
+    """Called once, by ldm itself: from now on `ldm.vae`, `ldm.text` and `ldm.data` are found."""
+    long = {name: f"ldm.{name}" for name in SIBLINGS}
+    if all(map(_finds_ours, SIBLINGS)):
+        sys.meta_path.insert(0, SameModuleFinder({long[name]: name for name in SIBLINGS}))
+    else:
+        sys.meta_path.insert(0, RenamingFinder("ldm", long))
+
+
+def find_below_this() -> None:
+    """From now on `latent_foundry.model` is found, `latent_foundry.vae` and everything else."""
+    if _finds_ours("ldm"):
+        sys.meta_path.insert(0, SameModuleFinder({__name__: "ldm"}))
+    else:
+        names = {"ldm": __name__} | {name: f"{__name__}.{name}" for name in SIBLINGS}
+        sys.meta_path.insert(0, RenamingFinder(__name__, names))
+
+
+__path__ = [str(HERE / "ldm")]  # Makes a package of this module.
+
+
+def __getattr__(name: str) -> Any:
+    return offered(__name__, name)
+
+
+find_below_this()
