@@ -146,7 +146,8 @@ def test_what_does_not_fit_is_counted(tmp_path: Path):
         load_strictly(network(), {name: weights[name] for name in weights if name != "1.bias"}, source=path)
     extra = {f"extra.{number}": torch.zeros(1) for number in range(7)}
     shown = ", ".join(f"extra.{number}" for number in range(5))
-    with pytest.raises(ValueError, match=named(path, rf"does not fit its config: 7 unexpected \({shown}, \.\.\.\): give")):
+    message = rf"does not fit its config: 7 unexpected \({shown}, \.\.\.\): give"
+    with pytest.raises(ValueError, match=named(path, message)):
         load_strictly(network(), weights | extra, source=path)
     turned = weights | {"0.weight": weights["0.weight"].T.contiguous()}
     with pytest.raises(
