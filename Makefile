@@ -6,7 +6,7 @@ PROMPTS := --prompt "a noto emoji of Santa Claus, medium skin tone" --prompt "a 
 	--prompt "a noto emoji of flag of Japan" --prompt "a twemoji emoji of dog face" \
 	--prompt "a noto emoji of woman surfing, dark skin tone" --prompt "a twemoji emoji of fire engine"
 
-.PHONY: demo test pictures mutation reliability clean
+.PHONY: demo test lint suite test-fast pictures mutation reliability clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,12 +25,28 @@ demo: $(VENV)/installed
 	$(BIN)/python txt2img.py $(PROMPTS) --seed 7 --outdir outputs/demo
 	@echo "== The pictures are in outputs/demo, what this short training draws in runs/demo/samples"
 
-# Two processes of one thread each: for tensors as small as these, one process of two threads takes twice the time. First
-# come the files that start processes, which take longest.
-test: $(VENV)/installed-dev
+test: lint suite
+
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_*.py tests/[a-z]*/
+
+# Two processes of one thread each: for tensors as small as these, one process of two threads takes twice the time. First
+# come the files that start processes, which take longest. A part of the suite: make suite TESTS="tests/data tests/vae"
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+TESTS := tests/test_*.py tests/[a-z]*/
+suite: $(VENV)/installed-dev
+	$(PYTEST) $(TESTS)
+
+# What answers quickly, in most of the folders: for a look while writing.
+FAST := tests/test_structure.py tests/test_mathematics.py tests/test_project_files.py tests/ldm/files tests/ldm/diffusion \
+	tests/ldm/denoisers tests/ldm/test_config.py tests/ldm/test_config_data.py \
+	$(foreach name,guidance single_step time_grids,tests/ldm/samplers/test_$(name).py) \
+	$(foreach name,ema loss_scale lr_schedule muon optimizers,tests/ldm/training/optim/test_$(name).py) \
+	$(foreach name,config ledger mixture order quarantine samples shards tar,tests/data/test_$(name).py)
+test-fast: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(PYTEST) $(FAST)
 
 # Those of docs/mathematics.md and docs/interchange.md: seconds.
 pictures: $(VENV)/installed-dev

@@ -116,9 +116,10 @@ def _bytes(tensor: object) -> bytes:
     import torch
 
     assert isinstance(tensor, torch.Tensor)
-    return f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().flatten().view(
-        torch.uint8
-    ).numpy().tobytes()
+    return (
+        f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+        + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    )
 
 
 def drawings(checkout: Checkout) -> dict[str, str]:

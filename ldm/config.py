@@ -59,10 +59,19 @@ def parse(kind: type[Config], tree: Any, *, source: str) -> Config:
 def read_tree(text: str) -> dict[str, Any]:
     """Read the plain values from the text of `dump`; empty for anything else."""
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_WithoutAliases)
     except (yaml.YAMLError, LookupError, AttributeError, TypeError, RecursionError, ValueError):
         return {}
     return tree if isinstance(tree, dict) else {}
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """dump writes no aliases, and a few of them may stand for more values than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
 
 
 def dump(config: Any) -> str:

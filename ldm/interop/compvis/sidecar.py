@@ -89,11 +89,11 @@ def _read_yaml(path: Path, said: Prediction | None) -> dict[str, Any]:
         unet = params["unet_config"]["params"]
         numbers = {name: kind(params[name]) for name, kind in _NUMBERS.items() if name in params}
         heads, head_width = int(unet.get("num_heads", -1)), int(unet.get("num_head_channels", -1))
-        parameterization = str(params["parameterization"]) if "parameterization" in params else None
+        parameterization = params.get("parameterization", said or "eps")  # as in CompVis's code
+        if not isinstance(parameterization, str):  # aliases may make a list that no memory can print
+            raise TypeError("its parameterization is no word")
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"it is no configuration of a Stable Diffusion ({str(error)[:80]!r})") from error
-    if parameterization is None:  # as in CompVis's code
-        parameterization = said or "eps"
     if parameterization not in PREDICTIONS:
         raise ValueError(f"it says parameterization {parameterization[:40]!r}, expected eps, v or x0")
     found = {"prediction": PREDICTIONS[parameterization], "heads": heads, "head_width": head_width}

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers.hostile import LAUGHS, MEMORY, Tensors, assert_refused, copied, edit, peak, replaced
 from helpers.stable_diffusion import stable_diffusion
 from safetensors.torch import save_file
 
 from ldm import TextToImage
+from ldm.config import dump, parse, read_tree
 from ldm.interop.compvis.writing import header
 from ldm.interop.diffusers_layout.folder import write_folder
 
@@ -24,6 +27,8 @@ YAMLS = {
     "a list": ("- 1\n- 2", "is no configuration of a Stable Diffusion"),
     "an object": ("model: !!python/object/apply:os.system ['touch canary']", "is not YAML"),
     "a billion laughs": (f"{LAUGHS}model: *i", "is no configuration of a Stable Diffusion"),
+    "a billion laughs where a word is expected": (
+        f"{LAUGHS}model: {{params: {{parameterization: *i, unet_config: {{params: {{}}}}}}}}", "is no word"),
     "another prediction": (
         "model: {params: {parameterization: magic, unet_config: {params: {}}}}", "says parameterization 'magic'"),
     "a schedule of nothing": ("model: {params: {linear_start: 0, unet_config: {params: {}}}}", "is out of range"),
@@ -208,6 +213,7 @@ def test_what_lies_elsewhere_is_not_published(name, folder, tmp_path, capsys):
     "notes",
     [
         LAUGHS.partition("g: ")[0] + "run: *f",
+        f"{LAUGHS}run: {{}}\ndata: {{}}\nvalidation: {{}}\nmodel: {{}}\noptim: {{}}\npreview: {{prompts: *i}}",
         "[" * 100_000,
         "a: !!bool x",
         "\x80",
@@ -224,6 +230,20 @@ def test_notes_that_are_no_configuration_are_carried_and_not_followed(notes, fol
     parts = read_folder(copy, dtype=torch.float32)
     assert "## Training" not in model_card(parts, name="x")
     assert peak() - before < MEMORY
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoLists:
+    one: tuple[str, ...]
+    other: tuple[str, ...]
+
+
+def test_notes_of_our_own_are_read():
+    """They hold no aliases, even where the configuration that was given did."""
+    shipped = Path(__file__).parents[3] / "weights" / "emoji64" / "foundry.yaml"
+    assert {"run", "model", "preview"} <= read_tree(shipped.read_text()).keys()
+    config = parse(TwoLists, yaml.safe_load("one: &same [a, b]\nother: *same"), source="test")
+    assert read_tree(dump(config)) == {"one": ["a", "b"], "other": ["a", "b"]}
 
 
 def test_configs_come_before_weights(folder, tmp_path, capsys):
