@@ -79,7 +79,7 @@ def add_parameters(parser: ArgumentParser) -> None:
 
 
 def requests_of(args: Namespace) -> list[DrawRequest]:
-    """All that is to be drawn, each with a definite seed: without one given, all prompts have the same random one.
+    """List all that is to be drawn, each with a definite seed: without one given, all prompts have the same random one.
 
     Raises ValueError or OSError for what is wrong without a look at the model.
     """
@@ -96,7 +96,7 @@ def requests_of(args: Namespace) -> list[DrawRequest]:
 
 
 def defaults_of(args: Namespace) -> DrawRequest:
-    """The request that all prompts share, as far as their own lines do not change it."""
+    """Make the request that all prompts share, as far as their own lines do not change it."""
     given = {name: value for name, value in vars(args).items() if value is not None and name != "prompt"}
     for name in ("mask", "strength"):
         if name in given and "image" not in given:
@@ -119,7 +119,7 @@ def defaults_of(args: Namespace) -> DrawRequest:
 
 
 def load_keywords(args: Namespace) -> dict[str, Any]:
-    """What TextToImage.load takes besides the model. Raises ValueError or OSError for a file that is not there."""
+    """Return what TextToImage.load takes besides the model. Raises ValueError or OSError for a missing file."""
     loras = [parse_lora_argument(text) for text in args.lora]
     if not args.ckpt.exists():
         raise FileNotFoundError(f"there is no model at {args.ckpt}: give its folder or file with --ckpt")

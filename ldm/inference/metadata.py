@@ -42,7 +42,7 @@ def parameters_text(recipe: Recipe) -> str:
 
 
 def _setting_pairs(recipe: Recipe) -> dict[str, object]:
-    """The settings that A1111 has a name for, in its form."""
+    """Name the settings that A1111 has a name for, in its form."""
     in_its_form = {"sampler": SAMPLERS[recipe.sampler].label, "scale": repr(recipe.scale).removesuffix(".0")}
     known = {name: about.a1111 for name, about in parameters(PictureSettings).items() if about.a1111}
     return {key: in_its_form.get(name, getattr(recipe, name)) for name, key in known.items()}
@@ -59,7 +59,7 @@ def _further_pairs(recipe: Recipe) -> dict[str, object]:
 
 
 def _option_pairs(options: DrawOptions) -> dict[str, object]:
-    """The options that are not as they are by default; A1111 knows some of them, under its own names."""
+    """Name the options that are not as they are by default; A1111 knows some of them, under its own names."""
     pairs: dict[str, object] = {}
     for name, about in parameters(DrawOptions).items():
         value = getattr(options, name)
@@ -116,11 +116,11 @@ def _recipe(item: Any, path: Path) -> Recipe:
 
 
 def _kinds() -> dict[str, object]:
-    """The type that each key of a recipe has in JSON, but its options'."""
+    """Return the type that each key of a recipe has in JSON, but its options'."""
     kinds = get_type_hints(Recipe) | {name: about.kind for name, about in parameters(PictureSettings).items()}
     return {name: kind for name, kind in kinds.items() if name != "options"}
 
 
 def _needed() -> set[str]:
-    """The keys that every recipe has. Others are absent in pictures of before there were any."""
+    """Return the keys that every recipe has. Others are absent in pictures of before there were any."""
     return {entry.name for entry in fields(Recipe) if entry.default is MISSING} | parameters(PictureSettings).keys()

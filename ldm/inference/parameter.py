@@ -46,16 +46,17 @@ class Parameter:
     a1111: str = ""  # its name in AUTOMATIC1111's text, if it has one there
 
     def help_for(self, default: object) -> str:
+        """Fill the default and the names into the help."""
         return self.help.format(default=default, names=self.names or ", ".join(self.choices))
 
 
 def parameter(default: Any, help: str, **about: Any) -> Any:
-    """A dataclass's field with this default, and a Parameter as its metadata."""
+    """Make a dataclass's field with this default, and a Parameter as its metadata."""
     return field(default=default, metadata={_KEY: Parameter(help=help, **about)})
 
 
 def parameters(of: type) -> dict[str, Parameter]:
-    """The parameters among a dataclass's fields, by name, in order."""
+    """List the parameters among a dataclass's fields, by name, in order."""
     return {entry.name: entry.metadata[_KEY] for entry in fields(of) if _KEY in entry.metadata}
 
 

@@ -41,7 +41,7 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def picture_hash(image: Image.Image) -> str:
-    """First 10 hex digits of the SHA-256 of the file that it was read from by `read_picture`, or else of its pixels."""
+    """Return the first 10 hex digits of a SHA-256: of the file that `read_picture` read, or else of the pixels."""
     noted = image.info.get(FILE_HASH)
     if noted is not None:
         return str(noted)

@@ -56,7 +56,7 @@ class LoadedWith:
     prediction: Prediction | None = None
 
     def recorded(self) -> dict[str, Any]:
-        """Those fields of a Recipe that tell of it. Reads the files whole at the first time."""
+        """Return those fields of a Recipe that tell of it. Reads the files whole at the first time."""
         loras = [f"{file.name}{'' if by == 1 else f':{by:g}'} {file_hash(file)}" for file, by in self.lora]
         return {
             "vae": f"{self.vae.name} {file_hash(self.vae)}".strip() if self.vae else "",
@@ -82,7 +82,7 @@ class Drawer(Protocol):
 
 
 def recipe_of(request: DrawRequest, pipe: Drawer, image: Image.Image) -> Recipe:
-    """The recipe of an image that a pipe drew for a request that it had checked."""
+    """Make the recipe of an image that a pipe drew for a request that it had checked."""
     drawn = replace(request, width=image.width, height=image.height)
     settings = {name: about.kind(getattr(drawn, name)) for name, about in parameters(PictureSettings).items()}
     return Recipe(
@@ -100,7 +100,7 @@ def recipe_of(request: DrawRequest, pipe: Drawer, image: Image.Image) -> Recipe:
 
 
 def software() -> str:
-    """This program's name and, where it is installed, its version."""
+    """Return this program's name and, where it is installed, its version."""
     try:
         return f"Latent Foundry {importlib.metadata.version('latent-foundry')}"
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
@@ -109,5 +109,5 @@ def software() -> str:
 
 @cache
 def file_hash(path: Path) -> str:
-    """First 10 hex digits of a file's SHA-256; "" of a folder."""
+    """Return the first 10 hex digits of a file's SHA-256; "" for a folder."""
     return short_hash([path]) if path.is_file() else ""

@@ -181,7 +181,7 @@ def check_text(name: str, text: str) -> None:
 
 
 def steps_left(steps: int, strength: float) -> int:
-    """How many of a grid's steps are taken: int(steps x strength). Raises ValueError if not one is."""
+    """Count the steps of a grid that are taken: int(steps x strength). Raises ValueError if not one is."""
     left = int(steps * strength)
     if left < 1:
         raise ValueError(f"strength {strength} leaves none of {steps} steps: give more of either")
@@ -189,6 +189,6 @@ def steps_left(steps: int, strength: float) -> int:
 
 
 def fitting(image: Image.Image, factor: int) -> tuple[int, int]:
-    """Height and width of an image, rounded down to multiples of the factor."""
+    """Return height and width of an image, rounded down to multiples of the factor."""
     height, width = (max(side // factor, 1) * factor for side in (image.height, image.width))
     return height, width
