@@ -30,7 +30,15 @@ SIBLINGS = ("vae", "text", "data")
 SHELF = HERE if (HERE / "vae").is_dir() else HERE / "ldm"
 FOLDERS = (HERE / "ldm", *(SHELF / name for name in SIBLINGS))
 # What the package offers by itself, imported when it is first asked for.
-OFFERED = {"TextToImage": "inference.pipeline"}
+OFFERED = {
+    "DrawOptions": "inference.options",
+    "DrawRequest": "inference.request",
+    "Drawing": "inference.recipe",
+    "TextToImage": "inference.pipeline",
+    "autoguidance": "samplers.guidance",
+    "invert": "samplers.inversion",
+    "log_likelihood": "samplers.likelihood",
+}
 
 
 def offered(package: str, name: str) -> Any:

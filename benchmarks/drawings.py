@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.loader import CaptionedImages, DataConfig
-from ldm import TextToImage
+from ldm import DrawRequest, TextToImage
 from ldm.inference.contact_sheet import save_image, sheet, to_images
 from vae.perceptual import EfficientNetDistance
 
@@ -86,7 +86,8 @@ def main() -> None:
     pipe = TextToImage.load(args.ckpt, dtype=args.dtype)
     started = time.monotonic()
     settings = {"negative_prompt": "", "steps": args.steps, "scale": args.scale, "sampler": args.sampler}
-    drawn = pipe.draw(captions, seed=args.seed, **settings).cpu()
+    requests = [DrawRequest(prompt=caption, seed=args.seed + i, **settings) for i, caption in enumerate(captions)]
+    drawn = pipe.pixels(*requests).cpu()
     found: dict[str, object] = {"split": args.split, "pictures": len(captions)} | settings
     found["seconds"] = round(time.monotonic() - started, 1)
     found["imagenet"] = recognised(imagenet_features(drawn), imagenet_features(true), captions)

@@ -177,7 +177,7 @@ def in_a_process(what: str, path: Path, *words: str) -> dict[str, float]:
 def drawing(scratch: Path, steps: int) -> None:
     import diffusers
 
-    from ldm import TextToImage
+    from ldm import DrawRequest, TextToImage
 
     folder = scratch / "fp32"
     theirs: Any = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
@@ -190,8 +190,10 @@ def drawing(scratch: Path, steps: int) -> None:
         started = time.perf_counter()
         expected = torch.from_numpy(theirs(PROMPT, generator=generator, output_type="np", **call).images[0])
         middle = time.perf_counter()
-        ours_alike = {"negative_prompt": "", "steps": steps, "scale": 5.0, "height": SIDE, "width": SIDE}
-        pixels = ours.draw([PROMPT], sampler=sampler, seed=SEED, **ours_alike)[0]
+        request = DrawRequest(
+            prompt=PROMPT, steps=steps, scale=5.0, sampler=sampler, seed=SEED, height=SIDE, width=SIDE
+        )
+        pixels = ours.pixels(request)[0]
         ended = time.perf_counter()
         found = (pixels.clamp(-1, 1) + 1).permute(1, 2, 0) / 2
         print(

@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm import TextToImage
-from ldm.inference.options import DrawOptions
-from ldm.model.latent_diffusion import guided
-from ldm.samplers import SAMPLERS, Denoise, LearnedDenoise, time_grid
+from ldm import DrawOptions, TextToImage
+from ldm.inference.guided import guided
+from ldm.samplers import SAMPLERS, Denoise, time_grid
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,16 +38,16 @@ def answers_at_once(x: Tensor, t: Tensor) -> Tensor:
 def share_of_a_step(pipe: TextToImage, name: str, *, steps: int, rounds: int) -> tuple[float, float]:
     """Milliseconds of a guided step, and the share of it that is not the network's."""
     model, side = pipe.model, pipe.parts.sample_size
-    texts = model.condition(["a noto emoji of red apple"]), model.condition([""])
+    texts = model.conditioner(["a noto emoji of red apple"]), model.conditioner([""])
     network = guided(*(model.denoise_with(pipe.denoiser, text) for text in texts), 5.0, DrawOptions())
     times = time_grid(model.path, steps)
 
     def draw(denoise: Denoise) -> None:
-        with_share = LearnedDenoise(denoise, lambda x, t: torch.zeros_like(x))
         generators = [torch.Generator().manual_seed(0)]
         with torch.no_grad():
             x = model.prior(model.noise(generators, size=(side, side)), times)
-            SAMPLERS[name].function(with_share, x, model.path, times, generators)
+            function = SAMPLERS[name].with_options(variance=lambda: torch.zeros_like(x))
+            function(denoise, x, model.path, times, generators)
 
     draw(network), draw(answers_at_once)
     pairs = [(seconds(lambda: draw(network)), seconds(lambda: draw(answers_at_once))) for _ in range(rounds)]

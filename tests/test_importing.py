@@ -13,6 +13,10 @@ from zipfile import ZipFile
 
 import pytest
 
+import latent_foundry
+import ldm
+from latent_foundry import OFFERED
+
 ROOT = Path(__file__).parent.parent
 CODE = ("ldm", "vae", "text", "data")
 SHIPPED = ("latent_foundry.py", "txt2img.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
@@ -135,6 +139,14 @@ assert not hasattr(ldm, "nothing")
 """
     run(Path(sys.executable), ROOT, "-c", program)
     assert "usage:" in run(Path(sys.executable), ROOT, "-m", "ldm.data.manifest", "--help")
+
+
+def test_everything_offered_is_there_and_named_where_it_is_read():
+    assert set(ldm.__all__) == set(OFFERED)
+    for name in ldm.__all__:
+        assert getattr(ldm, name).__module__ == f"ldm.{OFFERED[name]}"
+    with pytest.raises(AttributeError, match="module 'latent_foundry' has no attribute 'nothing'"):
+        _ = latent_foundry.nothing
 
 
 def test_a_wheel_holds_every_module(source: Path, from_wheel: Path):

@@ -232,9 +232,16 @@ pathlib.Path("loaded").write_text(" ".join(sys.modules))
 
 def test_drawing_needs_neither_deepspeed_nor_webdataset():
     script = """
-import sys
-from ldm import TextToImage
-TextToImage.load("weights/emoji64")("a noto emoji of red apple", steps=1)
+import pathlib, sys
+import ldm.inference.sheets
+from ldm import DrawRequest, TextToImage
+from ldm.inference.draw_all import draw_all
+from ldm.interop.model_facts import read_facts
+request = DrawRequest(prompt="a noto emoji of red apple", steps=1)
+request.check(read_facts(pathlib.Path("weights/emoji64")))
+pipe = TextToImage.load("weights/emoji64")
+pipe(request.prompt, steps=1)
+next(draw_all(pipe, [request]))
 print(sorted({"deepspeed", "webdataset", "open_clip", "pydantic"} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -10,12 +10,17 @@ import torch
 from PIL import Image
 
 from data.loader import CaptionedImages, DataConfig
-from ldm import TextToImage
+from ldm import DrawRequest, TextToImage
 from ldm.diffusion import RectifiedFlowPath, sample_randomness
+from ldm.inference.img2img import canvas
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "weights" / "emoji64"
 PROMPT = "a twemoji emoji of red apple"
+
+
+def request(**settings: Any) -> DrawRequest:
+    return DrawRequest(**{"prompt": PROMPT, "scale": 5.0, "sampler": "dpmpp_2m"} | settings)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def test_it_holds_no_code_and_no_pickle():
 
 
 def test_a_red_apple_is_red_and_the_sheet_around_it_white(pipe):
-    picture = (pipe.draw([PROMPT] * 2, negative_prompt="", steps=20, scale=5.0, sampler="dpmpp_2m", seed=0) + 1) / 2
+    picture = (pipe.pixels(*(request(seed=seed, steps=20) for seed in range(2))) + 1) / 2
     assert (picture[:, :, [0, 0, -1, -1], [0, -1, 0, -1]] > 0.9).float().mean() > 0.9
     middle = picture[:, :, 20:52, 16:48].mean(dim=(0, 2, 3))
     assert middle[0] > middle[1] + 0.15
@@ -43,10 +48,10 @@ def test_a_red_apple_is_red_and_the_sheet_around_it_white(pipe):
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipe):
-    settings: dict[str, Any] = {"negative_prompt": "", "steps": 10, "scale": 5.0, "sampler": "dpmpp_2m"}
-    together = pipe.draw([PROMPT] * 3, seed=4, **settings)
+    requests = [request(seed=4 + i, steps=10) for i in range(3)]
+    together = pipe.pixels(*requests)
     for i in range(3):
-        assert (together[i] - pipe.draw([PROMPT], seed=4 + i, **settings)[0]).abs().max() <= 1e-4
+        assert (together[i] - pipe.pixels(requests[i])[0]).abs().max() <= 1e-4
 
 
 def test_captions_that_are_swapped_raise_the_loss(pipe):
@@ -57,7 +62,7 @@ def test_captions_that_are_swapped_raise_the_loss(pipe):
         x0 = model.vae.encode(batch.pixels).mean
         eps, t = sample_randomness(0, range(64), x0.shape[1:]).eps, torch.full((64,), 0.8)
         found = [
-            model.loss(pipe.denoiser, x0, eps, t, captions).error.mean().item()
+            model.losses(pipe.denoiser, x0, eps, t, model.conditioner(captions)).error.mean().item()
             for captions in (batch.captions, batch.captions[1:] + batch.captions[:1])
         ]
     assert found[1] > 1.1 * found[0]
@@ -88,10 +93,10 @@ def test_inpainting_keeps_what_is_black_and_paints_what_is_white(pipe):
     (begun,) = pipe("a noto emoji of Santa Claus, medium skin tone", seed=7, steps=10)
     mask = Image.new("L", begun.size, "black")
     mask.paste("white", (0, 0, 64, 32))
-    drawn_on = pipe.canvas(begun, mask)
-    settings: dict[str, Any] = {"negative_prompt": "", "steps": 10, "scale": 5.0, "sampler": "dpmpp_2m", "seed": 1}
+    begun_with = canvas(begun, mask, 1.0, size=(64, 64)).pixels
     prompt = "a noto emoji of woman, medium skin tone, red hair"
-    change = (pipe.draw([prompt], drawn_on=drawn_on, **settings) - drawn_on.pixels).abs().mean(dim=(0, 1, 3))  # a row
+    drawn = pipe.pixels(request(prompt=prompt, image=begun, mask=mask, seed=1, steps=10))
+    change = (drawn - begun_with).abs().mean(dim=(0, 1, 3))  # a row
     assert change[40:].mean() < 0.06  # what the autoencoder loses
     assert change[:28].mean() > 4 * change[40:].mean()
 
@@ -111,7 +116,7 @@ def test_diffusers_draws_the_same_picture_offline(pipe, monkeypatch):
     monkeypatch.setattr("ldm.inference.pipeline.time_grid", lambda path, steps, grid: times)
     monkeypatch.setattr("ldm.model.latent_diffusion.prior_std", lambda path, start: 1.0)
     monkeypatch.setattr(RectifiedFlowPath, "timesteps", lambda self, t: (1000 * t).floor())
-    found = pipe.draw([PROMPT], negative_prompt="", steps=8, scale=5.0, sampler="dpmpp_2m", seed=7)[0]
+    found = pipe.pixels(request(seed=7, steps=8))[0]
     found = (found.clamp(-1, 1) + 1).permute(1, 2, 0).numpy() / 2
     assert expected.std() > 0.1 and np.abs(found - expected).max() <= 1e-4
 

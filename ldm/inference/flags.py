@@ -1,46 +1,37 @@
-"""The words of txt2img.py's command line. Torch is not needed here: --help must not wait for it."""
+"""The command line of txt2img.py. Torch is not needed here: --help must not wait for it."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ldm.inference.options import SCHEDULES, WEIGHTINGS, DrawOptions
-from ldm.inference.prompt_file import RANDOM_SEED, Request
+from ldm.inference.options import DrawOptions, parse_lora_argument
+from ldm.inference.parameter import Range, parameters
+from ldm.inference.pictures import read_picture
+from ldm.inference.prompt_file import read_prompts
+from ldm.inference.request import DrawRequest
 
-SAMPLER_NAMES = (
-    "ddpm, ddpm_large, ddpm_learned, ddim, euler, euler_ancestral, heun, dpm2, dpmpp_2s_ancestral, dpmpp_2m, "
-    "dpmpp_2m_sde, dpmpp_3m_sde, unipc_2, unipc_3, lms, plms, pndm, deis, lcm"
-)
-GRID_NAMES = "trailing, linear, leading, quadratic, karras, exponential, log_snr, beta, align_your_steps"
 PRECISIONS = {"auto": "auto", "fp32": "fp32", "bf16": "bf16", "full": "fp32", "autocast": "bf16"}
 PREDICTIONS = ("eps", "v", "x0", "velocity", "edm")
+COUNTS = {"n_samples": Range(low=1, high=256), "n_iter": Range(low=1, high=10_000), "n_rows": Range(low=0, high=256)}
+PICTURES = ("image", "mask")  # parameters whose word is a file that is read
 
 
 def add_options(parser: ArgumentParser, *, weights: Path) -> None:
-    """All of txt2img.py's. weights: the model where none is named."""
+    """Add all of txt2img.py's options. weights: the model where none is named."""
+    add_parameters(parser)
     add = parser.add_argument
     # fmt: off
     add("--ckpt", "--model", type=Path, default=weights, metavar="PATH",
         help="model: a run, a folder in diffusers' layout, or Stable Diffusion 1 or 2 in one file, .safetensors or "
         ".ckpt (default: weights/emoji64 beside this file)")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be given several times")
-    add("--negative-prompt", "--neg", default=Request.negative_prompt, metavar="TEXT", help="what not to draw")
     add("--from-file", "--prompts", type=Path, metavar="FILE", help="text file with one prompt on each line")
-    add("--steps", "--ddim-steps", "--num-inference-steps", type=int, metavar="N",
-        help=f"steps from noise to picture, 1 to 1000 (default: {Request.steps})")
-    add("--scale", "--cfg", "--cfg-scale", "--guidance-scale", type=float, default=Request.scale, metavar="X",
-        help="how closely to follow the prompt, from 0; 1 is no guidance (default: %(default)s)")
-    add("--sampler", "--scheduler", default=Request.sampler, metavar="NAME",
-        help=f"one of {SAMPLER_NAMES}, or A1111's name of it (default: %(default)s)")
-    add("--seed", type=int, default=RANDOM_SEED, metavar="N",
-        help="of each prompt's first picture (default: -1, random)")
     add("--n-samples", "--batch-size", type=int, default=4, metavar="N",
         help="pictures of a prompt (default: %(default)s)")
     add("--n-iter", "--images-per-prompt", type=int, default=1, metavar="N",
         help="draw that many times n-samples pictures of each prompt (default: %(default)s)")
-    add("--H", "--height", type=int, metavar="PIXELS", help="height (default: as the model was trained)")
-    add("--W", "--width", type=int, metavar="PIXELS", help="width (default: as the model was trained)")
     add("--outdir", "--output", type=Path, default=Path("outputs"), metavar="DIR", help="(default: %(default)s)")
     add("--precision", "--dtype", choices=PRECISIONS, default="auto", metavar="NAME",
         help="fp32 or full, bf16 or autocast (default: auto, bf16 on a GPU and fp32 on a CPU)")
@@ -53,12 +44,10 @@ def add_options(parser: ArgumentParser, *, weights: Path) -> None:
     add("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
     add_model_options(parser)
-    add_picture_options(parser)
-    add_finer_options(parser)
 
 
 def add_model_options(parser: ArgumentParser) -> None:
-    """What is put together with the model, and what its file may leave open."""
+    """Add what is put together with the model, and what its file may leave open."""
     add = parser.add_argument_group("about the model").add_argument
     # fmt: off
     add("--vae", type=Path, metavar="PATH", help="autoencoder in place of the model's own: a file or a folder")
@@ -70,40 +59,74 @@ def add_model_options(parser: ArgumentParser) -> None:
     # fmt: on
 
 
-def add_picture_options(parser: ArgumentParser) -> None:
-    """Image to image, and inpainting."""
-    add = parser.add_argument_group("a picture to begin with").add_argument
-    # fmt: off
-    add("--init-img", "--image-path", type=Path, metavar="FILE",
-        help="picture to begin with; H and W are then its own, rounded down to what the model takes")
-    add("--mask", "--mask-path", type=Path, metavar="FILE",
-        help="picture whose white is painted anew, and whose black is kept")
-    add("--strength", type=float, metavar="X",
-        help="how much may change, above 0 to 1: that share of the steps is taken (default: 0.75, with a mask 1)")
-    # fmt: on
+def add_parameters(parser: ArgumentParser) -> None:
+    """Add an option for each parameter of DrawRequest and DrawOptions. One that is not given is None."""
+    groups: dict[str, Any] = {"": parser}
+    for fields in (DrawRequest, DrawOptions):
+        for name, about in parameters(fields).items():
+            if about.group not in groups:
+                groups[about.group] = parser.add_argument_group(about.group)
+            groups[about.group].add_argument(
+                *about.flags,
+                dest=name,
+                action="append" if name == "prompt" else "store",
+                type=Path if name in PICTURES else about.kind,
+                nargs=len(about.metavar) if isinstance(about.metavar, tuple) else None,
+                choices=about.choices or None,
+                metavar=about.metavar,
+                help=about.help_for(getattr(fields, name)),
+            )
 
 
-def add_finer_options(parser: ArgumentParser) -> None:
-    """Those of DrawOptions."""
-    add = parser.add_argument_group("finer options").add_argument
-    # fmt: off
-    add("--eta", "--ddim-eta", type=float, metavar="X",
-        help="share of fresh noise in ddim and the ancestral samplers, 0 to 1 (default: 0 in ddim, 1 in those)")
-    add("--time-grid", "--schedule-type", metavar="NAME",
-        help=f"which times to visit: one of {GRID_NAMES}, or the times themselves, falling from 1 (noise) to 0, "
-        "as 1,0.6,0.3,0 (default: trailing, or karras for models on EDM's path)")
-    add("--guidance-interval", type=float, nargs=2, default=DrawOptions.guidance_interval, metavar=("START", "STOP"),
-        help="times at which guidance is on, 0 is the picture and 1 the noise (default: 0 1)")
-    add("--guidance-schedule", default=DrawOptions.guidance_schedule, metavar="NAME",
-        help=f"how the scale changes from noise to picture: {', '.join(SCHEDULES)} (default: %(default)s)")
-    add("--guidance-rescale", type=float, default=DrawOptions.guidance_rescale, metavar="X",
-        help="against too bright pictures at large scales, 0 to 1; 0.7 is usual (default: 0)")
-    add("--guidance-parallel", type=float, default=DrawOptions.guidance_parallel, metavar="X",
-        help="share kept of what guidance changes along the answer itself; 0 against garish colours (default: 1)")
-    add("--guidance-norm-limit", type=float, metavar="X", help="longest change by guidance (default: none)")
-    add("--guidance-momentum", type=float, default=DrawOptions.guidance_momentum, metavar="X",
-        help="share of the last step's change, usually negative, as -0.5 (default: 0)")
-    add("--weighting", choices=WEIGHTINGS, default=DrawOptions.weighting, metavar="NAME",
-        help="a1111: (words:1.2) count more, [words] less, BREAK begins another chunk, a long prompt becomes several; "
-        "none: brackets are what they are (default: %(default)s)")
-    # fmt: on
+def requests_of(args: Namespace) -> list[DrawRequest]:
+    """List all that is to be drawn, each with a definite seed: without one given, all prompts have the same random one.
+
+    Raises ValueError or OSError for what is wrong without a look at the model.
+    """
+    for name, allowed in COUNTS.items():
+        allowed.check(f"--{name.replace('_', '-')}", getattr(args, name))
+    pictures = args.n_samples * args.n_iter
+    defaults = defaults_of(args).seeded(pictures)
+    requests = [replace(defaults, prompt=prompt) for prompt in args.prompt or []]
+    if args.from_file is not None:
+        requests += [request.seeded(pictures) for request in read_prompts(args.from_file, defaults)]
+    if not requests:
+        raise ValueError('there is nothing to draw: give a prompt, as in --prompt "a red apple", or --from-file FILE')
+    return requests
+
+
+def defaults_of(args: Namespace) -> DrawRequest:
+    """Make the request that all prompts share, as far as their own lines do not change it."""
+    given = {name: value for name, value in vars(args).items() if value is not None and name != "prompt"}
+    for name in ("mask", "strength"):
+        if name in given and "image" not in given:
+            raise ValueError(f"--{name} is of a picture to begin with: give --init-img too")
+    of_request, of_options = (
+        {name: given[name] for name in parameters(fields) if name in given} for fields in (DrawRequest, DrawOptions)
+    )
+    if "guidance_interval" in of_options:
+        of_options["guidance_interval"] = tuple(of_options["guidance_interval"])
+    options = DrawOptions(**of_options)
+    if options.times:
+        of_request.setdefault("steps", len(options.times) - 1)
+    for name in PICTURES:
+        if name in of_request:
+            of_request[name] = read_picture(of_request[name])
+    try:
+        return DrawRequest(**of_request, options=options)
+    except ValueError as error:
+        raise ValueError(f"--{error}" if str(error).startswith("strength") else str(error)) from error
+
+
+def load_keywords(args: Namespace) -> dict[str, Any]:
+    """Return what TextToImage.load takes besides the model. Raises ValueError or OSError for a missing file."""
+    loras = [parse_lora_argument(text) for text in args.lora]
+    if not args.ckpt.exists():
+        raise FileNotFoundError(f"there is no model at {args.ckpt}: give its folder or file with --ckpt")
+    for option, path in [("--vae", args.vae), *(("--lora", path) for path, _ in loras)]:
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"{option}: there is nothing at {path}: give a file that is there")
+    return {
+        "device": args.device, "dtype": PRECISIONS[args.precision], "vae": args.vae, "lora": loras,
+        "ema": not args.no_ema, "prediction": args.prediction,
+    }  # fmt: skip

@@ -5,10 +5,8 @@ B batch, C latent channels, H x W pixels, h x w latents. White (1) in a mask is 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,15 +15,13 @@ from torch import Tensor
 
 from data.samples import eight_bits, over_white, to_pixels
 from ldm.diffusion import PathConfig, noise_sample
+from ldm.inference.request import steps_left
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.samplers import Denoise
 from vae.gaussian import DiagonalGaussian
 
 if TYPE_CHECKING:
     from PIL import Image
-
-MAX_PIXELS = 2**26
-IMAGE_STRENGTH, MASK_STRENGTH = 0.75, 1.0  # what is usual without a mask, and with one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,43 +45,8 @@ class Start:
     is_noise: bool = False  # all of x, also where the picture is kept
 
 
-def read_picture(path: Path) -> Image.Image:
-    """A PNG, JPEG or WebP file, turned as its camera says. Raises ValueError or OSError, naming it, for others."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no picture {path}: give a PNG, JPEG or WebP file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is told of below
-            opened = Image.open(path, formats=["PNG", "JPEG", "WEBP"])
-        with opened as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all")
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a whole PNG, JPEG or WebP picture ({error}): give another") from error
-
-
-def usual_strength(strength: float | None, *, masked: bool) -> float:
-    """The strength given, or what is usual without a mask, and with one. Raises ValueError for one out of range."""
-    if strength is None:
-        return MASK_STRENGTH if masked else IMAGE_STRENGTH
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}, expected above 0 and at most 1 (0: nothing may change, 1: all)")
-    return strength
-
-
-def fitting(image: Image.Image, factor: int) -> tuple[int, int]:
-    """Height and width of an image, rounded down to multiples of the factor."""
-    height, width = (max(side // factor, 1) * factor for side in (image.height, image.width))
-    return height, width
-
-
-def canvas(image: Image.Image, mask: Image.Image | None, strength: float | None, *, size: tuple[int, int]) -> Canvas:
-    """The picture and the mask at height x width = size. Raises ValueError for a strength out of range."""
-    strength = usual_strength(strength, masked=mask is not None)
+def canvas(image: Image.Image, mask: Image.Image | None, strength: float, *, size: tuple[int, int]) -> Canvas:
+    """The picture and the mask at height x width = size."""
     pixels = to_pixels(resized(over_white(image), size))[None]
     chosen = None
     if mask is not None:
@@ -100,14 +61,6 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
     height, width = size
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def steps_left(steps: int, strength: float) -> int:
-    """How many of a grid's steps are taken: int(steps x strength). Raises ValueError if not one is."""
-    left = int(steps * strength)
-    if left < 1:
-        raise ValueError(f"strength {strength} leaves none of {steps} steps: give more of either")
-    return left
 
 
 def remaining(times: Tensor, strength: float) -> Tensor:

@@ -8,10 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from ldm.files.messages import unknown_name
+from ldm.inference.parameter import Range, check_ranges, parameter
 
 WEIGHTINGS = ("none", "a1111")  # of words in a prompt
 FORMATS = ("diffusers", "single-file")  # of what is exported
 SCHEDULES = ("constant", "linear", "cosine")  # of guidance's scale over time
+GRID_NAMES = "trailing, linear, leading, quadratic, karras, exponential, log_snr, beta, align_your_steps"
+FINER = "finer options"
 MAX_LORA_STRENGTH = 100
 
 
@@ -22,32 +25,56 @@ class DrawOptions:
     Raises ValueError, naming the value, for anything out of range. What depends on the model is checked with it.
     """
 
-    eta: float | None = None  # share of DDPM's noise, 0 to 1, of samplers that have one; None: the sampler's own
-    time_grid: str | None = None  # a name of TIME_GRIDS, or times as "1, 0.6, 0.3, 0"; None: the path's own
-    guidance_schedule: str = "constant"  # of SCHEDULES
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance is on, counted from data to noise
-    guidance_rescale: float = 0.0  # share by which the answer's deviation is brought back, 0 to 1
-    guidance_parallel: float = 1.0  # share that is kept of guidance's change along the answer; 0: projected guidance
-    guidance_norm_limit: float | None = None  # the longest such change of a picture; None: none
-    guidance_momentum: float = 0.0  # share of the last step's change that is added, usually negative
-    weighting: str = "none"  # of WEIGHTINGS: whether brackets in a prompt weigh words, and long ones become chunks
+    eta: float | None = parameter(
+        None, "portion of fresh noise in ddim and the ancestral samplers, 0 to 1 (default: 0 in ddim, 1 in those)",
+        kind=float, flags=("--eta", "--ddim-eta"), metavar="X", group=FINER, within=Range(low=0, high=1), a1111="Eta",
+    )  # fmt: skip
+    time_grid: str | None = parameter(
+        None, "which times to visit: one of {names}, or the times themselves, falling from 1 (noise) to 0, as "
+        "1,0.6,0.3,0 (default: trailing, or karras for models on EDM's path)", names=GRID_NAMES,
+        flags=("--time-grid", "--schedule-type"), metavar="NAME", group=FINER, a1111="Schedule type",
+    )  # fmt: skip
+    guidance_interval: tuple[float, float] = parameter(
+        (0.0, 1.0), "times at which guidance is on, 0 is the picture and 1 the noise (default: 0 1)", kind=float,
+        flags=("--guidance-interval",), metavar=("START", "STOP"), group=FINER,
+    )  # fmt: skip
+    guidance_schedule: str = parameter(
+        "constant", "how the scale changes from noise to picture: {names} (default: {default})",
+        names=", ".join(SCHEDULES), flags=("--guidance-schedule",), metavar="NAME", group=FINER,
+    )  # fmt: skip
+    guidance_rescale: float = parameter(
+        0.0, "against too bright pictures at large scales, 0 to 1; 0.7 is usual (default: 0)", kind=float,
+        flags=("--guidance-rescale",), metavar="X", group=FINER, within=Range(low=0, high=1),
+    )  # fmt: skip
+    guidance_parallel: float = parameter(
+        1.0, "portion kept of what guidance changes along the answer itself, 0 to 1; 0 against garish colours "
+        "(default: 1)", kind=float,
+        flags=("--guidance-parallel",), metavar="X", group=FINER, within=Range(low=0, high=1),
+    )  # fmt: skip
+    guidance_norm_limit: float | None = parameter(
+        None, "longest change of a picture by guidance (default: none)", kind=float, flags=("--guidance-norm-limit",),
+        metavar="X", group=FINER, within=Range(low=0, low_excluded=True, words="a length above 0"),
+    )  # fmt: skip
+    guidance_momentum: float = parameter(
+        0.0, "portion of the last step's change that is added, usually negative, as -0.5 (default: 0)", kind=float,
+        flags=("--guidance-momentum",), metavar="X", group=FINER,
+        within=Range(
+            low=-1, low_excluded=True, high=1, high_excluded=True, words="more than -1 and less than 1"
+        ),
+    )  # fmt: skip
+    weighting: str = parameter(
+        "none", "a1111: (words:1.2) count more, [words] less, BREAK begins another chunk, a long prompt becomes "
+        "several; none: brackets are what they are (default: {default})",
+        choices=WEIGHTINGS, flags=("--weighting",), metavar="NAME", group=FINER,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("eta", "guidance_rescale", "guidance_parallel"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name.replace('_', ' ')} is {value}, expected 0 to 1")
+        check_ranges(self)
         if self.guidance_schedule not in SCHEDULES:
             raise unknown_name("guidance schedule", self.guidance_schedule, {name: name for name in SCHEDULES})
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"no weighting {self.weighting!r}, expected {' or '.join(WEIGHTINGS)}")
         start, stop = self.guidance_interval
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"the guidance interval is {start:g} to {stop:g}, expected 0 <= start <= stop <= 1")
-        if self.guidance_norm_limit is not None and not 0 < self.guidance_norm_limit < math.inf:
-            raise ValueError(f"guidance norm limit is {self.guidance_norm_limit}, expected a length above 0")
-        if not -1 < self.guidance_momentum < 1:
-            raise ValueError(f"guidance momentum is {self.guidance_momentum}, expected more than -1 and less than 1")
         if self.is_projected and self.guidance_rescale:
             raise ValueError(
                 "guidance rescale and projected guidance (parallel, norm limit, momentum) are two cures of one thing: "

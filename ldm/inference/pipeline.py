@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,19 +14,23 @@ from ldm.denoisers import Denoiser, describe_attention
 from ldm.diffusion import Prediction
 from ldm.inference.contact_sheet import to_images
 from ldm.inference.guided import guided
-from ldm.inference.img2img import Canvas, Start, begin, canvas, fitting, keeping, remaining
-from ldm.inference.options import FORMATS, PLAIN, DrawOptions
+from ldm.inference.img2img import Canvas, Start, begin, canvas, keeping, remaining
+from ldm.inference.options import FORMATS
+from ldm.inference.recipe import Drawing, LoadedWith, recipe_of
+from ldm.inference.request import DrawRequest
 from ldm.interop.compvis.writing import write_single_file
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.read_model import Lora, model_name, read_model
 from ldm.model.components import ModelComponents
-from ldm.samplers import SAMPLERS, Denoise, Variance, sampler_named, time_grid
+from ldm.model.facts import ModelFacts
+from ldm.samplers import SAMPLERS, Denoise, Variance, time_grid
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.model.latent_diffusion import LatentDiffusion
 
+Progress = Callable[[int, int], None]  # (steps done, steps in all)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to draw in
 STORED = PRECISIONS | {"fp16": torch.float16}
 MAX_BATCH = 16  # pictures drawn at once; more are drawn in turns, which changes none of them
@@ -38,9 +43,17 @@ class TextToImage:
     images = pipe("a noto emoji of red apple", steps=30, scale=5.0, seed=7, n=4)
     """
 
-    def __init__(self, parts: ModelComponents, *, name: str, weights_hash: str | None = None) -> None:
+    def __init__(
+        self,
+        parts: ModelComponents,
+        *,
+        name: str,
+        weights_hash: str | None = None,
+        loaded_with: LoadedWith | None = None,
+    ) -> None:
         self.parts, self.name = parts, name
         self._weights_hash = weights_hash
+        self.loaded_with = loaded_with or LoadedWith()
         self.native_size = parts.sample_size * self.model.vae.config.factor  # pixels a side, as in training
         # H and W must be multiples of this: whole latents, and whole patches of them.
         self.factor = self.model.vae.config.factor * parts.config.stride
@@ -52,6 +65,18 @@ class TextToImage:
     @property
     def denoiser(self) -> Denoiser:
         return self.parts.denoiser
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What requests are checked against."""
+        return ModelFacts(
+            name=self.name,
+            path=self.model.path,
+            learned_variance=self.denoiser.learned_variance,
+            native_size=self.native_size,
+            factor=self.factor,
+            for_inpainting=self.parts.for_inpainting,
+        )
 
     @property
     def weights_hash(self) -> str:
@@ -107,17 +132,14 @@ class TextToImage:
         FileNotFoundError, naming the file, for anything that is missing, cut short or something else.
         """
         place = choose_device(device)
+        loras = [Lora(Path(file), strength) for file, strength in lora]
+        extra = LoadedWith(vae=None if vae is None else Path(vae), lora=loras, ema=ema, prediction=prediction)
         parts = read_model(
-            Path(path),
-            dtype=choose_dtype(dtype, place),
-            vae=None if vae is None else Path(vae),
-            lora=[Lora(Path(file), strength) for file, strength in lora],
-            ema=ema,
-            prediction=prediction,
+            Path(path), dtype=choose_dtype(dtype, place), vae=extra.vae, lora=loras, ema=ema, prediction=prediction
         )
         for network in parts.networks:
             network.eval().requires_grad_(False).to(device=place)
-        return cls(parts, name=model_name(Path(path)))
+        return cls(parts, name=model_name(Path(path)), loaded_with=extra)
 
     def save(self, path: str | Path, *, format: str = "diffusers", dtype: str = "fp32") -> None:
         """Write the model, LoRAs merged, for other programs: "diffusers", a folder with a model card, or "single-file",
@@ -141,97 +163,51 @@ class TextToImage:
             write_single_file(self.parts, Path(path), dtype=STORED[dtype])
 
     def __call__(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str = "",
-        steps: int = 30,
-        scale: float = 5.0,
-        sampler: str = "dpmpp_2m",
-        seed: int = 0,
-        n: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        image: Image.Image | None = None,
-        mask: Image.Image | None = None,
-        strength: float | None = None,
-        options: DrawOptions = PLAIN,
-        progress: Callable[[int, int], None] | None = None,
+        self, prompt: str, *, n: int = 1, progress: Progress | None = None, **settings: Any
     ) -> list[Image.Image]:
         """Draw n pictures; picture i depends on seed + i, not on the others.
 
-        image: a picture to begin with; of `steps` the last int(steps x strength) are taken (default 0.75; with a mask
-        1). mask: what is white is drawn anew, what is black is kept; a model for inpainting needs one.
-
-        scale: 1 is no guidance, more follows the prompt more closely. height, width: pixels, multiples of `factor`
-        (default: the image's own, or what the model was trained at). options: eta, time grid, guidance's variants, and
-        whether brackets weigh words. progress(done, all) is called after each denoising step.
+        settings: the other fields of DrawRequest: negative_prompt, steps, scale, sampler, seed (here 0 where none is
+        given), height, width, image, mask, strength, options. progress(done, all) is called after each denoising step.
         Raises ValueError, naming the value, for what cannot be drawn.
         """
+        settings.setdefault("seed", 0)
+        request = DrawRequest(prompt=prompt, **settings)
+        return to_images(self.pixels(*self._each(request, n), progress=progress))
+
+    def draw(self, request: DrawRequest, *, n: int = 1, progress: Progress | None = None) -> list[Drawing]:
+        """Draw n pictures, picture i with seed + i, each with its recipe. See `__call__`."""
+        requests = self._each(request, n)
+        images = to_images(self.pixels(*requests, progress=progress))
+        return [Drawing(image, recipe_of(own, self, image)) for own, image in zip(requests, images, strict=True)]
+
+    def _each(self, request: DrawRequest, n: int) -> list[DrawRequest]:
         if n < 1:
             raise ValueError(f"n is {n}, expected at least 1 picture")
-        pixels = self.draw(
-            [prompt] * n, negative_prompt=negative_prompt, steps=steps, scale=scale, sampler=sampler, seed=seed,
-            height=height, width=width, options=options, progress=progress,
-            drawn_on=self.canvas(image, mask, strength, height=height, width=width),
-        )  # fmt: skip
-        return to_images(pixels)
+        first = request.check(self.facts).seeded(n)
+        return [replace(first, seed=first.seed + i) for i in range(n)]
 
-    def canvas(
-        self,
-        image: Image.Image | None,
-        mask: Image.Image | None = None,
-        strength: float | None = None,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> Canvas | None:
-        """What `draw` begins with. Raises ValueError for a mask or strength of nothing, and where a mask is missing."""
-        if image is None:
-            if mask is not None or strength is not None:
-                raise ValueError(f"{'a mask' if mask else 'a strength'} needs a picture: give an image to begin with")
-            return None
-        if mask is None and self.parts.for_inpainting:
-            raise ValueError(f"{self.name} is made for inpainting: give a mask too, white where it is to paint")
-        own_height, own_width = fitting(image, self.factor)
-        size = height or own_height, width or own_width
-        self._latent_size(*size)
-        return canvas(image, mask, strength, size=size)
+    def pixels(self, *requests: DrawRequest, progress: Progress | None = None) -> Tensor:
+        """Draw one picture per request, as pixels N x 3 x H x W in about [-1, 1]: not yet clamped and rounded.
 
-    def draw(
-        self,
-        prompts: Sequence[str],
-        *,
-        negative_prompt: str,
-        steps: int,
-        scale: float,
-        sampler: str,
-        seed: int,
-        height: int | None = None,
-        width: int | None = None,
-        drawn_on: Canvas | None = None,
-        options: DrawOptions = PLAIN,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Tensor:
-        """One picture of each prompt, prompt i with seed + i, as pixels N x 3 x H x W in about [-1, 1]: not yet
-        clamped and rounded."""
-        size = self._latent_size(height or self.native_size, width or self.native_size)
-        if scale < 0:
-            raise ValueError(f"scale is {scale}, expected a number from 0 up (1 is no guidance)")
-        model = self.model
-        times = time_grid(model.path, steps, options.grid)
-        if drawn_on is not None:
-            times = remaining(times, drawn_on.strength)
-        found = SAMPLERS[sampler_named(sampler)]
-        found.check(learned=self.denoiser.learned_variance)
-        rounds = model.conditioner.batches(prompts, options.weighting, largest=MAX_BATCH)
+        They are drawn together, so they may differ in prompt and seed alone. Raises ValueError for others.
+        """
+        wanted = [request.check(self.facts).seeded() for request in requests]
+        common = wanted[0]
+        if any(replace(own, prompt=common.prompt, seed=common.seed) != common for own in wanted):
+            raise ValueError("the requests differ in more than prompt and seed: draw them one by one")
+        model, options = self.model, common.options
+        drawn_on, size = self._canvas(common)
+        times = time_grid(model.path, common.steps, options.grid)
+        times = times if drawn_on is None else remaining(times, drawn_on.strength)
+        rounds = model.conditioner.batches([own.prompt for own in wanted], options.weighting, largest=MAX_BATCH)
         drawn: list[Tensor] = []
-        for number, own in enumerate(rounds):
-            first = seed + sum(map(len, rounds[:number]))
-            generators = [torch.Generator().manual_seed(first + i) for i in range(len(own))]
+        for number, prompts in enumerate(rounds):
+            first = sum(map(len, rounds[:number]))
+            generators = [torch.Generator().manual_seed(own.seed) for own in wanted[first : first + len(prompts)]]
             begun = self._begin(drawn_on, generators, times, size)
-            denoise, variance = self._denoise(own, negative_prompt, scale, options, begun, times)
-            function = found.with_options(eta=options.eta, variance=variance)
+            denoise, variance = self._denoise(prompts, common, begun, times)
+            function = SAMPLERS[common.sampler].with_options(eta=options.eta, variance=variance)
             if progress is not None:
                 denoise = counted(denoise, progress, times, number=number, of=len(rounds))
             with torch.no_grad():
@@ -239,31 +215,36 @@ class TextToImage:
             drawn.append(model.decode(latents))
         return torch.cat(drawn)
 
+    def _canvas(self, request: DrawRequest) -> tuple[Canvas | None, tuple[int, int]]:
+        """What a checked request begins with, and the size of its latents."""
+        height, width, strength = request.height, request.width, request.strength
+        assert height is not None and width is not None
+        factor = self.model.vae.config.factor
+        latent_size = height // factor, width // factor
+        if request.image is None:
+            return None, latent_size
+        assert strength is not None
+        return canvas(request.image, request.mask, strength, size=(height, width)), latent_size
+
     def _begin(
         self, drawn_on: Canvas | None, generators: Sequence[torch.Generator], times: Tensor, size: tuple[int, int]
     ) -> Start:
-        if drawn_on is None and self.parts.for_inpainting:
-            raise ValueError(f"{self.name} is made for inpainting: give it an image and a mask")
         if drawn_on is None:
             return Start(x=self.model.prior(self.model.noise(generators, size=size), times))
         return begin(self.model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)
 
     def _denoise(
-        self,
-        prompts: Sequence[str],
-        negative_prompt: str,
-        scale: float,
-        options: DrawOptions,
-        begun: Start,
-        times: Tensor,
+        self, prompts: Sequence[str], request: DrawRequest, begun: Start, times: Tensor
     ) -> tuple[Denoise, Variance]:
         """The function that a sampler takes, guided, and keeping what a mask covers; and the network's variance."""
         model = self.model
         with_prompt, without = (
-            model.denoise_with(self.denoiser, model.conditioner(texts, options.weighting)._replace(concat=begun.concat))
-            for texts in (prompts, [negative_prompt] * len(prompts))
+            model.denoise_with(
+                self.denoiser, model.conditioner(texts, request.options.weighting)._replace(concat=begun.concat)
+            )
+            for texts in (prompts, [request.negative_prompt] * len(prompts))
         )
-        denoise = guided(with_prompt, without, scale, options)
+        denoise = guided(with_prompt, without, request.scale, request.options)
         denoise = denoise if begun.mask is None else keeping(denoise, begun, model.path, times)
         return denoise, with_prompt.variance
 
@@ -271,14 +252,8 @@ class TextToImage:
         """The end of a prompt that is longer than the text encoder can read; "" if all of it is read."""
         return self.model.conditioner.cut_off(prompt)
 
-    def _latent_size(self, height: int, width: int) -> tuple[int, int]:
-        for name, value in (("height", height), ("width", width)):
-            if value < 1 or value % self.factor:
-                raise ValueError(f"{name} is {value}, expected a multiple of {self.factor}, as {self.native_size}")
-        return height // self.model.vae.config.factor, width // self.model.vae.config.factor
 
-
-def counted(denoise: Denoise, progress: Callable[[int, int], None], times: Tensor, *, number: int, of: int) -> Denoise:
+def counted(denoise: Denoise, progress: Progress, times: Tensor, *, number: int, of: int) -> Denoise:
     """The same function, telling how many of the grid's steps have begun to end, in round `number` of so many.
 
     Samplers know nothing of progress.

@@ -1,4 +1,4 @@
-"""What to draw: one request, and text files of them.
+"""Text files of requests.
 
 A prompt file holds a prompt on each line; blank lines and lines starting with # are skipped. Options at the end of a
 line replace the command line's for that line, in kohya's short form or in A1111's long one:
@@ -12,85 +12,22 @@ A value may stand in quotes, and must if it contains words that start with two h
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ldm.inference.options import PLAIN, DrawOptions
+from ldm.inference.parameter import parameters
+from ldm.inference.request import DrawRequest
 
-RANDOM_SEED = -1
-MAX_SEED = 2**63 - 1
-MAX_STEPS = 1000
-MAX_SIDE = 4096  # pixels
-MAX_CHARACTERS = 10_000  # of a prompt: far beyond any text encoder, and small enough for a picture's metadata
 MAX_FILE_BYTES = 16 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One prompt and how to draw it. Raises ValueError, naming the value, for anything out of range."""
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    steps: int = 30
-    scale: float = 5.0  # of classifier-free guidance
-    sampler: str = "dpmpp_2m"
-    seed: int = RANDOM_SEED
-    height: int | None = None  # pixels; None: what the model was trained at
-    width: int | None = None
-    options: DrawOptions = PLAIN
-    place: str = ""  # what an error starts with: "prompts.txt, line 3: "
-
-    def __post_init__(self) -> None:
-        _check_text("prompt", self.prompt)
-        _check_text("negative prompt", self.negative_prompt)
-        check_range("steps", self.steps, 1, MAX_STEPS)
-        check_range("seed", self.seed, RANDOM_SEED, MAX_SEED)
-        if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ValueError(f"scale is {self.scale}, expected a number from 0 up (1 is no guidance)")
-        for name, side in (("height", self.height), ("width", self.width)):
-            if side is not None:
-                check_range(name, side, 1, MAX_SIDE)
-
-
-def check_range(name: str, value: int, low: int, high: int) -> None:
-    """Raise ValueError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}, expected {low} to {high}")
-
-
-def _check_text(name: str, text: str) -> None:
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"the {name} has {len(text)} characters, expected at most {MAX_CHARACTERS}")
-    # Surrogates are what Python makes of bytes on the command line that are not UTF-8; neither can be stored in a PNG.
-    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"the {name} holds a zero byte or bytes that are not UTF-8: {text[:40]!r}")
-
-
-# Option -> (field of Request, kind of its value).
-OPTIONS: dict[str, tuple[str, type]] = {
-    "prompt": ("prompt", str),
-    "n": ("negative_prompt", str),
-    "negative_prompt": ("negative_prompt", str),
-    "w": ("width", int),
-    "width": ("width", int),
-    "h": ("height", int),
-    "height": ("height", int),
-    "s": ("steps", int),
-    "steps": ("steps", int),
-    "d": ("seed", int),
-    "seed": ("seed", int),
-    "l": ("scale", float),
-    "cfg_scale": ("scale", float),
-    "sampler_name": ("sampler", str),
-}
+# Option -> (field of DrawRequest, kind of its value).
+OPTIONS = {word: (name, about.kind) for name, about in parameters(DrawRequest).items() for word in about.in_line}
 OPTION = re.compile(r"(?<!\S)--([A-Za-z][\w-]*)(?!\S)")
 QUOTED = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'([^']*)')(?=\s+--[A-Za-z]|\s*$)""")
 
 
-def read_prompts(path: Path, defaults: Request) -> list[Request]:
+def read_prompts(path: Path, defaults: DrawRequest) -> list[DrawRequest]:
     """The requests of a prompt file. Raises ValueError or OSError, naming file and line."""
     if not path.exists():
         raise FileNotFoundError(f"there is no prompt file {path}")
@@ -112,7 +49,7 @@ def read_prompts(path: Path, defaults: Request) -> list[Request]:
     return requests
 
 
-def parse_line(line: str, defaults: Request, *, place: str) -> Request:
+def parse_line(line: str, defaults: DrawRequest, *, place: str) -> DrawRequest:
     """One line's request. Raises ValueError, starting with place."""
     changes: dict[str, Any] = {}
     for option, text in split_line(line):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
+from ldm.diffusion import ScaledLinearBetaPath
 from ldm.inference.options import PLAIN
+from ldm.inference.recipe import Drawing, LoadedWith, recipe_of
+from ldm.model.facts import ModelFacts
 
 
 def colour(prompt: str, seed: int) -> tuple[int, int, int]:
@@ -18,10 +22,14 @@ def colour(prompt: str, seed: int) -> tuple[int, int, int]:
 class FakeTextToImage:
     """What ldm.inference.pipeline.TextToImage offers; it keeps what it was called with."""
 
-    name, weights_hash, native_size, factor, attention = "tiny", "0123456789", 16, 8, "attention: explicit"
+    name, weights_hash, attention = "tiny", "0123456789", "attention: explicit"
+    facts = ModelFacts(
+        name=name, path=ScaledLinearBetaPath(), learned_variance=True, native_size=16, factor=8, for_inpainting=False
+    )
     description = "a tiny model, sha256 0123456789"
     device: str
     precision: str
+    loaded_with: LoadedWith
     loads: list[tuple]
     about: dict
     calls: list[dict]
@@ -34,23 +42,27 @@ class FakeTextToImage:
             raise ValueError(f"{path} holds\nno model")
         fake = cls()
         fake.device, fake.precision = f"real {device}", f"real {dtype}"
+        fake.loaded_with = LoadedWith(**about)
         return fake
 
-    def __call__(self, prompt, *, negative_prompt="", steps=30, scale=5.0, sampler="dpmpp_2m", seed=0, n=1,
-                 height=None, width=None, image=None, mask=None, strength=None, options=PLAIN,
-                 progress=None):  # fmt: skip
+    def draw(self, request, *, n=1, progress=None):
+        asked = {"prompt", "negative_prompt", "steps", "scale", "sampler", "seed", "height", "width"}
+        image, mask = request.image, request.mask
         self.calls.append(
-            {"prompt": prompt, "negative_prompt": negative_prompt, "steps": steps, "scale": scale, "sampler": sampler,
-             "seed": seed, "n": n, "height": height, "width": width}
-            | ({"options": options} if options != PLAIN else {})
-            | ({"image": image.size, "mask": mask and mask.size, "strength": strength} if image else {})
-        )  # fmt: skip
-        if prompt == "interrupt":
+            {name: getattr(request, name) for name in asked}
+            | {"n": n}
+            | ({"options": request.options} if request.options != PLAIN else {})
+            | ({"image": image.size, "mask": mask and mask.size, "strength": request.strength} if image else {})
+        )
+        if request.prompt == "interrupt":
             raise KeyboardInterrupt
         assert progress is not None
-        for done in range(2 * steps):  # in two rounds
-            progress(done + 1, 2 * steps)
-        return [Image.new("RGB", (width or 16, height or 16), colour(prompt, seed + i)) for i in range(n)]
+        for done in range(2 * request.steps):  # in two rounds
+            progress(done + 1, 2 * request.steps)
+        size = request.width or 16, request.height or 16
+        requests = [replace(request, seed=request.seed + i) for i in range(n)]
+        images = [Image.new("RGB", size, colour(own.prompt, own.seed)) for own in requests]
+        return [Drawing(image, recipe_of(own, self, image)) for own, image in zip(requests, images, strict=True)]
 
     def cut_off(self, prompt):
         return prompt[20:]

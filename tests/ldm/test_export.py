@@ -10,7 +10,7 @@ import yaml
 from helpers.stable_diffusion import stable_diffusion
 from safetensors.torch import load_file, save_file
 
-from ldm import TextToImage
+from ldm import DrawRequest, TextToImage
 from ldm.cli.run import run_command
 from ldm.config import dump, load_config
 from ldm.export import arguments, main
@@ -32,10 +32,10 @@ def test_an_export_draws_the_same_in_half_the_size(dit_folder, tmp_path):
     assert export_command(str(dit_folder), str(tmp_path / "half"), "--fp16") == 0
     files = [folder / "transformer/diffusion_pytorch_model.safetensors" for folder in (dit_folder, tmp_path / "half")]
     assert files[1].stat().st_size < 0.6 * files[0].stat().st_size
-    settings = {"negative_prompt": "", "steps": 3, "scale": 3.0, "sampler": "euler", "seed": 1}
+    request = DrawRequest(prompt="x", steps=3, scale=3.0, sampler="euler", seed=1)
     pipes = [TextToImage.load(folder, device="cpu", dtype="fp32") for folder in (dit_folder, tmp_path / "half")]
     assert pipes[0].native_size == pipes[1].native_size == 16
-    torch.testing.assert_close(*(pipe.draw(["x"], **settings) for pipe in pipes), atol=0.02, rtol=0)
+    torch.testing.assert_close(*(pipe.pixels(request) for pipe in pipes), atol=0.02, rtol=0)
 
 
 def test_an_older_export_is_replaced_and_nothing_else_ever(dit_folder, unet_folder, tmp_path, capsys):
@@ -124,10 +124,10 @@ def test_from_python_it_is_saved_in_either_format(dit_folder, tmp_path):
         "# folder\n\nA text-to-image model: a U-Net of widths 32-64" in (tmp_path / "folder" / "README.md").read_text()
     )
     pipe.save(tmp_path / "file.safetensors", format="single-file", dtype="fp16")
-    settings = {"negative_prompt": "", "steps": 2, "scale": 3.0, "sampler": "ddim", "seed": 1}
-    first = pipe.draw(["x"], **settings)
-    assert torch.equal(TextToImage.load(tmp_path / "folder").draw(["x"], **settings), first)
-    assert (TextToImage.load(tmp_path / "file.safetensors").draw(["x"], **settings) - first).abs().max() < 0.05
+    request = DrawRequest(prompt="x", steps=2, scale=3.0, sampler="ddim", seed=1)
+    first = pipe.pixels(request)
+    assert torch.equal(TextToImage.load(tmp_path / "folder").pixels(request), first)
+    assert (TextToImage.load(tmp_path / "file.safetensors").pixels(request) - first).abs().max() < 0.05
     with pytest.raises(ValueError, match="a DiT has no single-file layout"):
         TextToImage.load(dit_folder).save(tmp_path / "dit.safetensors", format="single-file")
     with pytest.raises(ValueError, match="format is 'onnx', expected diffusers or single-file"):

@@ -10,10 +10,11 @@ import pytest
 from helpers.painting import colour, pngs
 from PIL import Image
 
-from ldm.inference import flags
 from ldm.inference.contact_sheet import GAP
-from ldm.inference.metadata import Recipe, read_recipes, software
-from ldm.inference.options import DrawOptions
+from ldm.inference.metadata import read_recipes
+from ldm.inference.options import GRID_NAMES, DrawOptions
+from ldm.inference.recipe import Recipe, software
+from ldm.inference.request import SAMPLER_NAMES
 from ldm.samplers import SAMPLERS, TIME_GRIDS
 
 SCRIPT = Path(__file__).parents[2] / "txt2img.py"
@@ -167,10 +168,10 @@ def test_every_sampler_by_name_and_label(command, model, name, word):
     assert recipe.sampler == name
 
 
-@pytest.mark.parametrize(("names", "table"), [("SAMPLER_NAMES", SAMPLERS), ("GRID_NAMES", TIME_GRIDS)])
+@pytest.mark.parametrize(("names", "table"), [(SAMPLER_NAMES, SAMPLERS), (GRID_NAMES, TIME_GRIDS)])
 def test_help_lists_what_there_is(txt2img, names, table):
-    assert getattr(flags, names).split(", ") == list(table)
-    assert getattr(flags, names) in " ".join(txt2img.build_parser().format_help().split())
+    assert names.split(", ") == list(table)
+    assert names in " ".join(txt2img.build_parser().format_help().split())
 
 
 def test_times_may_be_given_and_tell_the_steps(command, model):
@@ -201,9 +202,9 @@ def test_nothing_is_overwritten_and_the_grid_has_a_row_for_each_prompt(command):
     assert [(recipe.prompt, recipe.seed) for recipe in recipes] == [(p, s) for p in "ab" for s in (3, 4, 5)]
 
 
-def test_sheets_are_split_by_size_and_weight(command, txt2img, monkeypatch):
+def test_sheets_are_split_by_size_and_weight(command, monkeypatch):
     Path("p.txt").write_text("a\nb --w 24\nc --w 24\nd --w 24\n")
-    monkeypatch.setattr(txt2img, "MAX_SHEET_PIXELS", 2 * 24 * 16)
+    monkeypatch.setattr("ldm.inference.sheets.MAX_SHEET_PIXELS", 2 * 24 * 16)
     assert command("--from-file", "p.txt", "--n-samples", "1", "--seed", "0")[0] == 0
     shown = [[recipe.prompt for recipe in read_recipes(path)] for path in sorted(Path("outputs").glob("grid*"))]
     assert shown == [["a"], ["b", "c"], ["d"]]

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from helpers.painting import pngs
 
+from ldm.denoisers import DiTConfig
 from ldm.diffusion import RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.files.strict_json import write_json
+from ldm.interop.diffusers_layout.denoiser import layout_of
+from ldm.interop.diffusers_layout.layout import Surroundings
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
 
 SCRIPT = Path(__file__).parents[2] / "txt2img.py"
@@ -152,7 +155,9 @@ def some_model(tmp_path):
         for part in ("scheduler", "transformer"):
             (folder / part).mkdir(parents=True)
         write_json(scheduler_config_json(path, prediction), folder / "scheduler" / "scheduler_config.json")
-        write_json({"in_channels": 4, "out_channels": 4 if flow else 8}, folder / "transformer" / "config.json")
+        around = Surroundings(sample_size=8, latent_channels=4, context_width=16, learned_variance=not flow)
+        network = DiTConfig(sample_size=8, width=16, depth=1, heads=2)
+        write_json(layout_of(network).to_json(network, around), folder / "transformer" / "config.json")
         return folder
 
     return write
@@ -175,7 +180,7 @@ def test_a_disk_error_is_one_line(command, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "x.png")
 
-    monkeypatch.setattr("ldm.inference.metadata.NumberedFiles.write", full)
+    monkeypatch.setattr("ldm.inference.numbered_files.NumberedFiles.write", full)
     code, _, err = command("--prompt", "x")
     assert (code, err) == (2, "error: [Errno 28] No space left on device: 'x.png'\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from helpers.stable_diffusion import stable_diffusion
 from PIL import Image
 
 from ldm.diffusion import EDMPath, RectifiedFlowPath, ScaledLinearBetaPath, noise_sample
-from ldm.inference.img2img import Start, begin, canvas, keeping, read_picture, remaining
+from ldm.inference.img2img import Start, begin, canvas, keeping, remaining
+from ldm.inference.pictures import read_picture
 from ldm.inference.pipeline import TextToImage
+from ldm.inference.request import DrawRequest
 from ldm.samplers import SAMPLERS, time_grid
 
 DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if not sampler.stochastic]
@@ -36,20 +39,20 @@ def pipe() -> TextToImage:
 
 
 def draw(pipe: TextToImage, **change) -> torch.Tensor:
-    settings = {"negative_prompt": "", "steps": 6, "scale": 2.0, "sampler": "ddim", "seed": 3}
-    given = {key: change.pop(key) for key in ("image", "mask", "strength") if key in change}
-    prompts = ["a red apple"] * change.pop("n", 1)
-    return pipe.draw(prompts, drawn_on=pipe.canvas(**given) if given else None, **settings | change)
+    settings = {"prompt": "a red apple", "steps": 6, "scale": 2.0, "sampler": "ddim", "seed": 3}
+    n = change.pop("n", 1)
+    first = DrawRequest(**settings | change)
+    return pipe.pixels(*(replace(first, seed=first.seed + i) for i in range(n)))
 
 
 def test_a_canvas_is_pixels_from_minus_one_to_one_and_a_mask_of_zeros_and_ones():
     image = Image.fromarray(np.array([[[0, 128, 255]]], dtype=np.uint8))
     mask = Image.fromarray(np.array([[127, 128]], dtype=np.uint8))
-    found = canvas(image, mask, None, size=(1, 1))
+    found = canvas(image, mask, 1.0, size=(1, 1))
     assert found.pixels.flatten().tolist() == pytest.approx([-1, 128 / 127.5 - 1, 1], abs=1e-6)
-    wide = canvas(image, mask, None, size=(1, 2))
+    wide = canvas(image, mask, 1.0, size=(1, 2))
     assert wide.mask is not None and wide.mask.tolist() == [[[[0, 1]]]]
-    assert (wide.strength, canvas(image, None, None, size=(1, 1)).strength) == (1.0, 0.75)
+    assert (DrawRequest(image=image, mask=mask).usual_strength, DrawRequest(image=image).usual_strength) == (1.0, 0.75)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
@@ -60,10 +63,10 @@ def test_pictures_of_all_kinds_of_colour_are_taken(mode):
 
 def test_sixteen_bits_are_scaled_and_what_is_transparent_is_white():
     grey = Image.fromarray(np.array([[300, 30_000, 65_000]], dtype=np.uint16))
-    found = canvas(grey, grey, None, size=(1, 3))
+    found = canvas(grey, grey, 1.0, size=(1, 3))
     assert found.mask is not None and found.mask.flatten().tolist() == [0, 0, 1]
     assert found.pixels[0, 0, 0].tolist() == pytest.approx([1 / 127.5 - 1, 117 / 127.5 - 1, 253 / 127.5 - 1], abs=1e-5)
-    clear = canvas(Image.new("RGBA", (1, 1), (0, 0, 0, 0)), None, None, size=(1, 1))
+    clear = canvas(Image.new("RGBA", (1, 1), (0, 0, 0, 0)), None, 0.75, size=(1, 1))
     assert clear.pixels.flatten().tolist() == [1, 1, 1]
 
 
@@ -170,7 +173,7 @@ def test_the_pipeline_takes_pictures_and_gives_pictures(pipe):
 )
 def test_what_cannot_be_begun_with_is_named(pipe, given, message):
     with pytest.raises(ValueError, match=message):
-        pipe.canvas(given.pop("image", None), **given)
+        pipe.draw(DrawRequest(**given))
 
 
 @pytest.mark.parametrize(

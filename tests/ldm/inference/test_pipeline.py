@@ -2,15 +2,15 @@
 
 import math
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from ldm import TextToImage
+from ldm import DrawOptions, DrawRequest, TextToImage
 from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import RectifiedFlowPath
-from ldm.inference.options import DrawOptions
 from ldm.interop.diffusers_layout.denoiser import save_denoiser
 from ldm.samplers import SAMPLERS
 from text import TextEncoderConfig, TransformersTextEncoder, save_text_encoder
@@ -19,9 +19,10 @@ PROMPT = "a noto emoji of a red apple"
 
 
 def draw(pipe, **changes):
-    settings = {"negative_prompt": "", "steps": 4, "scale": 3.0, "sampler": "dpmpp_2m", "seed": 11}
-    prompts = [changes.pop("prompt", PROMPT)] * changes.pop("n", 1)
-    return pipe.draw(prompts, **(settings | changes))
+    n, progress = changes.pop("n", 1), changes.pop("progress", None)
+    settings: dict[str, Any] = {"prompt": PROMPT, "steps": 4, "scale": 3.0, "sampler": "dpmpp_2m", "seed": 11}
+    first = DrawRequest(**(settings | changes))
+    return pipe.pixels(*(replace(first, seed=first.seed + i) for i in range(n)), progress=progress)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_other_sizes_than_the_native_one(dit_folder):
         ({"options": DrawOptions(time_grid="leading")}, "path rectified_flow has none: use trailing"),
         ({"options": DrawOptions(time_grid="karas")}, "no time grid 'karas', did you mean karras"),
         ({"options": DrawOptions(time_grid="1, 0.5, 0")}, "the time grid has 3 times, expected one more than steps, 4"),
-        ({"steps": 0}, "steps must be 1 or more, not 0"),
+        ({"steps": 0}, "steps is 0, expected 1 to 1000"),
         ({"scale": -1.0}, "scale is -1.0"),
     ],
 )
@@ -146,9 +147,11 @@ def test_no_picture_at_all_is_refused(dit_folder):
 
 def test_each_prompt_of_a_list_gets_its_own_picture(dit_folder):
     pipe = TextToImage.load(dit_folder)
-    settings = {"negative_prompt": "", "steps": 3, "scale": 3.0, "sampler": "euler"}
-    both = pipe.draw(["a red apple", "a blue car"], seed=5, **settings)
-    torch.testing.assert_close(both[1:], pipe.draw(["a blue car"], seed=6, **settings), atol=1e-4, rtol=0)
+    apple = DrawRequest(prompt="a red apple", steps=3, scale=3.0, sampler="euler", seed=5)
+    car = replace(apple, prompt="a blue car", seed=6)
+    torch.testing.assert_close(pipe.pixels(apple, car)[1:], pipe.pixels(car), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="the requests differ in more than prompt and seed"):
+        pipe.pixels(apple, replace(car, steps=4))
 
 
 def test_bfloat16_draws_nearly_the_same(dit_folder):

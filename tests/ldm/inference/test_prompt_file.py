@@ -6,19 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.inference.prompt_file import (
-    MAX_CHARACTERS,
-    MAX_FILE_BYTES,
-    MAX_SEED,
-    MAX_SIDE,
-    MAX_STEPS,
-    OPTION,
-    Request,
-    parse_line,
-    read_prompts,
-)
+from ldm.inference.prompt_file import MAX_FILE_BYTES, OPTION, parse_line, read_prompts
+from ldm.inference.request import MAX_CHARACTERS, MAX_SEED, MAX_SIDE, MAX_STEPS, DrawRequest
 
-DEFAULTS = Request(negative_prompt="blurry", steps=12, scale=2.0, sampler="ddim", seed=5, height=32, width=48)
+DEFAULTS = DrawRequest(negative_prompt="blurry", steps=12, scale=2.0, sampler="ddim", seed=5, height=32, width=48)
 
 
 def parse(line: str) -> dict[str, object]:
@@ -27,7 +18,7 @@ def parse(line: str) -> dict[str, object]:
     return {name: value for name, value in vars(request).items() if value != getattr(DEFAULTS, name)}
 
 
-def read(tmp_path, content: str | bytes) -> list[Request]:
+def read(tmp_path, content: str | bytes) -> list[DrawRequest]:
     file = tmp_path / "prompts.txt"
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     return read_prompts(file, DEFAULTS)
@@ -138,7 +129,7 @@ def test_what_is_no_file(tmp_path):
 )
 def test_ranges(field, good, bad):
     for value in good:
-        Request(**{field: value})
+        DrawRequest(**{field: value})
     for value in bad:
         with pytest.raises(ValueError, match=f"{field.replace('_', ' ')} (is|has|holds)"):
-            Request(**{field: value})
+            DrawRequest(**{field: value})

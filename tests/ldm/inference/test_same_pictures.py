@@ -17,7 +17,7 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from helpers.stable_diffusion import stable_diffusion
 from PIL import Image
 
-from ldm import TextToImage
+from ldm import DrawRequest, TextToImage
 from ldm.interop.diffusers_layout.folder import write_folder
 
 PROMPT, SEED, STEPS = "a noto emoji of a red apple", 11, 8  # 8 divides 1000: else DDIM there steps beside its own grid
@@ -96,10 +96,8 @@ def theirs(folder: Path, sampler: str, loader: Any = DiffusionPipeline, **call: 
 
 
 def ours(folder: Path, sampler: str, *, canvas: dict[str, Any] | None = None, **call: Any) -> torch.Tensor:
-    pipe = our_pipeline(folder)
-    settings = {"negative_prompt": "", "steps": STEPS, "sampler": sampler, "seed": SEED} | call
-    drawn_on = None if canvas is None else pipe.canvas(**canvas)
-    return (pipe.draw([PROMPT], drawn_on=drawn_on, **settings)[0].clamp(-1, 1) + 1) / 2
+    settings = {"prompt": PROMPT, "steps": STEPS, "sampler": sampler, "seed": SEED} | call | (canvas or {})
+    return (our_pipeline(folder).pixels(DrawRequest(**settings))[0].clamp(-1, 1) + 1) / 2
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from helpers.stable_diffusion import VAE, stirred
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm import TextToImage
+from ldm import DrawRequest, TextToImage
 from ldm.interop.compvis.names import as_convolution, is_attention_of_vae, vae_names
 from ldm.interop.compvis.standalone_vae import read_vae
 from ldm.interop.diffusers_layout.folder import write_folder
@@ -118,9 +118,9 @@ def test_a_model_draws_with_it(other, tmp_path: Path):
 
     write_folder(stable_diffusion(1), tmp_path / "model", dtype=torch.float32)
     save_file(compvis(other), tmp_path / "other.safetensors")
-    settings = {"negative_prompt": "", "steps": 2, "scale": 1.0, "sampler": "ddim", "seed": 1}
+    request = DrawRequest(prompt="x", steps=2, scale=1.0, sampler="ddim", seed=1)
     own, swapped = (TextToImage.load(tmp_path / "model", vae=vae) for vae in (None, tmp_path / "other.safetensors"))
     assert "autoencoder of other.safetensors" in swapped.description and "autoencoder of" not in own.description
-    assert (own.draw(["x"], **settings) - swapped.draw(["x"], **settings)).abs().max() > 0.01
+    assert (own.pixels(request) - swapped.pixels(request)).abs().max() > 0.01
     swapped.model.vae.load_state_dict(own.model.vae.state_dict())
-    assert torch.equal(own.draw(["x"], **settings), swapped.draw(["x"], **settings))
+    assert torch.equal(own.pixels(request), swapped.pixels(request))

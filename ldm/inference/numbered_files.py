@@ -1,0 +1,44 @@
+"""Files that never replace others, and the folder that they go to."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ldm.files.atomic import write_new
+
+
+class NumberedFiles:
+    """New PNG files of one folder, numbered on from the highest that is there: 00000.png, grid-0000.png."""
+
+    def __init__(self, folder: Path, *, prefix: str = "", digits: int) -> None:
+        self.folder, self.prefix, self.digits = folder, prefix, digits
+        name = re.compile(re.escape(prefix) + r"(\d+)\.png")
+        entries = folder.iterdir() if folder.is_dir() else ()
+        taken = [int(match[1]) for entry in entries if (match := name.fullmatch(entry.name))]
+        self.next = max(taken, default=-1) + 1
+
+    def write(self, content: bytes) -> Path:
+        """Write a file that appears only when whole, and never in place of another, whoever wrote that.
+
+        The folder is made with the first file, so that a drawing that fails leaves none.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return write_new(content, self._paths())
+
+    def _paths(self) -> Iterator[Path]:
+        while True:
+            path = self.folder / f"{self.prefix}{self.next:0{self.digits}d}.png"
+            self.next += 1
+            yield path
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OSError or ValueError if the folder cannot be made or written to; nothing is made yet."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise ValueError(f"pictures cannot go to {folder}, for {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"pictures cannot go to {folder}, for {nearest} may not be written to")

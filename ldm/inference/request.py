@@ -1,0 +1,194 @@
+"""All that a picture depends on besides the model. Torch is not needed here: --help must not wait for it."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ldm.inference.options import PLAIN, DrawOptions
+from ldm.inference.parameter import Range, check_ranges, parameter
+from ldm.model.facts import UNKNOWN, ModelFacts
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+RANDOM_SEED = -1
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
+MAX_SIDE = 4096  # pixels
+MAX_CHARACTERS = 10_000  # of a prompt: far beyond any text encoder, and small enough for a picture's metadata
+IMAGE_STRENGTH, MASK_STRENGTH = 0.75, 1.0  # what is usual without a mask, and with one
+BEGINNING = "a picture to begin with"
+SAMPLER_NAMES = (
+    "ddpm, ddpm_large, ddpm_learned, ddim, euler, euler_ancestral, heun, dpm2, dpmpp_2s_ancestral, dpmpp_2m, "
+    "dpmpp_2m_sde, dpmpp_3m_sde, unipc_2, unipc_3, lms, plms, pndm, deis, lcm"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings:
+    """What a request for a picture and the record of one have in common.
+
+    Raises ValueError, naming the value, for anything out of range.
+    """
+
+    prompt: str = parameter(
+        "", "what to draw; may be given several times", flags=("--prompt",), metavar="TEXT", in_line=("prompt",)
+    )
+    negative_prompt: str = parameter(
+        "", "what not to draw", flags=("--negative-prompt", "--neg"), metavar="TEXT", in_line=("n", "negative_prompt")
+    )
+    steps: int = parameter(
+        30, "steps from noise to picture, 1 to 1000 (default: {default})", kind=int, metavar="N",
+        flags=("--steps", "--ddim-steps", "--num-inference-steps"), within=Range(low=1, high=MAX_STEPS),
+        in_line=("s", "steps"), a1111="Steps",
+    )  # fmt: skip
+    sampler: str = parameter(
+        "dpmpp_2m", "one of {names}, or A1111's name of it (default: {default})", names=SAMPLER_NAMES,
+        flags=("--sampler", "--scheduler"), metavar="NAME", in_line=("sampler_name",), a1111="Sampler",
+    )  # fmt: skip
+    scale: float = parameter(
+        5.0, "how closely to follow the prompt, from 0; 1 is no guidance (default: {default})", kind=float,
+        flags=("--scale", "--cfg", "--cfg-scale", "--guidance-scale"), metavar="X", in_line=("l", "cfg_scale"),
+        within=Range(low=0, words="a number from 0 up (1 is no guidance)"), a1111="CFG scale",
+    )  # fmt: skip
+    seed: int = parameter(
+        RANDOM_SEED, "of each prompt's first picture; picture i has seed + i (default: {default}, random)", kind=int,
+        flags=("--seed",), metavar="N", within=Range(low=RANDOM_SEED, high=MAX_SEED), in_line=("d", "seed"),
+        a1111="Seed",
+    )  # fmt: skip
+    height: int | None = parameter(
+        None, "height (default: as the model was trained)", kind=int, flags=("--H", "--height"), metavar="PIXELS",
+        within=Range(low=1, high=MAX_SIDE), in_line=("h", "height"),
+    )  # fmt: skip
+    width: int | None = parameter(
+        None, "width (default: as the model was trained)", kind=int, flags=("--W", "--width"), metavar="PIXELS",
+        within=Range(low=1, high=MAX_SIDE), in_line=("w", "width"),
+    )  # fmt: skip
+    options: DrawOptions = PLAIN  # the finer ones
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            check_text(name.replace("_", " "), getattr(self, name))
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawRequest(PictureSettings):
+    """One prompt and how to draw it: all that a picture depends on besides the model.
+
+    It checks itself when it is made, and `check` checks it against a model: nothing else does. Of a call for several
+    pictures, picture i has seed + i.
+    """
+
+    image: Image.Image | None = parameter(
+        None, "picture to begin with; H and W are then its own, rounded down to what the model takes",
+        flags=("--init-img", "--image-path"), metavar="FILE", group=BEGINNING,
+    )  # fmt: skip
+    mask: Image.Image | None = parameter(
+        None, "picture whose white is painted anew, and whose black is kept", flags=("--mask", "--mask-path"),
+        metavar="FILE", group=BEGINNING,
+    )  # fmt: skip
+    strength: float | None = parameter(
+        None, "how much may change, above 0 to 1: that portion of the steps is taken (default: 0.75, with a mask 1)",
+        kind=float, flags=("--strength",), metavar="X", group=BEGINNING,
+        within=Range(
+            low=0, low_excluded=True, high=1, words="above 0 and at most 1 (0: nothing may change, 1: all)"
+        ),
+    )  # fmt: skip
+    place: str = field(default="", compare=False, repr=False)  # what an error starts with: "prompts.txt, line 3: "
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image is None:
+            for name in ("mask", "strength"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"a {name} needs a picture: give an image to begin with")
+        elif (strength := self.usual_strength) is not None:
+            steps_left(self.steps, strength)
+
+    @property
+    def usual_strength(self) -> float | None:
+        """The strength given, or what is usual without a mask and with one; None: it begins with noise."""
+        if self.image is None or self.strength is not None:
+            return self.strength
+        return IMAGE_STRENGTH if self.mask is None else MASK_STRENGTH
+
+    def seeded(self, pictures: int = 1) -> DrawRequest:
+        """Return it with a definite seed. Raises ValueError if the last picture's seed would be too large."""
+        seed = secrets.randbelow(2**32) if self.seed == RANDOM_SEED else self.seed
+        last = seed + pictures - 1
+        if last > MAX_SEED:
+            raise ValueError(
+                f"{self.place}seed is {seed}, so that the last picture's would be {last}, above {MAX_SEED}"
+            )
+        return replace(self, seed=seed)
+
+    def check(self, facts: ModelFacts = UNKNOWN) -> DrawRequest:
+        """Return it as this model draws it, with a definite sampler, size and strength.
+
+        Raises ValueError, starting with place and naming the value, for what the model cannot draw. What the facts
+        leave open is not checked, and is left open.
+        """
+        try:
+            return self._checked(facts)
+        except ValueError as error:
+            raise ValueError(f"{self.place}{error}") from error
+
+    def _checked(self, facts: ModelFacts) -> DrawRequest:
+        from ldm.samplers import SAMPLERS, sampler_named, time_grid
+        from text.weighting import check_weights
+
+        name = sampler_named(self.sampler)
+        SAMPLERS[name].with_eta(self.options.eta)
+        if facts.path is not None:
+            time_grid(facts.path, self.steps, self.options.grid)
+        if facts.learned_variance is not None:
+            SAMPLERS[name].check(learned=facts.learned_variance)
+        if self.options.weighting == "a1111":
+            check_weights(self.prompt)
+            check_weights(self.negative_prompt)
+        if facts.for_inpainting and self.mask is None:
+            wanted = "it an image and a mask" if self.image is None else "a mask too, white where it is to paint"
+            raise ValueError(f"{facts.name} is made for inpainting: give {wanted}")
+        height, width = self._size(facts)
+        return replace(self, sampler=name, height=height, width=width, strength=self.usual_strength)
+
+    def _size(self, facts: ModelFacts) -> tuple[int | None, int | None]:
+        """Height and width: those given, the picture's own, or the model's. Raises ValueError for no multiples."""
+        height = width = facts.native_size
+        if facts.factor is None:
+            return self.height, self.width
+        if self.image is not None:
+            height, width = fitting(self.image, facts.factor)
+        height, width = self.height or height, self.width or width
+        for name, side in (("height", height), ("width", width)):
+            if side is not None and side % facts.factor:
+                lower = side // facts.factor * facts.factor
+                near = " or ".join(str(multiple) for multiple in (lower, lower + facts.factor) if multiple)
+                raise ValueError(f"{name} is {side}, expected a multiple of {facts.factor}, as {near}")
+        return height, width
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise ValueError for a text that is too long, or that a PNG cannot hold."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"the {name} has {len(text)} characters, expected at most {MAX_CHARACTERS}")
+    # Surrogates are what Python makes of bytes on the command line that are not UTF-8; neither can be stored in a PNG.
+    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"the {name} holds a zero byte or bytes that are not UTF-8: {text[:40]!r}")
+
+
+def steps_left(steps: int, strength: float) -> int:
+    """Count the steps of a grid that are taken: int(steps x strength). Raises ValueError if not one is."""
+    left = int(steps * strength)
+    if left < 1:
+        raise ValueError(f"strength {strength} leaves none of {steps} steps: give more of either")
+    return left
+
+
+def fitting(image: Image.Image, factor: int) -> tuple[int, int]:
+    """Return height and width of an image, rounded down to multiples of the factor."""
+    height, width = (max(side // factor, 1) * factor for side in (image.height, image.width))
+    return height, width
