@@ -35,7 +35,8 @@ def test_it_takes_at_most_40_megabytes():
 
 
 def test_it_holds_no_code_and_no_pickle():
-    suffixes = {path.suffix for path in WEIGHTS.rglob("*") if path.is_file()}
+    texts = ("LICENSE", "NOTICE")
+    suffixes = {path.suffix for path in WEIGHTS.rglob("*") if path.is_file() and path.name not in texts}
     assert suffixes <= {".safetensors", ".json", ".txt", ".yaml", ".md"}
 
 
@@ -131,3 +132,15 @@ def test_diffusers_draws_with_it_offline_as_the_readme_says(monkeypatch):
     assert picture.shape == (64, 64, 3)
     red = picture[20:52, 16:48].mean(dim=(0, 1))
     assert red[0] > red[1] + 0.15 and red[0] > red[2] + 0.15
+
+
+def test_the_weights_tell_their_sources_and_carry_their_licence():
+    """A folder is passed on without the repository around it."""
+    for name in ("LICENSE", "NOTICE"):
+        assert (WEIGHTS / name).read_bytes() == (ROOT / name).read_bytes()
+    card = (WEIGHTS / "README.md").read_text(encoding="utf-8")
+    assert "\nlicense: apache-2.0\n" in card and all(
+        source in card for source in ("Noto Emoji", "Twemoji", "CC-BY 4.0")
+    )
+    for word in ("began with", "320,000 pictures seen", "64 x 64"):
+        assert word in card
