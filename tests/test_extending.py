@@ -1,4 +1,4 @@
-"""docs/extending.md: its three examples, applied to a copy of the code, are two places each, and do what the page says."""
+"""docs/extending.md: its examples, applied to a copy of the code, are two places each, and do what the page says."""
 
 import json
 import re
@@ -20,6 +20,7 @@ SECTIONS = ("A sampler", "A denoiser", "A training")
 BLOCK = re.compile(r"(?:^`([\w/.]+)`:\n\n)?^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 CODE = ("ldm", "vae", "text", "data", "configs", "txt2img.py", "pyproject.toml")
 TESTS = ("conftest.py", "helpers", "ldm/conftest.py", "ldm/samplers", "ldm/denoisers")
+
 
 class Block(NamedTuple):
     file: str  # "": a command, or a program
