@@ -28,7 +28,11 @@ def _clip() -> type[Task[Any]]:
     return CLIPTask
 
 
-TASKS: dict[str, Callable[[], type[Task[Any]]]] = {"denoiser": _denoiser, "vae": _vae, "clip": _clip}
+TASKS: dict[str, Callable[[], type[Task[Any]]]] = {
+    "denoiser": _denoiser,
+    "vae": _vae,
+    "clip": _clip,
+}
 
 
 def task_of(kind: object) -> type[Task[Any]]:
