@@ -64,12 +64,12 @@ class DenoiserTask(Task[TrainConfig]):
         self.history = LossHistory() if config.model.objective.time_sampling == "importance" else None
 
     def build(self) -> Denoiser:
-        """Raises ValueError for a network that is made for latents of another size."""
+        """Build a fresh denoiser. Raises ValueError for a network made for latents of another size."""
         config, native = self.config, self.config.model.denoiser.native_side
         if native not in (None, self.side):
             raise ValueError(
                 f"model.denoiser.sample_size is {native}, but pictures of {config.data.image_size} pixels have latents "
-                f"of {self.side} a side: set it to {self.side}"
+                f"of {self.side} per side: set it to {self.side}"
             )
         return config.model.denoiser.build(
             latent_channels=self.model.vae.config.latent_channels,
@@ -107,9 +107,10 @@ class DenoiserTask(Task[TrainConfig]):
 
     @torch.no_grad()
     def evaluate(self, network: Denoiser) -> dict[str, float]:
-        """The error's mean over the validation set, "held_out_loss", and over each quarter of the times.
+        """Average the error over the validation set ("held_out_loss"), and over each quarter of the times.
 
-        Noise and times are fixed, captions always given; where training draws times by importance, these are even.
+        Noise and times are fixed and no caption is dropped. If training uses importance sampling of times, these are
+        uniform.
         """
         objective, bf16 = self.config.model.objective, self.session.bf16
         encode = LatentEncoder(self.model.vae, keep=False, bf16=bf16)
@@ -132,7 +133,7 @@ class DenoiserTask(Task[TrainConfig]):
         return f"held-out loss {measures['held_out_loss']:.4f}"
 
     def show(self, step: int, network: Denoiser, path: Path) -> None:
-        """A sheet of the preview's prompts, one row each, from the same noise at every step."""
+        """Write a contact sheet of the preview's prompts, one row each, from the same noise at every step."""
         preview = self.config.preview
         pipe = TextToImage(self._components(network), name=self.config.run.name, weights_hash=f"step {step}")
         images = [
@@ -168,7 +169,7 @@ class DenoiserTask(Task[TrainConfig]):
 def by_importance(
     losses: Tensor, numbers: Tensor, positions: Sequence[int], history: LossHistory, world: Ranks
 ) -> Tensor:
-    """Weigh the losses, B, less where times are drawn more often; then let history learn those of all ranks."""
+    """Divide the losses, B, by the density of their times; then record the losses of all ranks in the history."""
     weighted = losses / history.density(numbers).to(losses)
     columns = torch.tensor(positions), numbers, losses.detach().cpu()
     rows = torch.stack([column.double() for column in columns], dim=1)  # float32 counts only to 2^24
@@ -180,7 +181,7 @@ def by_importance(
 
 
 def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
-    """The autoencoder and the text encoder, from the folders that the configuration names."""
+    """Load the frozen autoencoder and text encoder from the folders named in the configuration."""
     text = Path(config.model.text)
     encoder = load_text_encoder(text / "text_encoder").eval().requires_grad_(False).to(device)
     return LatentDiffusion(
@@ -192,7 +193,7 @@ def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
 
 
 def latent_side(config: TrainConfig, model: LatentDiffusion) -> int:
-    """Raises ValueError if the pictures do not become latents without a remainder."""
+    """Return the side of the latents. Raises ValueError if the image size is not a multiple of the factor."""
     size, factor = config.data.image_size, model.vae.config.factor
     if size % factor:
         raise ValueError(f"data.image_size is {size}, not a multiple of {factor}, the factor of {config.model.vae}")
@@ -200,6 +201,6 @@ def latent_side(config: TrainConfig, model: LatentDiffusion) -> int:
 
 
 def start_from(denoiser: Denoiser, config: TrainConfig, folder: str) -> None:
-    """Give a fresh denoiser the weights of a model or run. Raises ValueError if they are another network's."""
+    """Load the weights of a model or run into a fresh denoiser. Raises ValueError if they are of another network."""
     source = model_folder(Path(folder)) / denoiser_folder(config.model.denoiser)
     load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)
