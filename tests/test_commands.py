@@ -302,7 +302,7 @@ def test_a_port_that_is_taken_is_named(workshop):
         words = ["ldm/train.py", "--config", str(workshop / "dit.yaml"), "run.name=mistake"]
         finished = start(words, MASTER_PORT=port)
     assert finished.returncode == 2
-    assert f"error: port {port} is taken, by another training perhaps" in finished.stderr
+    assert f"error: port {port} is in use, perhaps by another training" in finished.stderr
     assert "Traceback" not in finished.stderr
 
 
