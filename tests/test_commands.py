@@ -189,7 +189,7 @@ def test_a_u_net_trains_on_the_same_command_and_a_run_resumes_where_it_stopped(w
     assert begun.returncode == 0
     stopped = len(losses(workshop, "unet"))
     assert 0 < stopped < 10
-    assert f"stopped after step {stopped} of 10, which is saved: the same command goes on from there" in begun.stdout
+    assert f"stopped after step {stopped} of 10, which is saved: the same command resumes from there" in begun.stdout
     finished = start(["ldm/train.py", "--config", config])
     assert f"resumed from {workshop / 'runs/unet/checkpoints'}/step_{stopped:07d}" in finished.stdout
     assert losses(workshop, "unet") == pytest.approx(losses(workshop, "whole"), abs=1e-5)
@@ -256,7 +256,7 @@ def test_clip_trains_on_two_ranks(workshop, few_emoji):
         (["model.vae=nowhere"], 2, "nowhere/vae/config.json is missing"),
         (["model.start=runs/nowhere"], 2, "runs/nowhere/transformer/config.json is missing"),
         (["data.image_size=66"], 2, "data.image_size is 66, not a multiple of 4"),
-        (["preview.scale=-1"], 2, "preview.scale is -1.0, expected a number from 0 up"),
+        (["preview.scale=-1"], 2, "preview.scale is -1.0, expected a number of at least 0"),
         (["run.name=dit", "run.steps=7"], 2, "step_0000010 is already at step 10: set run.steps=10 or more"),
         (["optim.lr=1e30", "run.name=nan", "engine.clip=0"], 6, "at step 2, as in each of the last 10 batches"),
     ],
@@ -302,7 +302,7 @@ def test_a_port_that_is_taken_is_named(workshop):
         words = ["ldm/train.py", "--config", str(workshop / "dit.yaml"), "run.name=mistake"]
         finished = start(words, MASTER_PORT=port)
     assert finished.returncode == 2
-    assert f"error: port {port} is taken, by another training perhaps" in finished.stderr
+    assert f"error: port {port} is in use, perhaps by another training" in finished.stderr
     assert "Traceback" not in finished.stderr
 
 

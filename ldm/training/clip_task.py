@@ -1,4 +1,4 @@
-"""Train a small CLIP contrastively, the text encoder of a latent diffusion model: text/train.py."""
+"""Train a small CLIP contrastively, as the text encoder of a latent diffusion model: text/train.py."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class TextTrainConfig(TrainingConfig):
     kind: Literal["clip"] = "clip"
     text: TextEncoderConfig
     image: ImageTowerConfig
-    shift: int = 4  # pixels by which a picture is moved, at most, when it is shown
+    shift: int = 4  # largest random shift of a training image, in pixels
 
     def __post_init__(self) -> None:
         if self.text.projection_dim != self.image.embed_dim:
             raise ValueError(
                 f"text.projection_dim ({self.text.projection_dim}) and image.embed_dim ({self.image.embed_dim}) "
-                "are the width of one space: make them equal"
+                "are the width of the same space: make them equal"
             )
         if self.image.image_size != self.data.image_size or self.shift < 0:
             raise ValueError(
@@ -53,12 +53,12 @@ class TextTrainConfig(TrainingConfig):
         if self.engine.accumulation > 1:
             raise ValueError(
                 f"engine.accumulation is {self.engine.accumulation}, but CLIP's loss compares all pictures of a batch "
-                "with each other: set it to 1, or data.batch_size to a part"
+                "with each other: set it to 1, and lower data.batch_size if memory is short"
             )
 
 
 class CLIPTask(Task[TextTrainConfig]):
-    """Radford et al. 2021 (arXiv 2103.00020): pictures and their captions find each other in a batch."""
+    """Match the images and captions of a batch: Radford et al. 2021 (arXiv 2103.00020)."""
 
     config_class = TextTrainConfig
 
@@ -80,12 +80,12 @@ class CLIPTask(Task[TextTrainConfig]):
         offsets = sample_randomness(self.config.run.seed, batch.positions, (2,)).eps.erf().add(1).div(2)
         pixels = shifted(batch.pixels, offsets.clamp(0, 0.999), self.config.shift).to(self.device)
         image, text, scale = network(pixels, batch.tensor("tokens").to(self.device))
-        # Features in float32: at a scale of 100 bfloat16 would round the logits to whole numbers.
+        # Features in float32: at a scale of 100, bfloat16 would round the logits to integers.
         loss = self.loss_function(image.float(), text.float(), scale.float().clamp(max=MAX_LOGIT_SCALE))
         return {"loss": loss, "scale": scale.detach()}
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
-        """Retrieval among the validation pictures, by their best captions."""
+        """Measure the retrieval recall among the validation images."""
         found = []
         for batch in self.session.held_out():
             tokens = batch.tensor("tokens").to(self.device)
@@ -108,4 +108,4 @@ class CLIPTask(Task[TextTrainConfig]):
         with atomic_folder(path / "clip") as folder:
             write_weights(network.state_dict(), folder / "open_clip_model.safetensors")
             write_json(open_clip_config_json(config.text, config.image), folder / "open_clip_config.json")
-        self.session.run.tell(f"wrote {path / 'text_encoder'}, {path / 'tokenizer'} and {path / 'clip'}")
+        self.session.run.log(f"wrote {path / 'text_encoder'}, {path / 'tokenizer'} and {path / 'clip'}")

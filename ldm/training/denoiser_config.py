@@ -16,43 +16,43 @@ from ldm.training.task import TrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What is trained, upon what. Latent channels and context width follow from the two folders."""
+    """The model to train. Latent channels and context width follow from the folders `vae` and `text`."""
 
-    vae: str  # folder that holds vae/: a run of vae/train.py, or a whole model
-    text: str  # folder that holds text_encoder/ and tokenizer/: a run of text/train.py, or a whole model
+    vae: str  # folder that holds vae/: a run of vae/train.py, or a complete model
+    text: str  # folder that holds text_encoder/ and tokenizer/: a run of text/train.py, or a complete model
     denoiser: Annotated[DenoiserConfig, BY_KIND]
-    start: str | None = None  # folder of a model, or of a run, whose denoiser training begins with; None: a fresh one
+    start: str | None = None  # folder of a model or run whose denoiser to start from; None: random initialisation
     path: Annotated[PathConfig, BY_KIND]
     objective: ObjectiveConfig
-    latents: Literal["sample", "mean"] = "sample"  # of the autoencoder's posterior: what is learned
-    caption_dropout: float = 0.1  # share of captions replaced by "", which guidance needs
-    keep_latents: bool = False  # in memory after the first visit: for sets that fit
+    latents: Literal["sample", "mean"] = "sample"  # of the autoencoder's posterior: the training target
+    caption_dropout: float = 0.1  # fraction of captions replaced by "", which guidance needs
+    keep_latents: bool = False  # keep them in memory after the first epoch, if the data set fits
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"model.caption_dropout is {self.caption_dropout}, expected a share from 0 to 1")
+            raise ValueError(f"model.caption_dropout is {self.caption_dropout}, expected a fraction from 0 to 1")
         try:
             scheduler_config_json(self.path, self.objective.prediction)  # every preview writes it
         except ValueError as error:
             raise ValueError(f"model.objective: {error}") from error
         if self.objective.learned_variance and isinstance(self.path, RectifiedFlowPath | EDMPath):
             raise ValueError(
-                f"model.objective.learned_variance is that of a table's steps, and path {self.path.kind} has none: use "
-                "scaled_linear_beta, or leave it out"
+                f"model.objective.learned_variance needs discrete steps, and path {self.path.kind} has none: "
+                "use scaled_linear_beta, or leave it out"
             )
         if self.objective.learned_variance and not self.denoiser.can_learn_variance:
             raise ValueError(
-                f"model.objective.learned_variance is not for a denoiser of kind {self.denoiser.kind}, which no other "
-                "program opens with it: use a DiT, or leave it out"
+                f"model.objective.learned_variance is not for a denoiser of kind {self.denoiser.kind}, since no other "
+                "program opens such a model: use a DiT, or leave it out"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """The sheet that is drawn while training: a row a prompt, always from the same noise."""
+    """The contact sheet drawn during training: one row per prompt, always from the same noise."""
 
     prompts: tuple[str, ...]
-    pictures: int = 4  # a prompt
+    pictures: int = 4  # per prompt
     steps: int = 20
     scale: float = 4.0
     sampler: str = "dpmpp_2m"
@@ -64,9 +64,9 @@ class PreviewConfig:
         except ValueError as error:
             raise ValueError(f"preview.sampler: {error}") from error
         if not self.prompts or self.pictures < 1 or self.steps < 1:
-            raise ValueError("preview.prompts, preview.pictures and preview.steps need one at least")
+            raise ValueError("preview.prompts, preview.pictures and preview.steps must each be at least one")
         if not 0 <= self.scale < math.inf:
-            raise ValueError(f"preview.scale is {self.scale}, expected a number from 0 up (1 is no guidance)")
+            raise ValueError(f"preview.scale is {self.scale}, expected a number of at least 0 (1: no guidance)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,6 @@ class TrainConfig(TrainingConfig):
             raise ValueError(f"preview: {error}") from error
         if self.model.objective.time_sampling == "importance" and self.engine.accumulation > 1:
             raise ValueError(
-                f"engine.accumulation is {self.engine.accumulation}, but importance sampling learns from each batch as "
-                "a whole: set it to 1, or model.objective.time_sampling to another"
+                f"engine.accumulation is {self.engine.accumulation}, but importance sampling learns from each full "
+                "batch: set it to 1, or choose another model.objective.time_sampling"
             )

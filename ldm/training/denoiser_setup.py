@@ -22,7 +22,7 @@ from text.tokenizer import load_tokenizer
 
 
 def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
-    """The autoencoder and the text encoder, from the folders that the configuration names."""
+    """Load the frozen autoencoder and text encoder from the folders named in the configuration."""
     text = Path(config.model.text)
     encoder = load_text_encoder(text / "text_encoder").eval().requires_grad_(False).to(device)
     return LatentDiffusion(
@@ -34,7 +34,7 @@ def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
 
 
 def latent_side(config: TrainConfig, model: LatentDiffusion) -> int:
-    """Raises ValueError if the pictures do not become latents without a remainder."""
+    """Return the side of the latents. Raises ValueError if the image size is not a multiple of the factor."""
     size, factor = config.data.image_size, model.vae.config.factor
     if size % factor:
         raise ValueError(f"data.image_size is {size}, not a multiple of {factor}, the factor of {config.model.vae}")
@@ -42,7 +42,7 @@ def latent_side(config: TrainConfig, model: LatentDiffusion) -> int:
 
 
 def start_from(denoiser: Denoiser, config: TrainConfig, folder: str) -> None:
-    """Give a fresh denoiser the weights of a model or run. Raises ValueError if they are another network's."""
+    """Load the weights of a model or run into a fresh denoiser. Raises ValueError if they are of another network."""
     source = model_folder(Path(folder)) / denoiser_folder(config.model.denoiser)
     load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)
 
@@ -50,7 +50,7 @@ def start_from(denoiser: Denoiser, config: TrainConfig, folder: str) -> None:
 def by_importance(
     losses: Tensor, numbers: Tensor, positions: Sequence[int], history: LossHistory, world: Ranks
 ) -> Tensor:
-    """Weigh the losses, B, less where times are drawn more often; then let history learn those of all ranks."""
+    """Divide the losses, B, by the density of their times; then record the losses of all ranks in the history."""
     weighted = losses / history.density(numbers).to(losses)
     columns = torch.tensor(positions), numbers, losses.detach().cpu()
     rows = torch.stack([column.double() for column in columns], dim=1)  # float32 counts only to 2^24

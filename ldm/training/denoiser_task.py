@@ -59,12 +59,12 @@ class DenoiserTask(Task[TrainConfig]):
         self.history = LossHistory() if config.model.objective.time_sampling == "importance" else None
 
     def build(self) -> Denoiser:
-        """Raises ValueError for a network that is made for latents of another size."""
+        """Build a fresh denoiser. Raises ValueError for a network made for latents of another size."""
         config, native = self.config, self.config.model.denoiser.native_side
         if native not in (None, self.side):
             raise ValueError(
                 f"model.denoiser.sample_size is {native}, but pictures of {config.data.image_size} pixels have latents "
-                f"of {self.side} a side: set it to {self.side}"
+                f"of {self.side} per side: set it to {self.side}"
             )
         return config.model.denoiser.build(
             latent_channels=self.model.vae.config.latent_channels,
@@ -102,9 +102,10 @@ class DenoiserTask(Task[TrainConfig]):
 
     @torch.no_grad()
     def evaluate(self, network: Denoiser) -> dict[str, float]:
-        """The error's mean over the validation set, "held_out_loss", and over each quarter of the times.
+        """Average the error over the validation set ("held_out_loss"), and over each quarter of the times.
 
-        Noise and times are fixed, captions always given; where training draws times by importance, these are even.
+        Noise and times are fixed and no caption is dropped. If training uses importance sampling of times, these are
+        uniform.
         """
         objective, bf16 = self.config.model.objective, self.session.bf16
         encode = LatentEncoder(self.model.vae, keep=False, bf16=bf16)
@@ -127,7 +128,7 @@ class DenoiserTask(Task[TrainConfig]):
         return f"held-out loss {measures['held_out_loss']:.4f}"
 
     def show(self, step: int, network: Denoiser, path: Path) -> None:
-        """A sheet of the preview's prompts, one row each, from the same noise at every step."""
+        """Write a contact sheet of the preview's prompts, one row each, from the same noise at every step."""
         preview = self.config.preview
         pipe = TextToImage(self._components(network), name=self.config.run.name, weights_hash=f"step {step}")
         images = [

@@ -1,4 +1,4 @@
-"""Latents of the training pictures: encoded once and kept, since the autoencoder is frozen."""
+"""Encode training images into latents, and cache them in memory, since the autoencoder is frozen."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from vae.gaussian import DiagonalGaussian
 
 
 class LatentEncoder:
-    """Batches -> latents B x C x h x w: samples of the posterior, or its means.
+    """Encode batches into latents, B x C x h x w: samples of the posterior, or its means.
 
-    Stable Diffusion samples. Means are the better target where the autoencoder left a channel unused: its samples
-    there are pure noise, which nothing can predict.
-    With `keep`, each picture's mean and log-variance stay in memory after its first visit (8 kB for a 16 x 16 x 4
-    latent), and the autoencoder is not asked again. Without it every visit encodes anew, as large sets need.
+    Stable Diffusion samples. Means are the better target if the autoencoder left a channel unused: its samples there
+    are pure noise, which nothing can predict.
+    With `keep`, each image's mean and log-variance stay in memory after the first encoding (8 kB for a 16 x 16 x 4
+    latent). Without it every visit encodes again, as large data sets need.
     """
 
     def __init__(self, vae: AutoencoderKL, *, keep: bool, bf16: bool, sample: bool = True) -> None:
@@ -25,7 +25,7 @@ class LatentEncoder:
         self._kept: dict[tuple[int, int], Tensor] = {}  # (shard, index) -> mean and log-variance, 2C x h x w
 
     def __call__(self, batch: Batch, noise: Tensor) -> Tensor:
-        """The latents of a batch; noise is standard normal, of their shape."""
+        """Return the latents of a batch. noise: standard normal, of their shape."""
         posterior = self.moments(batch)
         return posterior.sample(noise.to(self.device)) if self.sample else posterior.mean
 
@@ -34,8 +34,8 @@ class LatentEncoder:
             return self._encode(batch.pixels)
         missing = [row for row, sample in enumerate(batch.samples) if sample not in self._kept]
         if missing:
-            # The whole batch: with fewer pictures at once they would be rounded otherwise, and how many are missing
-            # depends on when this process began.
+            # Encode the full batch: its size affects rounding, and the number of missing images depends on when this
+            # process started.
             found = self._encode(batch.pixels)
             moments = torch.cat([found.mean, found.logvar], dim=1)
             self._kept |= {batch.samples[row]: moments[row].clone() for row in missing}

@@ -1,4 +1,4 @@
-"""The loop of every training: steps, what is logged and saved between them, and how they end."""
+"""The training loop of every task: steps, logs, snapshots, checkpoints and samples, and how training ends."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ SAVES_FAILED_AT_MOST = 3  # in a row, before a run is stopped
 
 
 class Training:
-    """The loop, and what it remembers from step to step."""
+    """The training loop and its state between steps."""
 
     def __init__(self, session: Session[Any], engine: Engine, task: Task[Any]) -> None:
         self.session, self.engine, self.task = session, engine, task
         self.run, self.world, self.images = session.run, session.world, session.images
         self.batch_size = session.config.data.batch_size
-        self._since: list[dict[str, Tensor]] = []  # what else losses has returned since the last line of progress
-        self._waited = 0.0  # seconds for data, since then
+        self._since: list[dict[str, Tensor]] = []  # other values returned by losses() since the last progress line
+        self._waited = 0.0  # seconds spent waiting for data since then
         self._failed_saves = 0
-        self._saved_step = engine.step if engine.resumed else -1  # the last that is in a checkpoint, or about to be
+        self._saved_step = engine.step if engine.resumed else -1  # last step saved, or being saved
 
     def go(self) -> None:
-        """Take optimiser steps until the configuration, the clock or a signal ends it."""
+        """Take optimiser steps until run.steps, the time limit or a signal ends training."""
         engine, run = self.engine, self.run
         last = engine.step == run.config.steps
-        # Sampled at the start, and where a run was cut off between a checkpoint and its sample.
+        # Sample at the start, and if the run was interrupted between a checkpoint and its sample.
         if engine.step % run.config.sample_every == 0 or last:
             if self.world.any_rank(run.is_main and not run.has_sample(engine.step)):
                 self._sample()
@@ -51,17 +51,17 @@ class Training:
         while not last:
             self.session.watch.moved(engine.step + 1)
             started = time.monotonic()
-            with self.session.watch.elsewhere():  # how long it may take is the data's to know
+            with self.session.watch.elsewhere():  # data loading has timeouts of its own
                 batch = next(batches)
             self._waited += time.monotonic() - started
             lr, before = engine.lr, len(self._since)
             update = engine.update(self._parts(batch), wishes=[self.session.stop.requested, run.out_of_time])
-            self._tell_save(update.saved)
+            self._log_save(update.saved)
             if update.fault is None:
                 self._log(update.loss, lr)
             else:
                 del self._since[before:]
-                self._tell_skip(update, batch)
+                self._log_skip(update, batch)
             last = engine.step == run.config.steps or any(update.wished)
             if update.fault is None or last:
                 self._after_step(last, draw=not update.wished[0])
@@ -69,7 +69,7 @@ class Training:
         self._finish_save()
 
     def _parts(self, batch: Batch) -> Iterator[Tensor]:
-        """The losses of a batch's parts, each computed when it is asked for."""
+        """Yield the loss of each part of a batch (gradient accumulation), computed on demand."""
         for part in batch.split(self.engine.config.accumulation):
             found = self.task.losses(self.engine, part, self.engine.step)
             self._since.append({name: value.detach() for name, value in found.items() if name != "loss"})
@@ -78,35 +78,35 @@ class Training:
     def _log(self, loss: float, lr: float) -> None:
         measures: dict[str, float] = {}
         step = self.engine.step
-        if self.run.tells_at(step):  # ranks exchange what a line shows only where there is one
+        if self.run.should_log(step):  # the ranks exchange measures only for steps that are logged
             measures = self._measures()
         seen = self.engine.position * self.batch_size
         self.run.log_step(step=step, loss=loss, lr=lr, batch_size=self.batch_size, samples_seen=seen, measures=measures)
 
     def _measures(self) -> dict[str, float]:
-        """The means of all parts since the last line over all ranks, the share of time that was spent waiting for
-        data and, if there are any, the number of bad samples met."""
+        """Average over all ranks since the last progress line: the values of all parts and the fraction of time spent
+        waiting for data. Includes the number of bad samples if there are any."""
         names = self._since[0] if self._since else {}
         together = {name: torch.cat([parts[name].flatten() for parts in self._since]) for name in names}
-        share = self._waited / max(self.run.seconds_since_told, 1e-9)
+        fraction = self._waited / max(self.run.seconds_since_logged, 1e-9)
         bad = self.world.all_reduce_int(len(self.images.bad_samples))
         self._since, self._waited = [], 0.0
-        waited = self.world.all_reduce([share])[0] / self.world.ranks
+        waited = self.world.all_reduce([fraction])[0] / self.world.ranks
         return self.world.mean(together) | {DATA_WAIT: waited} | ({"bad_samples": bad} if bad else {})
 
-    def _tell_skip(self, update: Update, batch: Batch) -> None:
-        """Say which batch was skipped and why; each rank that is to blame, or may be, writes down its samples."""
+    def _log_skip(self, update: Update, batch: Batch) -> None:
+        """Log which batch was skipped and why. Each rank that caused it, or may have, records its samples."""
         step, position = self.engine.step + 1, self.engine.position - 1
         blamed = f" on rank {', '.join(map(str, update.bad_ranks))}" if update.bad_ranks else ""
         if not update.bad_ranks or self.world.rank in update.bad_ranks:
             path = self.run.skipped(self.world.rank, step=step, position=position, fault=update.fault, keys=batch.keys)
             blamed += f"; its samples are in {path}"
-        self.run.tell(f"step {step}: {update.fault}{blamed}: batch {position} is skipped, nothing has moved")
+        self.run.log(f"step {step}: {update.fault}{blamed}: batch {position} is skipped, the weights are unchanged")
 
     def _after_step(self, last: bool, *, draw: bool) -> None:
-        """Snapshots, checkpoint and, draw: sample, where they are due; their time counts in no rate."""
+        """Write the snapshots, checkpoint and (if draw) sample that are due. Their time is left out of images/s."""
         step, config = self.engine.step, self.run.config
-        if step % config.snapshot_every == 0 or last:  # before the checkpoint, which promises them
+        if step % config.snapshot_every == 0 or last:  # before the checkpoint, which relies on them
             snapshots(self.engine, self.run)
         if step % config.checkpoint_every == 0 or last:
             self._save()
@@ -114,7 +114,7 @@ class Training:
             self._sample()
 
     def _save(self) -> None:
-        if self.engine.step == self._saved_step:  # stopped at a step that was skipped, or before the first one
+        if self.engine.step == self._saved_step:  # already saved: stopped at a skipped step, or before the first
             return
         facts = RunFacts(
             config=self.run.config_text,
@@ -124,21 +124,21 @@ class Training:
             rewound_to=self.run.rewound_to,
         )
         with self.session.watch.elsewhere():
-            self._tell_save(self.engine.finish_save())  # of the checkpoint before, if it still is being written
+            self._log_save(self.engine.finish_save())  # the previous checkpoint, if it is still being written
             self._saved_step = self.engine.step
-            self._tell_save(self.engine.save(facts))
+            self._log_save(self.engine.save(facts))
         self.run.restart_clock()
 
     def _finish_save(self) -> None:
         """Wait for the last checkpoint. Raises CheckpointError if it could not be written."""
         with self.session.watch.elsewhere():
             saved = self.engine.finish_save()
-        self._tell_save(saved)
+        self._log_save(saved)
         if self._failed_saves:
-            raise CheckpointError("the last checkpoint could not be written: make room, and start again")
+            raise CheckpointError("the last checkpoint could not be written: free disk space, and start again")
 
-    def _tell_save(self, saved: Saved | None) -> None:
-        """A checkpoint that fails stops nothing until several in a row have."""
+    def _log_save(self, saved: Saved | None) -> None:
+        """Log a failed checkpoint. Raises CheckpointError after SAVES_FAILED_AT_MOST failures in a row."""
         if saved is None:
             return
         if not saved.failed:
@@ -147,9 +147,9 @@ class Training:
         self._failed_saves += 1
         self._saved_step = -1
         before = self.run.checkpoints.all()
-        intact = f"{before[-1].name} is intact" if before else "there is none before it"
-        reason = f"rank {self.world.rank}: {saved.reason}" if saved.reason else "another rank says why"
-        self.run.tell(f"checkpoint {saved.path.name} could not be written ({reason}); {intact}")
+        intact = f"{before[-1].name} is intact" if before else "there is no earlier one"
+        reason = f"rank {self.world.rank}: {saved.reason}" if saved.reason else "another rank logs the reason"
+        self.run.log(f"checkpoint {saved.path.name} could not be written ({reason}); {intact}")
         if not self.world.is_main and saved.reason:
             print(f"checkpoint {saved.path.name} could not be written ({reason})", flush=True)
         if self._failed_saves >= SAVES_FAILED_AT_MOST:
@@ -159,35 +159,35 @@ class Training:
             )
 
     def _sample(self) -> None:
-        """Measure, show and write what the averaged weights can do by now. A signal gives it up."""
+        """Evaluate, show and export the averaged weights. A stop signal abandons this."""
         step = self.engine.step
         with self.session.watch.elsewhere(), untouched_generators():
             network = self.task.averaged_network(self.engine.averaged_weights(everywhere=True))
             measures = self.task.evaluate(network)
-            given_up = self.world.any_rank(self.session.stop.requested)
-            if self.world.is_main and not given_up:
+            abandoned = self.world.any_rank(self.session.stop.requested)
+            if self.world.is_main and not abandoned:
                 self.session.stop.interruptible(lambda: self._show(step, network, measures))
         self.run.restart_clock()
 
     def _show(self, step: int, network: nn.Module, measures: Mapping[str, float]) -> None:
         run = self.run
-        with run.told_if_not_written(f"what step {step} can do"):
-            run.tell(f"step {step}: {self.task.summarize(measures)}")
+        with run.logged_if_not_written(f"the sample of step {step}"):
+            run.log(f"step {step}: {self.task.summarize(measures)}")
             self.task.show(step, network, run.sample_path(step))
             self.task.export(step, network)
-            run.record(step=step, **measures)  # last: a step that is recorded has been shown and exported
+            run.record(step=step, **measures)  # last: a recorded step has been shown and exported
 
 
 def train(session: Session[Any], task: Task[Any]) -> None:
-    """Take optimiser steps until run.steps or run.minutes is reached, or a signal comes, from the newest checkpoint on.
+    """Train from the newest checkpoint until run.steps or run.minutes is reached, or a stop signal arrives.
 
-    Every run.sample_every steps from step 0 on, the averaged weights are measured on all ranks, and shown, exported and
-    recorded on the main one; when run.steps are taken, the task finishes.
+    Every run.sample_every steps, from step 0 on, all ranks evaluate the averaged weights, and the main rank shows,
+    exports and records them. After run.steps, the task finishes.
     """
     run, stop, world = session.run, session.stop, session.world
     engine = session.engine(task)
     for line in task.describe():
-        run.tell(line)
+        run.log(line)
     state = resume(run, engine, world, config=session.config, data=session.images.fingerprint)
     if state is not None and state.state:
         task.load_state_dict(state.state)
@@ -197,18 +197,18 @@ def train(session: Session[Any], task: Task[Any]) -> None:
             with session.watch.elsewhere():
                 weights = engine.averaged_weights()
                 complete = not world.is_main or stop.interruptible(lambda: task.finish(task.averaged_network(weights)))
-        session.watch.done()  # before signals end this process at once, which the watch may send
+        session.watch.done()  # before the watchdog's signals end this process at once
     if not complete:
         by = f" by {stop.name}" if stop.requested else ""
-        run.tell(
-            f"stopped{by} after step {engine.step} of {run.config.steps}, which is saved: the same command goes on "
+        run.log(
+            f"stopped{by} after step {engine.step} of {run.config.steps}, which is saved: the same command resumes "
             "from there"
         )
 
 
 @contextmanager
 def untouched_generators() -> Iterator[None]:
-    """What is measured and shown leaves no trace in training."""
+    """Context manager: restore the random number generators on exit, so that sampling does not affect training."""
     states = generator_states()
     try:
         yield
@@ -217,18 +217,18 @@ def untouched_generators() -> Iterator[None]:
 
 
 def snapshots(engine: Engine, run: Run) -> None:
-    """Keep each of optim.ema_lengths' averages as it is now, for ldm.reconstruct."""
+    """Write the current average of each of optim.ema_lengths, for ldm.reconstruct."""
     for length in engine.optim.ema_lengths:
         weights = engine.averaged_weights(length)
         if run.is_main:
-            with run.told_if_not_written(f"the snapshot of step {engine.step}"):
+            with run.logged_if_not_written(f"the snapshot of step {engine.step}"):
                 write_snapshot(weights, run.config.path, Snapshot(engine.step, length))
     run.restart_clock()
 
 
 @contextmanager
 def in_training(engine: Engine, watch: Watchdog) -> Iterator[None]:
-    """Errors within it say which rank met them, and at which step: another rank may have met none."""
+    """Context manager: add the rank and step to errors, since other ranks may have met none."""
     try:
         yield
     except Exception as error:
@@ -236,7 +236,7 @@ def in_training(engine: Engine, watch: Watchdog) -> Iterator[None]:
             raise watch.lost(error) from error
         if isinstance(
             error, NonFiniteError | CheckpointError
-        ):  # all ranks meet it, and none is to be blamed for leaving
+        ):  # raised on all ranks: the watchdog must not blame one for leaving
             watch.done()
         error.add_note(f"{IN_TRAINING}, rank {engine.world.rank}, step {engine.step + 1}")
         raise

@@ -1,4 +1,4 @@
-"""A run's folder and what it tells: the progress line, metrics.jsonl, checkpoints, sample grids."""
+"""A run's folder and its logs: the progress line, metrics.jsonl, checkpoints and sample grids."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ldm.files.messages import one_line
 from ldm.training.checkpoints import Checkpoints
 from ldm.training.faults.file_lock import Taken, lock_folder
 
-DATA_WAIT = "data_wait"  # the share of the time in which training waited for data
-WAIT_WORTH_TELLING = 0.02
+DATA_WAIT = "data_wait"  # fraction of the time that training spent waiting for data
+MIN_LOGGED_WAIT = 0.02
 ALLOWABLE = ("optim", "engine")  # sections whose settings run.allow may name
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    name: str  # the run lives in FOLDER/NAME
+    name: str  # the run's folder is FOLDER/NAME
     folder: str = "runs"
     steps: int
     seed: int = 0
-    log_every: int = 50  # steps, like the next two
+    log_every: int = 50  # in steps, like the next two
     sample_every: int = 1000
     checkpoint_every: int = 1000
     snapshot_every: int = 1000  # steps between snapshots of optim.ema_lengths
-    minutes: float | None = None  # stop, with a checkpoint, after so long in this session
-    keep_checkpoints: int = 2  # the newest that are whole; older ones are removed
-    # auto: from the newest whole checkpoint of this run, if it has any; never: an error if it has; else: the path of a
-    # checkpoint (one of this run: later ones are set aside), or of the run whose newest one a new run begins with.
+    minutes: float | None = None  # save a checkpoint and stop after this long in this session
+    keep_checkpoints: int = 2  # number of the newest valid checkpoints to keep; older ones are removed
+    # auto: resume from the newest valid checkpoint of this run, if any; never: fail if there is one; otherwise the path
+    # of a checkpoint (if of this run, later ones are set aside), or of a run from whose newest one a new run starts.
     resume: str = "auto"
     allow: tuple[str, ...] = ()  # settings of optim and engine that may differ on resume, as [optim.lr]
 
@@ -44,7 +44,7 @@ class RunConfig:
         if wrong := [key for key in self.allow if key.split(".")[0] not in ALLOWABLE]:
             raise ValueError(f"run.allow names {wrong[0]}, expected settings of {' or '.join(ALLOWABLE)}, as optim.lr")
         if not self.name.strip(".") or "/" in self.name:
-            raise ValueError(f"run.name must be one folder's name, not {self.name!r}")
+            raise ValueError(f"run.name must be the name of a single folder, not {self.name!r}")
 
     @property
     def path(self) -> Path:
@@ -52,16 +52,16 @@ class RunConfig:
 
 
 class Run:
-    """What the main rank writes while training; the other ranks make one too and write nothing."""
+    """The run's folder and logs, written by the main rank. On other ranks, its methods write nothing."""
 
     def __init__(self, config: RunConfig, *, is_main: bool, config_text: str) -> None:
         self.config, self.is_main = config, is_main
         self.started = time.monotonic()
         self._since = self.started  # time of the last progress line
         self._losses: list[float] = []
-        self._locked = False  # whether this process keeps the folder, as far as the file system lets it
-        self._steps_timed = 0  # steps since then
-        self.rewound_to: str | None = None  # the checkpoint that this run was sent back to by run.resume
+        self._locked = False  # whether this process holds the folder, as far as the file system allows
+        self._steps_timed = 0  # since the last progress line
+        self.rewound_to: str | None = None  # the checkpoint to which run.resume sent this run back
         self.checkpoints = Checkpoints(config.path / "checkpoints", keep=config.keep_checkpoints)
         found = self.checkpoints.all()
         if found and config.resume == "never":
@@ -71,9 +71,9 @@ class Run:
         self.config_text = config_text
 
     def begin(self, step: int | None) -> None:
-        """Make the folder and write the configuration: once data and model are open, so that a mistake in either
-        leaves nothing behind. step: of the checkpoint that is gone on from, if any; what a run that was cut off
-        recorded or began after it will be written again."""
+        """Create the folder and write the configuration. Call it once data and model are open, so that an error in
+        either leaves nothing behind. step: of the checkpoint that is resumed, if any; records of an interrupted run
+        after this step are removed, since they will be written again."""
         if not self.is_main:
             return
         (self.config.path / "samples").mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class Run:
         self.checkpoints.clear()
 
     def lock(self) -> None:
-        """Keep the run's folder, if there is one, for this process until it ends. Raises ValueError if another does."""
+        """Lock the run's folder, if it exists, for this process. Raises ValueError if another process holds it."""
         if not self.is_main or self._locked or not self.config.path.is_dir():
             return
         try:
@@ -95,15 +95,15 @@ class Run:
                 f"{owner} is training in {self.config.path}: wait for it, or give another run.name"
             ) from owner
         except OSError as error:
-            self.tell(f"{self.config.path} cannot be locked ({one_line(error)}): start no second training in it")
+            self.log(f"{self.config.path} cannot be locked ({one_line(error)}): do not start a second training in it")
         self._locked = True
 
     def has_sample(self, step: int) -> bool:
-        """Whether what the network could do at this step has been recorded: by a line without a training loss."""
+        """Return whether the sample of this step has been recorded: by a line without a training loss."""
         return any(record["step"] == step and "loss" not in record for record in self._records())
 
     def _records(self) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl; a run that was cut off may have left a part of one."""
+        """Read the complete lines of metrics.jsonl; an interrupted run may have left an incomplete one."""
         records = []
         for line in self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):
@@ -115,7 +115,7 @@ class Run:
         return self.config.path / "metrics.jsonl"
 
     def restart_clock(self) -> None:
-        """Leave what was done since the last progress line, such as drawing, out of the next one's speed."""
+        """Leave the time since the last progress line, such as sampling, out of the next line's images/s."""
         self._since, self._steps_timed = time.monotonic(), 0
 
     def sample_path(self, step: int) -> Path:
@@ -125,20 +125,20 @@ class Run:
     def out_of_time(self) -> bool:
         return self.config.minutes is not None and time.monotonic() - self.started > 60 * self.config.minutes
 
-    def tells_at(self, step: int) -> bool:
-        """Whether log_step prints and records a line after this step."""
+    def should_log(self, step: int) -> bool:
+        """Return whether log_step prints and records a line after this step."""
         return step % self.config.log_every == 0 or step == self.config.steps
 
     def log_step(
         self, *, step: int, loss: float, lr: float, batch_size: int, samples_seen: int, measures: Mapping[str, float]
     ) -> None:
-        """After optimiser step number `step` (counted from 1): print and record every log_every steps.
+        """Print and record a progress line every log_every steps. step: the optimiser steps taken so far.
 
-        The loss shown is the mean since the last line; samples_seen counts what all ranks saw since the start.
+        The loss shown is the mean since the last line; samples_seen counts the samples of all ranks since the start.
         """
         self._losses.append(loss)
         self._steps_timed += 1
-        if not self.tells_at(step):
+        if not self.should_log(step):
             return
         rate = self._steps_timed * batch_size / max(time.monotonic() - self._since, 1e-9)
         seconds_left = (self.config.steps - step) * batch_size / rate
@@ -147,30 +147,30 @@ class Run:
         self.restart_clock()
         shown = "".join(f"  {name} {value:.4g}" for name, value in measures.items() if name != DATA_WAIT)
         waited = measures.get(DATA_WAIT, 0.0)
-        shown += f"  waiting for data {waited:.0%}" if waited >= WAIT_WORTH_TELLING else ""
+        shown += f"  waiting for data {waited:.0%}" if waited >= MIN_LOGGED_WAIT else ""
         line = f"step {step}/{self.config.steps}  loss {mean:.4f}{shown}  lr {lr:.2e}  {rate:.1f} images/s"
-        self.tell(f"{line}  ETA {duration(seconds_left)}")
+        self.log(f"{line}  ETA {duration(seconds_left)}")
         self.record(step=step, loss=mean, lr=lr, samples_seen=samples_seen, images_per_second=rate, **measures)
 
     @property
-    def seconds_since_told(self) -> float:
+    def seconds_since_logged(self) -> float:
         return time.monotonic() - self._since
 
     def skipped(self, rank: int, *, step: int, position: int, fault: str | None, keys: Sequence[str]) -> Path:
-        """Write down a batch of which nothing was learned: every rank in a file of its own. Returns its path."""
+        """Record a skipped batch in this rank's own file. Returns the path of the file."""
         path = self.config.path / "skipped" / f"rank_{rank:05d}.jsonl"
         self._append(path, {"step": step, "batch": position, "fault": fault, "samples": list(keys)})
         return path
 
     @contextlib.contextmanager
-    def told_if_not_written(self, what: str) -> Iterator[None]:
-        """Within, something is written that training can do without."""
+    def logged_if_not_written(self, what: str) -> Iterator[None]:
+        """Context manager for writing what training can do without: an OSError is logged, not raised."""
         try:
             yield
         except OSError as error:
-            self.tell(f"{what} could not be written ({one_line(error)})")
+            self.log(f"{what} could not be written ({one_line(error)})")
 
-    def tell(self, line: str) -> None:
+    def log(self, line: str) -> None:
         if self.is_main:
             print(line, flush=True)
 
@@ -180,7 +180,7 @@ class Run:
             self._append(self.metrics_path, {"time": round(time.time(), 1), "step": step} | measures)
 
     def _append(self, path: Path, record: dict[str, Any]) -> None:
-        """A line that cannot be written is told, and lost: training is worth more."""
+        """Append a line. An OSError is logged and the line is lost: it is not worth stopping training."""
         try:
             path.parent.mkdir(exist_ok=True)
             with path.open("a") as file:
@@ -190,6 +190,6 @@ class Run:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 3661 -> "1:01:01"."""
+    """Format seconds as hours, minutes and seconds: 3661 -> "1:01:01"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

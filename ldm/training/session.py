@@ -1,4 +1,4 @@
-"""A training command between its start and its first step: data are open, nothing is written yet."""
+"""The state of a training command before its first step: data are open, nothing is written yet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Config = TypeVar("Config", bound=TrainingConfig)
 
 @dataclass(frozen=True, slots=True)
 class Session(Generic[Config]):
-    """What a Task is made of: its configuration, its data, and the processes that train together."""
+    """The environment of a Task: its configuration, its data, and the processes that train together."""
 
     config: Config
     world: Ranks
@@ -44,7 +44,7 @@ class Session(Generic[Config]):
 
     @property
     def precision(self) -> Resolved:
-        """What the forward pass runs in."""
+        """The precision of the forward pass."""
         return resolved_precision(self.config.engine.precision, self.world.device)
 
     @property
@@ -52,7 +52,7 @@ class Session(Generic[Config]):
         return self.precision == "bf16"
 
     def seed(self) -> None:
-        """Seed this process's generators, before a network is built, from run.seed."""
+        """Seed this process's random number generators from run.seed. Call it before building a network."""
         seed_generators(self.config.run.seed)
 
     def engine(self, task: Task[Config]) -> Engine:
@@ -72,7 +72,7 @@ class Session(Generic[Config]):
         )
 
     def held_out(self) -> Iterator[Batch]:
-        """This rank's batches of the validation set; fewer if the run is asked to stop."""
+        """Yield this rank's batches of the validation set; fewer if a stop signal arrives."""
         size = self.config.validation.batch_size
         for batch in self.validation.once(size, part=self.world.rank, parts=self.world.ranks):
             yield batch
@@ -80,7 +80,7 @@ class Session(Generic[Config]):
                 return
 
     def collect(self, batches: list[tuple[Batch, Tensor]]) -> Tensor:
-        """What was measured of each held-out sample, N x ..., in their order, on every rank.
+        """Gather the measures of all held-out samples, N x ..., in the order of the samples, on every rank.
 
         batches: this rank's, each with its measures, B x .... Every rank must call it.
         """
@@ -94,7 +94,7 @@ class Session(Generic[Config]):
 
 
 def open_session(config: Config, stop: StopSignal, *, reader: Reader) -> Session[Config]:
-    """Join the other processes, and open the shards."""
+    """Join the other processes and open the shards."""
     world = start_process()
     watch = Watchdog(world, meeting_store(world), hang_seconds=config.engine.hang_seconds, stop=stop)
     run = Run(config.run, is_main=world.is_main, config_text=dump(config))

@@ -1,6 +1,7 @@
-"""What a training is. The loop and the engine know this class, never which training it is.
+"""The interface of a training. The loop and the engine know only this class, never which training it is.
 
-To add a training: one file with a configuration (TrainingConfig) and a Task, and one entry in ldm.training.tasks.
+To add a training, write one file with a configuration (TrainingConfig) and a Task, and add an entry to
+ldm.training.tasks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What the configurations of all trainings have. Each has a `kind` of its own: Literal["..."] = "..."."""
+    """Settings common to all trainings. Each subclass adds a `kind` of its own: Literal["..."] = "..."."""
 
     run: RunConfig
     data: DataConfig
@@ -39,21 +40,21 @@ Config = TypeVar("Config", bound=TrainingConfig)
 
 
 class Task(ABC, Generic[Config]):
-    """One training: a network, what it minimises, and what is measured, shown and written of it.
+    """One training: a network, its loss, and how it is evaluated, shown and exported.
 
-    Constructed on every rank. Whatever draws random numbers is a function of (run.seed, position of the sample).
+    Constructed on every rank. All random numbers must be a function of (run.seed, position of the sample).
     """
 
     config_class: ClassVar[type[TrainingConfig]]
-    network: nn.Module  # what the engine trains; it may hold several
+    network: nn.Module  # trained by the engine; may contain several networks
 
     def __init__(self, session: Session[Config]) -> None:
-        """Set `network`, by build(), after session.seed()."""
+        """Subclasses set `network`, by build(), after session.seed()."""
         self.session, self.config = session, session.config
 
     @classmethod
     def reader(cls, config: Config) -> Reader:
-        """What a sample becomes, in the loader's threads."""
+        """Return the reader that decodes samples in the loader's threads."""
         return ImageCaptionReader(config.data, seed=config.run.seed)
 
     @abstractmethod
@@ -62,47 +63,48 @@ class Task(ABC, Generic[Config]):
 
     @abstractmethod
     def losses(self, network: Callable[..., Any], batch: Batch, step: int) -> dict[str, Tensor]:
-        """Return "loss", a scalar that is minimised, and other tensors, whose means are logged.
+        """Return "loss", a scalar to minimise, and other tensors, whose means are logged.
 
-        network: this one, under the engine. batch: this rank's part of a global batch. step: optimiser steps taken.
+        network: self.network, called through the engine. batch: this rank's part of a global batch. step: optimiser
+        steps taken.
         """
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup([p for p in self.network.parameters() if p.requires_grad])]
 
     def exported(self, name: str) -> bool:
-        """Whether the network's tensor of this name is averaged and given out."""
+        """Return whether the network's tensor of this name is averaged and exported."""
         return True
 
     def averaged_network(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Build a network with averaged weights, to be measured, shown and written."""
+        """Build a network with averaged weights, for evaluation and export."""
         network = self.build().to(self.session.world.device).eval().requires_grad_(False)
         network.load_state_dict(weights)
         return network
 
     def describe(self) -> list[str]:
-        """Lines that are logged before the first step."""
+        """Return lines to log before the first step."""
         return []
 
     @abstractmethod
     def evaluate(self, network: Any) -> dict[str, float]:
-        """Measure an averaged network. Every rank calls it and takes its part of session.held_out()."""
+        """Evaluate an averaged network. Every rank calls it and uses its part of session.held_out()."""
 
     def summarize(self, measures: Mapping[str, float]) -> str:
-        """What the log says of these measures."""
+        """Format these measures for the log."""
         return "  ".join(f"{name} {value:.4g}" for name, value in measures.items())
 
     def show(self, step: int, network: Any, path: Path) -> None:
-        """Write a sheet of what it can do to `path`, on the main rank."""
+        """Write an image of the network's results to `path`, on the main rank."""
 
     def export(self, step: int, network: Any) -> None:
-        """Write it for others to use, on the main rank, each time that it is shown."""
+        """Export the network, on the main rank, each time that it is shown."""
 
     def finish(self, network: Any) -> None:
-        """Write what a complete run leaves, on the main rank."""
+        """Write the results of a complete run, on the main rank."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What losses() remembers from step to step, as plain numbers, the same on every rank."""
+        """Return the state that losses() keeps between steps, as plain numbers, the same on every rank."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

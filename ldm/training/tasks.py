@@ -1,4 +1,4 @@
-"""The registry of trainings: the Task that a configuration's `kind` names, imported when it is asked for."""
+"""The registry of trainings: from a configuration's `kind` to its Task, imported on demand."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ TASKS: dict[str, Callable[[], type[Task[Any]]]] = {
 
 
 def task_of(kind: object) -> type[Task[Any]]:
-    """The class of a kind. Raises ValueError, naming the nearest, for another."""
+    """Return the class of a kind. Raises ValueError, which suggests the nearest, for an unknown kind."""
     if kind not in TASKS:
         raise unknown_name("kind of training", str(kind), {name: name for name in TASKS})
     return TASKS[str(kind)]()
 
 
 def run_task(args: Namespace, *, default: str) -> None:
-    """Run the training that --config describes. default: its kind, where the file does not say."""
+    """Run the training that --config describes. default: its kind if the file does not name one."""
     from ldm.config import load_tree, parse
     from ldm.training.faults.signals import StopSignal
     from ldm.training.loop import train

@@ -38,7 +38,7 @@ class VAETrainConfig(TrainingConfig):
         if self.data.image_size % self.vae.factor:
             raise ValueError(
                 f"data.image_size is {self.data.image_size}, not a multiple of the autoencoder's factor "
-                f"{self.vae.factor}, which the number of vae.block_out_channels makes: change either"
+                f"{self.vae.factor}, which follows from the length of vae.block_out_channels: change either"
             )
 
 
@@ -60,8 +60,8 @@ class VAETask(Task[VAETrainConfig]):
         return AutoencoderKL(self.config.vae)
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int) -> dict[str, Tensor]:
-        # Convolutions follow their input into this layout, in which they run faster; the weights stay as they are,
-        # because DeepSpeed broadcasts and flattens only contiguous ones.
+        # Convolutions adopt their input's layout, and run faster in this one. The weights stay contiguous, because
+        # DeepSpeed broadcasts and flattens only contiguous tensors.
         pixels = batch.pixels.to(self.device).contiguous(memory_format=torch.channels_last)
         noise = sample_randomness(self.config.run.seed, batch.positions, self.shape).eps
         reconstruction, posterior = network(pixels, noise.to(self.device))
@@ -69,7 +69,7 @@ class VAETask(Task[VAETrainConfig]):
 
     @torch.no_grad()
     def evaluate(self, network: AutoencoderKL) -> dict[str, float]:
-        """PSNR of the reconstructions over the validation set."""
+        """Measure the mean PSNR of the reconstructions of the validation set."""
         found = []
         for batch in self.session.held_out():
             pixels = batch.pixels.to(self.device)
@@ -81,7 +81,7 @@ class VAETask(Task[VAETrainConfig]):
 
     @torch.no_grad()
     def show(self, step: int, network: AutoencoderKL, path: Path) -> None:
-        """Pictures of the validation set above their reconstructions."""
+        """Write a contact sheet of validation images above their reconstructions."""
         batch = next(iter(self.session.validation.once(self.config.validation.batch_size)))
         pixels = batch.pixels.to(self.device)
         shown = (pixels[:GRID_PICTURES], reconstruct(network, pixels)[:GRID_PICTURES])
@@ -93,18 +93,18 @@ class VAETask(Task[VAETrainConfig]):
         save_image(sheet(cells, columns=columns), path)
 
     def finish(self, network: AutoencoderKL) -> None:
-        """Measure the latents over the training set and write the averaged weights to RUN/vae."""
+        """Measure the mean and standard deviation of the latents, and write the averaged weights to RUN/vae."""
         config, run = self.config, self.session.run
-        run.tell(f"measuring the latents of {len(self.session.images)} pictures")
+        run.log(f"measuring the latents of {len(self.session.images)} pictures")
         batches = self.session.images.once(config.data.batch_size)
         mean, std = latent_statistics(network, (batch.pixels.to(self.device) for batch in batches))
         network.config = dataclasses.replace(config.vae, latent_mean=mean, latent_std=std)
         with atomic_folder(config.run.path / "vae") as folder:
             save_vae(network, folder)
-        run.tell(f"latents: mean {[round(m, 3) for m in mean]}, standard deviation {[round(s, 3) for s in std]}")
-        run.tell(f"wrote {config.run.path / 'vae'}")
+        run.log(f"latents: mean {[round(m, 3) for m in mean]}, standard deviation {[round(s, 3) for s in std]}")
+        run.log(f"wrote {config.run.path / 'vae'}")
 
 
 def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """There and back by the posterior's mean: B x 3 x H x W."""
+    """Encode to the posterior's mean and decode it: B x 3 x H x W."""
     return vae.decode_z(vae.posterior(pixels).mean)

@@ -101,7 +101,7 @@ def test_overrides_reach_any_depth_and_keep_their_types():
         ("run.snapshot_every=0", r"run\.snapshot_every must be at least 1"),
         ("run.steps=0", r"run\.steps must be at least 1"),
         ("run.steps=many", r"run\.steps.*'many'"),
-        ("run.name=a/b", r"one folder's name, not 'a/b'"),
+        ("run.name=a/b", r"the name of a single folder, not 'a/b'"),
         ("model.caption_dropout=2", r"caption_dropout is 2"),
         (
             "model.objective.prediction=eps",

@@ -30,11 +30,11 @@ def resume(run: Run, engine: Engine, world: Ranks, *, config: Any, data: dict[st
         state = engine.load(chosen)
         run.checkpoints.trust(chosen)
         ranks = "" if state.ranks == world.ranks else f", written by {state.ranks} ranks"
-        run.tell(f"resumed from {chosen}{ranks}")
+        run.log(f"resumed from {chosen}{ranks}")
         for line in changes:
-            run.tell(line)
+            run.log(line)
         if state.precision != engine.precision:
-            run.tell(f"the forward pass now runs in {engine.precision}; before, it ran in {state.precision}")
+            run.log(f"the forward pass now runs in {engine.precision}; before, it ran in {state.precision}")
         run.rewound_to = rewound_to(run, chosen, state)
         if engine.step > run.config.steps:
             raise ValueError(
@@ -82,7 +82,7 @@ def choose(run: Run, world: Ranks) -> Path | None:
     if asked.resolve().parent == run.checkpoints.folder.resolve():
         return rewound(run, run.checkpoints.folder / asked.name, world)
     if own:  # the same command was restarted after the run had begun
-        run.tell(f"{run.config.path} has checkpoints of its own, so run.resume={asked} is ignored")
+        run.log(f"{run.config.path} has checkpoints of its own, so run.resume={asked} is ignored")
         return newest_good(run, run.checkpoints, world)
     if NAME.fullmatch(asked.name):
         return checked(asked, world)
@@ -110,7 +110,7 @@ def newest_good(run: Run, checkpoints: Checkpoints, world: Ranks) -> Path:
             set_aside(run, checkpoints, damaged, world)
             return path
         damaged.append(path)
-        run.tell(f"checkpoint {path} is damaged ({reason})")
+        run.log(f"checkpoint {path} is damaged ({reason})")
     raise CheckpointError(
         f"none of the {len(damaged)} checkpoints in {checkpoints.folder} is valid: give another run.name"
     )
@@ -119,7 +119,7 @@ def newest_good(run: Run, checkpoints: Checkpoints, world: Ranks) -> Path:
 def set_aside(run: Run, checkpoints: Checkpoints, damaged: list[Path], world: Ranks) -> None:
     if damaged and world.is_main and checkpoints is run.checkpoints:
         for path in damaged:
-            run.tell(f"{path.name} is now {checkpoints.set_aside(path, 'damaged').name}")
+            run.log(f"{path.name} is now {checkpoints.set_aside(path, 'damaged').name}")
     world.any_rank(False)  # a barrier: no rank lists the folder before the renames are done
 
 
@@ -131,13 +131,13 @@ def rewound(run: Run, path: Path, world: Ranks) -> Path:
     named = NAME.fullmatch(path.name) is not None
     later = [other for other in listed(run.checkpoints, world) if named and step_of(other) > step_of(path)]
     if world.any_rank(world.is_main and bool(later) and recorded_rewind(later[-1]) == path.name):
-        run.tell(f"this run was rewound to {path.name} before, and resumes from its newest checkpoint")
+        run.log(f"this run was rewound to {path.name} before, and resumes from its newest checkpoint")
         return newest_good(run, run.checkpoints, world)
     checked(path, world)
     world.any_rank(False)  # a barrier: every rank has checked it
     if world.is_main:
         for other in later:
-            run.tell(f"{other.name} is now {run.checkpoints.set_aside(other, 'aside').name}")
+            run.log(f"{other.name} is now {run.checkpoints.set_aside(other, 'aside').name}")
     world.any_rank(False)
     return path
 

@@ -77,7 +77,7 @@ def _is_required(entry: Field[Any]) -> bool:
     return entry.default is MISSING and entry.default_factory is MISSING
 
 
-class Resumption:
+class StateCheckpointer:
     """Collects this rank's part of the training state for checkpoints, and restores it."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Resumption:
         self._saver = Saver(checkpoints, rank=world.rank, ranks=world.ranks) if checkpoints is not None else None
         self._writing = Path()
 
-    def kept_whole(self) -> dict[str, Tensor]:
+    def buffers(self) -> dict[str, Tensor]:
         """Collect the network's persistent buffers, which are not sharded."""
         saved = self.module.state_dict().keys()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in saved}
@@ -152,11 +152,11 @@ class Resumption:
 
             self.partition.load(read, state.step)
             for group, average in self.averages.items():
-                spans = {piece.span.name: piece.span for piece in self.partition.owned}
+                spans = {fragment.span.name: fragment.span for fragment in self.partition.owned}
                 shadow = {name: read(group, spans[name]) for name in average.shadow}
                 average.load_state_dict({"updates": state.step, "shadow": shadow})
             with torch.no_grad():
-                for name, buffer in self.kept_whole().items():
+                for name, buffer in self.buffers().items():
                     buffer.copy_(fragments.whole(f"buffers/{name}"))
             self._restore_generators(fragments, state)
         return state
@@ -166,16 +166,16 @@ class Resumption:
         """Views of all that this rank owns, and their spans. They stay valid: optimiser and averages work in place."""
         tensors: dict[str, Tensor] = {}
         spans: dict[str, Span] = {}
-        for piece in self.partition.owned:
-            parts = {"weights": piece.of(piece.home)} | self.partition.moments(piece)
+        for fragment in self.partition.owned:
+            parts = {"weights": fragment.of(fragment.optimizer_tensor)} | self.partition.moments(fragment)
             parts |= {
-                group: average.shadow[piece.span.name]
+                group: average.shadow[fragment.span.name]
                 for group, average in self.averages.items()
-                if piece.span.name in average.shadow
+                if fragment.span.name in average.shadow
             }
             for group, part in parts.items():
-                tensors[f"{group}/{piece.span.name}"] = part
-                spans[f"{group}/{piece.span.name}"] = piece.span
+                tensors[f"{group}/{fragment.span.name}"] = part
+                spans[f"{group}/{fragment.span.name}"] = fragment.span
         return tensors, spans
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Span]]:
@@ -183,7 +183,7 @@ class Resumption:
         owned, spans = self._owned
         tensors = owned | {f"generators/{self.world.rank}/{name}": state for name, state in generator_states().items()}
         if self.world.is_main:
-            tensors |= {f"buffers/{name}": buffer for name, buffer in self.kept_whole().items()}
+            tensors |= {f"buffers/{name}": buffer for name, buffer in self.buffers().items()}
         return tensors, spans
 
     def _check(self, fragments: Fragments, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a block's activations are computed again in the backward pass instead of being kept.
+"""Activation checkpointing: recompute a block's activations in the backward pass instead of keeping them in memory.
 
 Chen et al. 2016 (arXiv 1604.06174).
 """
@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute_blocks(network: nn.Module, *, reentrant: bool) -> list[nn.Module]:
-    """Make the blocks of a network, which are the entries of its lists of modules, forget their activations.
+    """Apply activation checkpointing to the blocks of a network: the entries of its module lists.
 
-    The innermost lists count, so that no block recomputes another; a single layer in a list, as attention has for its
-    output's name, is no block. reentrant: PyTorch's older way, which looks at no tensor's shape again: ZeRO 3 empties
-    weights between the two passes. Returns the blocks. Raises ValueError if there are none.
+    Only the innermost lists count, so that blocks are not nested. A single layer in a list (attention has one, for the
+    name of its output) is not a block. reentrant: use PyTorch's older implementation, which does not compare tensor
+    shapes: ZeRO 3 empties weights between the two passes. Returns the blocks. Raises ValueError if there are none.
     """
     entries = [entry for own in network.modules() if isinstance(own, nn.ModuleList) for entry in own]
     candidates = {e: None for e in entries if not isinstance(e, nn.ModuleList) and any(True for _ in e.children())}
@@ -34,9 +34,9 @@ def _recomputed(forward: Callable[..., Any], reentrant: bool, *inputs: Any, **na
     if not reentrant:
         return checkpoint(forward, *inputs, use_reentrant=False, **named)
     if not any(isinstance(x, Tensor) and x.requires_grad for x in (*inputs, *named.values())):
-        return forward(*inputs, **named)  # the older way would cut such a block's weights off from the gradient
+        return forward(*inputs, **named)  # the reentrant version would give such a block's weights no gradient
 
-    def positional(*values: Any) -> Any:  # the older way looks for gradients among these alone
+    def positional(*values: Any) -> Any:  # the reentrant version tracks gradients only through positional arguments
         return forward(*values[: len(inputs)], **dict(zip(named, values[len(inputs) :], strict=True)))
 
     return checkpoint(positional, *inputs, *named.values(), use_reentrant=True)

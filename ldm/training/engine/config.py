@@ -1,4 +1,4 @@
-"""What the engine and its optimiser are told, and DeepSpeed's own settings, which follow from it."""
+"""Settings of the engine and its optimiser, and DeepSpeed's own settings, which are derived from them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DTYPES: dict[Resolved, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.flo
 class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 0  # 1 shards the optimiser, 2 also gradients, 3 also weights
     precision: Precision = "auto"  # of the forward pass; auto: bf16 where the hardware has it
-    clip: float = 1.0  # largest norm of the gradient; 0 leaves it as it is
-    accumulation: int = 1  # parts that a rank's share of a batch is cut into, to need less memory
-    offload: Literal["none", "optimizer", "parameters"] = "none"  # to the CPU's memory; parameters: the optimiser too
-    recompute: bool = False  # activations in the backward pass, a block at a time: a third more time, far less memory
+    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    accumulation: int = 1  # gradient accumulation: number of parts of a rank's batch, to need less memory
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # to CPU memory; parameters: optimiser state as well
+    recompute: bool = False  # activation checkpointing of each block: a third more time, far less memory
     compile: bool = False  # the network by torch.compile
-    save_in_background: bool = True  # checkpoints are written while training goes on, from a copy in memory
-    hang_seconds: float = 300.0  # a rank that neither moves nor answers for so long has hung: all stop
+    save_in_background: bool = True  # write checkpoints from a staging buffer while training continues
+    hang_seconds: float = 300.0  # a rank without progress or heartbeat for this long has hung: all ranks end
 
     def __post_init__(self) -> None:
         if not self.clip >= 0:
@@ -42,23 +42,24 @@ class EngineConfig:
                 f"{self.zero_stage}: raise it, or set offload to none"
             )
         if self.compile and self.zero_stage == 3:
-            raise ValueError("engine.compile does not go with engine.zero_stage 3, which cuts up weights: use 2")
+            raise ValueError("engine.compile does not support engine.zero_stage 3, which shards weights: use 2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(LRConfig):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) or, for linear layers, Muon; and the average of the weights.
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) or, for linear layers, Muon; and averages of the weights.
 
-    muon: the momentum of each linear layer's weight is made orthogonal, and scaled to the size of AdamW's steps
-    (Jordan et al. 2024, Liu et al. 2025, arXiv 2502.16982): one lr serves both. All other weights are AdamW's.
+    muon: orthogonalise the momentum of each linear layer's weight, and scale it to the size of AdamW's steps, so that
+    one lr serves both (Jordan et al. 2024, Liu et al. 2025, arXiv 2502.16982). All other weights use AdamW.
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    muon_momentum: float = 0.95  # read by muon alone
+    muon_momentum: float = 0.95  # used only by muon
     ema_decay: float = 0.999
-    # Relative lengths of averages whose snapshots any other length can be reconstructed from (0.05 and 0.1 are usual).
+    # Relative lengths of averages to keep snapshots of, from which any other length can be reconstructed (usually 0.05
+    # and 0.1).
     ema_lengths: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -73,20 +74,20 @@ class OptimConfig(LRConfig):
 
 
 def resolved_precision(precision: Precision, device: torch.device) -> Resolved:
-    """What the forward pass runs in. Raises ValueError if bf16 is asked for on a GPU that has none."""
+    """Return the precision of the forward pass. Raises ValueError for bf16 on a GPU that does not support it."""
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if precision == "bf16" and device.type == "cuda" and not able:
-        raise ValueError("engine.precision is bf16 but this GPU has none: use fp16 or fp32")
+        raise ValueError("engine.precision is bf16, which this GPU does not support: use fp16 or fp32")
     if precision == "auto":
         return "bf16" if able else "fp32"
     return precision
 
 
 def deepspeed_settings(config: EngineConfig, *, batch_size: int, ranks: int, precision: Resolved) -> dict[str, Any]:
-    """DeepSpeed's own settings, derived: nothing in them is written a second time elsewhere."""
+    """Derive DeepSpeed's own settings, so that no setting has to be given twice."""
     parts = ranks * config.accumulation
     if batch_size % parts:
         raise ValueError(
@@ -103,10 +104,10 @@ def deepspeed_settings(config: EngineConfig, *, batch_size: int, ranks: int, pre
         "train_micro_batch_size_per_gpu": batch_size // parts,
         "gradient_accumulation_steps": config.accumulation,
         "zero_optimization": zero,
-        # PyTorch's fused AdamW is as fast as DeepSpeed's for the CPU, whose rounding depends on what came before it.
+        # PyTorch's fused AdamW is as fast as DeepSpeed's CPU optimiser, whose rounding depends on earlier calls.
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,  # Muon is ours, and tested
-        "gradient_clipping": config.clip if config.zero_stage > 0 else 0.0,  # under ZeRO 0 the engine does it
+        "zero_allow_untested_optimizer": True,  # for our Muon, which has tests
+        "gradient_clipping": config.clip if config.zero_stage > 0 else 0.0,  # under ZeRO 0 our engine clips
         "torch_autocast": {"enabled": precision != "fp32", "dtype": str(DTYPES[precision]).removeprefix("torch.")},
-        "steps_per_print": 10**9,  # progress is ours to print
+        "steps_per_print": 10**9,  # the training loop prints progress
     }

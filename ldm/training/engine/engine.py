@@ -1,4 +1,4 @@
-"""Training a network under DeepSpeed ZeRO: the one file that imports deepspeed.
+"""Train a network under DeepSpeed ZeRO.
 
 Networks stay plain modules. Weights are float32 and the forward pass runs under autocast, so that the optimiser,
 the EMA and the checkpoints never see a rounded weight. Frozen networks stay outside: under ZeRO 3 they break.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm.errors import NonFiniteError
 from ldm.training.checkpoints import Checkpoints
-from ldm.training.checkpoints.train_state import Resumption, RunFacts, Saved, TrainState, versions
+from ldm.training.checkpoints.train_state import RunFacts, Saved, StateCheckpointer, TrainState, versions
 from ldm.training.engine.activation_checkpointing import recompute_blocks
 from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_settings, resolved_precision
 from ldm.training.engine.distributed import Ranks
@@ -27,21 +27,21 @@ from ldm.training.optim.lr_schedule import lr_at
 from ldm.training.optim.optimizers import ParameterGroup, build_optimizer
 from ldm.training.optim.power_profile import PowerProfile
 
-SKIPPED_AT_MOST = 10  # steps in a row without a finite gradient, before a run is stopped
+SKIPPED_AT_MOST = 10  # batches in a row without a finite gradient before training stops
 
 
 class Update(NamedTuple):
-    """What one call of Engine.update did, the same on every rank."""
+    """The result of one call of Engine.update, the same on every rank."""
 
     loss: float  # the mean over the global batch
-    fault: str | None  # None: a step was taken. Otherwise what was not finite; nothing has moved
+    fault: str | None  # None: a step was taken; otherwise what was not finite, and the weights are unchanged
     bad_ranks: list[int]  # those whose own loss was not finite
     wished: list[bool]  # for each wish, whether any rank had it
-    saved: Saved | None  # a checkpoint that has been written, or could not be, since the last update
+    saved: Saved | None  # the outcome of a checkpoint that was completed, or failed, since the last update
 
 
 class Engine:
-    """One network, its optimiser and the float32 averages of its weights, over all processes."""
+    """One network, its optimiser and the float32 averages of its weights, distributed over all ranks."""
 
     def __init__(
         self,
@@ -56,11 +56,11 @@ class Engine:
         groups: Sequence[ParameterGroup] | None = None,
         exported: Callable[[str], bool] = lambda name: True,
     ) -> None:
-        """groups: of all trained parameters; None: one. exported: whether a tensor, by name, is averaged."""
+        """groups: of all trained parameters; None: one group. exported: whether to average a tensor, by its name."""
         self.world, self.config, self.optim, self.total_steps = world, config, optim, total_steps
         self._exported = exported
         self.step = 0  # optimiser steps taken
-        self.position = 0  # global batches used: one more than steps for each that was skipped
+        self.position = 0  # global batches used: steps plus skipped batches
         self.skipped_in_a_row = 0
         self.resumed = False  # whether a checkpoint was loaded
         self.precision = resolved_precision(config.precision, world.device)
@@ -68,13 +68,15 @@ class Engine:
         settings = deepspeed_settings(config, batch_size=batch_size, ranks=world.ranks, precision=self.precision)
         self._engine = self._initialize(network, settings, groups)
         self._partition = partition_of(self._engine.module, self._engine.optimizer, world, zero_stage=config.zero_stage)
-        # Each rank averages what it owns: nothing is gathered while training.
+        # Each rank averages the weights that it owns: nothing is gathered during training.
         self.ema = EMA(self._averaged(), WarmedUp(optim.ema_decay))
         self.power_emas = {length: EMA(self._averaged(), PowerProfile(length)) for length in optim.ema_lengths}
-        self._resumption = Resumption(world, self._partition, self._averages(), checkpoints, self._engine.module)
+        self._checkpointer = StateCheckpointer(
+            world, self._partition, self._averages(), checkpoints, self._engine.module
+        )
 
     def _initialize(self, network: nn.Module, settings: dict[str, Any], groups: Sequence[ParameterGroup] | None) -> Any:
-        """DeepSpeed's engine, which puts attributes on modules and parameters that no type knows of."""
+        """Build DeepSpeed's engine. It adds attributes to modules and parameters that type checkers do not know."""
         import deepspeed
 
         network.to(self.world.device)
@@ -85,14 +87,14 @@ class Engine:
         optimizer = build_optimizer(network, self.optim, groups)
         engine: Any = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)[0]
         if self.loss_scale is not None:
-            # Its own scaler halves the scale on one rank and not on another, or never: ours is the same on all.
+            # DeepSpeed's scaler may halve the scale on only some of the ranks, or never; ours is the same on all ranks.
             engine.torch_autocast_z0_gradscaler = None
             if self.config.zero_stage > 0:
                 engine.optimizer.torch_autocast_gradscaler = None
         return engine
 
     def __call__(self, *inputs: Any) -> Any:
-        """The network's forward pass, under autocast where precision says so."""
+        """Run the network's forward pass, under autocast unless precision is fp32."""
         return self._engine(*inputs)
 
     @property
@@ -101,28 +103,29 @@ class Engine:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step to come."""
+        """The learning rate of the next step."""
         return lr_at(self.optim, self.step, self.total_steps)
 
     def update(self, losses: Iterable[Tensor], wishes: Sequence[bool] = ()) -> Update:
-        """One optimiser step on one global batch: backward, optimiser and EMA.
+        """Take one optimiser step on one global batch: backward passes with gradient accumulation, optimiser and EMA.
 
-        losses: this rank's mean loss over each of config.accumulation equal parts of its share; each is asked for when
-        the one before has gone backward. wishes: what any rank may want all to know; it travels with the loss.
+        losses: this rank's mean loss over each of config.accumulation equal parts of its batch; each is requested after
+        the backward pass of the previous one. wishes: flags of this rank, combined over all ranks in the loss's
+        all-reduce.
 
-        If a loss or the gradient is not finite on any rank, all ranks know it, and weights, moments, averages, `step`
-        and learning rate stay as they are; only `position` moves on. Raises NonFiniteError, on every rank alike, after
+        If a loss or the gradient is not finite on any rank, every rank skips the batch: weights, moments, averages,
+        `step` and learning rate stay as they are; only `position` advances. Raises NonFiniteError, on every rank, after
         SKIPPED_AT_MOST such batches in a row.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self.lr * group["lr_scale"]
-        total, bad_ranks, told = 0.0, [], []
+        total, bad_ranks, sums = 0.0, [], []
         for number, loss in enumerate(losses, 1):
             mine = loss.item()
             bad = [float(rank == self.world.rank and not math.isfinite(mine)) for rank in range(self.world.ranks)]
-            told = self.world.all_reduce([mine, *map(float, wishes), *self._resumption.report(), *bad])
-            total += told[0] / self.world.ranks / self.config.accumulation
-            bad_ranks = [rank for rank, count in enumerate(told[-self.world.ranks :]) if count]
+            sums = self.world.all_reduce([mine, *map(float, wishes), *self._checkpointer.report(), *bad])
+            total += sums[0] / self.world.ranks / self.config.accumulation
+            bad_ranks = [rank for rank, count in enumerate(sums[-self.world.ranks :]) if count]
             if bad_ranks:
                 self._discard(loss)
                 break
@@ -131,8 +134,8 @@ class Engine:
         self.position += 1
         self._count(fault)
         reported = len(wishes) + 1
-        saved = self._resumption.settle(told[reported : reported + 2])
-        return Update(total, fault, bad_ranks, [count > 0 for count in told[1:reported]], saved)
+        saved = self._checkpointer.settle(sums[reported : reported + 2])
+        return Update(total, fault, bad_ranks, [count > 0 for count in sums[1:reported]], saved)
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -144,8 +147,8 @@ class Engine:
         self._engine.backward(loss)
 
     def _discard(self, loss: Tensor) -> None:
-        """Throw away what this batch's earlier parts have left. ZeRO keeps gradients in places of its own, and clears
-        them by itself when they are not finite."""
+        """Discard the gradients accumulated from this batch's earlier parts. ZeRO keeps them in its own buffers, which
+        it clears when they are not finite."""
         if self.config.zero_stage == 0:
             self._engine.zero_grad()
         else:
@@ -153,26 +156,26 @@ class Engine:
             self._engine.step()
 
     def _take_step(self) -> str | None:
-        """What is wrong with the gradient; None: nothing, and the optimiser has used it."""
+        """Take the optimiser step and return None; or, if the gradient is not finite, skip it and return the fault."""
         if self.config.zero_stage == 0:
-            norm = self._clip_whole_gradient()
+            norm = self._clip_gradient()
             if not math.isfinite(norm):
-                self._engine.zero_grad()  # DeepSpeed itself looks at it only from ZeRO 1 on
+                self._engine.zero_grad()  # DeepSpeed itself checks it only from ZeRO 1 on
                 return f"the gradient's norm is {norm}"
             self._engine.step()
             return None
         self._engine.step()
         return "the gradient is not finite" if self._engine.optimizer.overflow else None
 
-    def _clip_whole_gradient(self) -> float:
-        """Undo the loss scale, and clip; returns the norm before that."""
+    def _clip_gradient(self) -> float:
+        """Undo the loss scale, and clip the gradient. Returns its norm before clipping."""
         trained = [p for p in self._engine.module.parameters() if p.grad is not None]
         gradients = [p.grad for p in trained]
         if self.loss_scale is not None:
             torch._foreach_mul_(gradients, 1 / self.loss_scale.scale)  # pyright: ignore[reportPrivateImportUsage]
         norm = torch.nn.utils.get_total_norm(gradients)
         length = norm.item()
-        if 0 < self.config.clip < length:  # to multiply by 1 would cost as much as the norm itself
+        if 0 < self.config.clip < length:  # multiplying by 1 would cost as much as the norm itself
             torch.nn.utils.clip_grads_with_norm_(trained, self.config.clip, norm)
         return length
 
@@ -193,37 +196,37 @@ class Engine:
             )
 
     def _averages(self) -> dict[str, EMA]:
-        """By the name of their tensors in a checkpoint."""
+        """The averages by their group name in a checkpoint."""
         return {"ema": self.ema} | {f"ema_{length:g}": average for length, average in self.power_emas.items()}
 
     def _averaged(self) -> Iterator[tuple[str, Tensor]]:
-        """The float32 weights of which this rank keeps averages."""
+        """The float32 weights that this rank averages."""
         return ((name, weight) for name, weight in self._partition.own_weights() if self._exported(name))
 
     def averaged_weights(self, length: float | None = None, *, everywhere: bool = False) -> dict[str, Tensor]:
-        """An average's full weights, float32, and the network's buffers as they are, on the main rank; an empty dict
-        on the others, but everywhere: on all. Every rank must call it.
+        """Gather an average's full weights, float32, and the network's buffers, on the main rank (if everywhere: on all
+        ranks). The other ranks get an empty dict. Every rank must call it.
 
-        length: of one of optim.ema_lengths; None: the plain average.
+        length: one of optim.ema_lengths; None: the average of optim.ema_decay.
         """
         average = self.ema if length is None else self.power_emas[length]
-        starts = {piece.span.name: piece.span.start for piece in self._partition.owned}
+        starts = {fragment.span.name: fragment.span.start for fragment in self._partition.owned}
         found: dict[str, Tensor] = {}
         here = everywhere or self.world.is_main
         for name, shape in self._partition.shapes.items():
             if not self._exported(name):
                 continue
-            whole = self.world.gather_flat(average.shadow.get(name), starts.get(name, 0), shape, everywhere=everywhere)
+            full = self.world.gather_flat(average.shadow.get(name), starts.get(name, 0), shape, everywhere=everywhere)
             if here:
-                found[name] = whole.cpu()  # one at a time on the device
-        buffers = {name: own for name, own in self._resumption.kept_whole().items() if self._exported(name)}
+                found[name] = full.cpu()  # so that the device holds only one at a time
+        buffers = {name: own for name, own in self._checkpointer.buffers().items() if self._exported(name)}
         return found | buffers if here else {}
 
     def save(self, facts: RunFacts = RunFacts()) -> Saved | None:  # noqa: B008 - it is immutable
-        """Write a checkpoint of this step, alongside the training if config.save_in_background.
+        """Write a checkpoint of this step, in the background if config.save_in_background.
 
-        Every rank must call it. Returns what became of it, or None while it is being written: then a later update
-        reports.
+        Every rank must call it. Returns the outcome, or None while it is being written: then a later update returns
+        the outcome.
         """
         state = TrainState(
             **facts._asdict(),
@@ -236,19 +239,19 @@ class Engine:
             versions=versions(),
             loss_scale=None if self.loss_scale is None else self.loss_scale.record(),
         )
-        saved = self._resumption.begin(state)
+        saved = self._checkpointer.begin(state)
         return saved if saved is not None or self.config.save_in_background else self.finish_save()
 
     def finish_save(self) -> Saved | None:
-        """Wait for the checkpoint that is being written, if one is. Every rank must call it."""
-        return self._resumption.finish()
+        """Wait for the checkpoint that is being written, if any. Every rank must call it."""
+        return self._checkpointer.finish()
 
     def load(self, folder: Path) -> TrainState:
-        """Continue from a checkpoint, of whichever number of ranks and ZeRO stage.
+        """Resume from a checkpoint, which may have been written with another world size and ZeRO stage.
 
-        Raises CheckpointError if it is damaged, or another network's.
+        Raises CheckpointError if it is damaged, or of another network.
         """
-        state = self._resumption.load(folder)
+        state = self._checkpointer.load(folder)
         self.step, self.position, self.resumed = state.step, state.position, True
         self.skipped_in_a_row = state.skipped_in_a_row
         if self.loss_scale is not None and state.loss_scale is not None:

@@ -1,9 +1,9 @@
-"""Which elements of which weights this rank owns, and where they lie in DeepSpeed's optimisers.
+"""The elements of each weight that this rank owns, and their location in DeepSpeed's optimisers.
 
-Under every ZeRO stage each element of each weight has one owner, which keeps its average and writes it into
-checkpoints. Under ZeRO 1 to 3 that is the rank whose optimiser moves it. Under ZeRO 0 all ranks hold everything, and
-share out the work. What is read here of DeepSpeed's optimisers are attributes that its own fragment API is made of
-(deepspeed.utils.tensor_fragment); a test with real processes holds each stage to the same numbers.
+Under every ZeRO stage each element of each weight has one owner, which keeps its average and writes it to checkpoints.
+Under ZeRO 1 to 3 that is the rank whose optimiser updates it. Under ZeRO 0 all ranks hold everything, and divide the
+work. This file reads the attributes of DeepSpeed's optimisers that its own fragment API uses
+(deepspeed.utils.tensor_fragment); a test with real processes checks that all stages give the same numbers.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Read = Callable[[str, Span], Tensor]  # (group, elements of a weight) -> these e
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A run of a weight's elements."""
+class Fragment:
+    """Consecutive elements of a weight."""
 
     span: Span
-    home: Tensor  # the float32 tensor that the optimiser moves, which holds them
-    offset: int  # of the first of them in the flattened home
+    optimizer_tensor: Tensor  # the float32 tensor that holds them, which the optimiser updates
+    offset: int  # of the first element in the flattened optimizer_tensor
 
     def of(self, tensor: Tensor) -> Tensor:
-        """These elements of a tensor like home: a view, 1-D."""
+        """Return these elements of a tensor of optimizer_tensor's shape: a view, 1-D."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.span.size)
 
 
 class Partition:
-    """This rank's pieces of all weights. optimizer: DeepSpeed's, or under ZeRO 0 PyTorch's."""
+    """This rank's fragments of all weights. optimizer: DeepSpeed's, or under ZeRO 0 PyTorch's."""
 
     def __init__(self, network: nn.Module, optimizer: Any, world: Ranks) -> None:
         self.world = world
@@ -48,91 +48,93 @@ class Partition:
         self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self.owned, self.held = self._owned(), self._held()
         if isinstance(self.optimizer, MuonAndAdamW):
-            self._lay_out(self.optimizer)
-        for piece in self.held:
-            prepare_state(self.optimizer, piece.home)
+            self._set_layout(self.optimizer)
+        for fragment in self.held:
+            prepare_state(self.optimizer, fragment.optimizer_tensor)
 
-    def _owned(self) -> list[Piece]:
+    def _owned(self) -> list[Fragment]:
         raise NotImplementedError
 
-    def _held(self) -> list[Piece]:
-        """What this rank keeps in memory, and must be given when it resumes."""
+    def _held(self) -> list[Fragment]:
+        """The fragments that this rank keeps in memory, and must load on resume."""
         return self._owned()
 
-    def _lay_out(self, optimizer: MuonAndAdamW) -> None:
-        """Tell it where the matrices are that it moves, if not where the network has them."""
+    def _set_layout(self, optimizer: MuonAndAdamW) -> None:
+        """Pass the optimiser the location of the matrices that it updates, if they are not the network's own."""
 
     def weights_changed(self) -> None:
-        """Give the network the weights that were written into the pieces. Every rank calls it."""
+        """Copy the weights written into the fragments to the network. Every rank calls it."""
 
     def own_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The float32 weights that this rank owns, 1-D views by name."""
-        for piece in self.owned:
-            yield piece.span.name, piece.of(piece.home)
+        """Yield the float32 weights that this rank owns: names and 1-D views."""
+        for fragment in self.owned:
+            yield fragment.span.name, fragment.of(fragment.optimizer_tensor)
 
-    def moments(self, piece: Piece) -> dict[str, Tensor]:
-        """What the optimiser remembers of a piece, by its names for it, without its count of steps: 1-D views."""
-        state = self.optimizer.state[piece.home]
-        return {name: piece.of(value) for name, value in state.items() if name != "step"}
+    def moments(self, fragment: Fragment) -> dict[str, Tensor]:
+        """Return the optimiser's state of a fragment by name, without its step count: 1-D views."""
+        state = self.optimizer.state[fragment.optimizer_tensor]
+        return {name: fragment.of(value) for name, value in state.items() if name != "step"}
 
     @torch.no_grad()
     def load(self, read: Read, step: int) -> None:
-        """Take over weights and moments as they were after `step` optimiser steps. Every rank calls it."""
-        for piece in self.held:
-            piece.of(piece.home).copy_(read("weights", piece.span))
-            for name, moment in self.moments(piece).items():
-                moment.copy_(read(name, piece.span))
-            set_step(self.optimizer.state[piece.home], step)
+        """Load weights and moments as they were after `step` optimiser steps. Every rank calls it."""
+        for fragment in self.held:
+            fragment.of(fragment.optimizer_tensor).copy_(read("weights", fragment.span))
+            for name, moment in self.moments(fragment).items():
+                moment.copy_(read(name, fragment.span))
+            set_step(self.optimizer.state[fragment.optimizer_tensor], step)
         self.weights_changed()
 
 
 class Replicated(Partition):
-    """ZeRO 0: every rank holds all weights; each owns as many elements of each."""
+    """ZeRO 0: every rank holds all weights, and owns an equal part of the elements of each."""
 
-    def _held(self) -> list[Piece]:
-        return [Piece(Span(name, 0, p.numel()), p, 0) for name, p in self.weights.items()]
+    def _held(self) -> list[Fragment]:
+        return [Fragment(Span(name, 0, p.numel()), p, 0) for name, p in self.weights.items()]
 
-    def _owned(self) -> list[Piece]:
+    def _owned(self) -> list[Fragment]:
         found = []
         for name, p in self.weights.items():
-            start, stop = (p.numel() * share // self.world.ranks for share in (self.world.rank, self.world.rank + 1))
+            start, stop = (p.numel() * part // self.world.ranks for part in (self.world.rank, self.world.rank + 1))
             if start < stop:
-                found.append(Piece(Span(name, start, stop), p, start))
+                found.append(Fragment(Span(name, start, stop), p, start))
         return found
 
 
-class CutUp(Partition):
-    """Each rank's optimiser moves flat tensors, made of its parts of many weights."""
+class FlatPartition(Partition):
+    """Each rank's optimiser updates flat tensors that contain fragments of many weights."""
 
-    def _home(self, name: str) -> Tensor:
-        """The one that a weight's part lies in, if this rank has any."""
+    def _optimizer_tensor(self, name: str) -> Tensor:
+        """Return the flat tensor that contains this rank's fragment of a weight, if it has any."""
         raise NotImplementedError
 
-    def _lay_out(self, optimizer: MuonAndAdamW) -> None:
-        pieces = {piece.span.name: piece for piece in self.owned}
+    def _set_layout(self, optimizer: MuonAndAdamW) -> None:
+        fragments = {fragment.span.name: fragment for fragment in self.owned}
         cuts: dict[Tensor, list[Cut]] = {}
         for name, p in self.weights.items():
             if p in optimizer.matrices:
-                piece, shape = pieces.get(name), self.shapes[name]
-                cut = Cut(shape, piece.span.start, piece.offset, piece.span.size) if piece else Cut(shape, 0, 0, 0)
-                cuts.setdefault(self._home(name), []).append(cut)
+                own, shape = fragments.get(name), self.shapes[name]  # own: None if this rank has no elements of it
+                cut = Cut(shape, own.span.start, own.offset, own.span.size) if own else Cut(shape, 0, 0, 0)
+                cuts.setdefault(self._optimizer_tensor(name), []).append(cut)
         optimizer.lay_out(cuts, lambda part, cut: self.world.gather_flat(part, cut.start, cut.shape, everywhere=True))
 
 
-class Flattened(CutUp):
-    """ZeRO 1 and 2: all weights of a group are one flat tensor, of which each rank's optimiser moves a part."""
+class Flattened(FlatPartition):
+    """ZeRO 1 and 2: all weights of a group form one flat tensor, of which each rank's optimiser updates a part."""
 
-    def _owned(self) -> list[Piece]:
+    def _owned(self) -> list[Fragment]:
         found = []
         for name, p in self.weights.items():
             mapping = p._hp_mapping  # pyright: ignore[reportAttributeAccessIssue] - DeepSpeed's
             if mapping is None:
                 continue
             ours, theirs = mapping.lp_fragment_address, mapping.hp_fragment_address
-            found.append(Piece(Span(name, ours.start, ours.start + ours.numel), self._home(name), theirs.start))
+            found.append(
+                Fragment(Span(name, ours.start, ours.start + ours.numel), self._optimizer_tensor(name), theirs.start)
+            )
         return found
 
-    def _home(self, name: str) -> Tensor:
+    def _optimizer_tensor(self, name: str) -> Tensor:
         return self.zero.single_partition_of_fp32_groups[self._group_numbers[self.weights[name]]]
 
     @cached_property
@@ -143,29 +145,29 @@ class Flattened(CutUp):
         self.zero.update_lp_params()
 
 
-class Sharded(CutUp):
-    """ZeRO 3: each weight is cut into as many equal parts as there are ranks, the last one padded."""
+class Sharded(FlatPartition):
+    """ZeRO 3: each weight is split into equal parts, one per rank; the last part is padded."""
 
-    def _owned(self) -> list[Piece]:
+    def _owned(self) -> list[Fragment]:
         found = []
         for name in self.weights:
             _, offset, size = self._position(name)
             start, numel = self.world.rank * size, self.shapes[name].numel()
             stop = min(start + size, numel)
             if start < stop:
-                found.append(Piece(Span(name, start, stop), self._home(name), offset))
+                found.append(Fragment(Span(name, start, stop), self._optimizer_tensor(name), offset))
         return found
 
-    def _home(self, name: str) -> Tensor:
+    def _optimizer_tensor(self, name: str) -> Tensor:
         return self.zero.fp32_partitioned_groups_flat[self._position(name)[0]]
 
     def _position(self, name: str) -> tuple[int, int, int]:
-        """Number of the flat tensor, first element there, elements of a rank's part."""
+        """Return the index of the flat tensor, the first element in it, and the number of elements per rank."""
         return self.zero.grad_position[self.zero.get_param_id(self.weights[name])]
 
     def weights_changed(self) -> None:
-        """As at the end of DeepSpeed's own step: from the optimiser's weights to the shards, and to small weights,
-        which it keeps whole on every rank."""
+        """Update the shards and the small weights, which DeepSpeed keeps unsharded on every rank, from the optimiser's
+        weights, as DeepSpeed does at the end of its own step."""
         self.zero.checkpoint_event_prologue()
         for group in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)

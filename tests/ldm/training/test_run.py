@@ -69,7 +69,7 @@ def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.Captur
     for step in range(1, 101):
         run.log_step(step=step, loss=1.0, lr=1e-3, batch_size=1, samples_seen=step, measures={})
     run.record(step=1)
-    run.tell("hello")
+    run.log("hello")
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
@@ -198,7 +198,7 @@ def test_speed_after_resuming_counts_this_session_alone(
 
 
 def test_the_share_of_time_that_went_into_waiting_for_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Always recorded, and told where it is worth telling."""
+    """Always recorded, and logged if it is not negligible."""
     run = make_run(tmp_path)
     run.begin(None)
     for step, share in ((10, 0.01), (20, 0.25)):
@@ -250,8 +250,8 @@ def test_duration(seconds: float, expected: str):
         ({"log_every": 0}, "run.log_every"),
         ({"sample_every": -1}, "run.sample_every"),
         ({"checkpoint_every": 0}, "run.checkpoint_every"),
-        ({"name": ""}, "one folder's name, not ''"),
-        ({"name": "a/b"}, "one folder's name, not 'a/b'"),
+        ({"name": ""}, "the name of a single folder, not ''"),
+        ({"name": "a/b"}, "the name of a single folder, not 'a/b'"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(tmp_path: Path, settings: dict[str, Any], told: str):

@@ -27,7 +27,7 @@ from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_sett
             {"offload": "parameters", "zero_stage": 2},
             "engine.offload is parameters, which needs engine.zero_stage 3 or more, not 2: raise it, or set offload to",
         ),
-        ({"compile": True, "zero_stage": 3}, "engine.compile does not go with engine.zero_stage 3, .*: use 2"),
+        ({"compile": True, "zero_stage": 3}, "engine.compile does not support engine.zero_stage 3, .*: use 2"),
     ],
 )
 def test_an_engine_that_cannot_be_is_refused(settings: dict[str, Any], told: str):
@@ -166,6 +166,6 @@ def test_what_is_asked_for_is_given(hardware: Any, precision: Any):
 
 def test_bf16_on_a_gpu_that_has_none_is_refused(hardware: Any):
     hardware(avx512=True)
-    with pytest.raises(ValueError, match="engine.precision is bf16 but this GPU has none: use fp16 or fp32"):
+    with pytest.raises(ValueError, match="engine.precision is bf16, which this GPU does not support: use fp16 or fp32"):
         resolved_precision("bf16", GPU)
     assert resolved_precision("fp16", GPU) == "fp16"

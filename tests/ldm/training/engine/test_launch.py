@@ -17,7 +17,7 @@ TAKEN = "The server socket has failed to listen on any local network address. po
 @pytest.mark.parametrize(
     ("told", "error", "message"),
     [
-        (TAKEN, ValueError, "port 7 is taken, by another training perhaps"),
+        (TAKEN, ValueError, "port 7 is in use, perhaps by another training"),
         ("recvValue failed: Connection reset by peer", dist.DistNetworkError, "Connection reset by peer"),
     ],
 )
