@@ -130,6 +130,7 @@ def test_the_examples_keep_to_the_style(tree):
 def test_the_sampler_holds_its_contract_and_draws(tree, python):
     contract, drawing = commands("A sampler")
     assert " passed" in run_shown(python, contract, "-k", "kutta and not beta")  # of the paths, the two shortest
+    assert "one of kutta, " in " ".join(python.run("txt2img.py", "--help").split())
     assert "sheet" in run_shown(python, drawing, "--n-samples", "1", "--outdir", "pictures")
     assert (tree / "pictures" / "samples" / "00000.png").exists()
 

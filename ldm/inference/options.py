@@ -8,12 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from ldm.files.messages import unknown_name
-from ldm.inference.parameter import Range, check_ranges, parameter
+from ldm.inference.parameter import Range, check_ranges, keys_of, parameter
 
 WEIGHTINGS = ("none", "a1111")  # of words in a prompt
 FORMATS = ("diffusers", "single-file")  # of what is exported
 SCHEDULES = ("constant", "linear", "cosine")  # of guidance's scale over time
-GRID_NAMES = "trailing, linear, leading, quadratic, karras, exponential, log_snr, beta, align_your_steps"
 FINER = "finer options"
 MAX_LORA_STRENGTH = 100
 
@@ -31,7 +30,8 @@ class DrawOptions:
     )  # fmt: skip
     time_grid: str | None = parameter(
         None, "which times to visit: one of {names}, or the times themselves, falling from 1 (noise) to 0, as "
-        "1,0.6,0.3,0 (default: trailing, or karras for models on EDM's path)", names=GRID_NAMES,
+        "1,0.6,0.3,0 (default: trailing, or karras for models on EDM's path)",
+        names=keys_of("TIME_GRIDS", "samplers/time_grids.py"),
         flags=("--time-grid", "--schedule-type"), metavar="NAME", group=FINER, a1111="Schedule type",
     )  # fmt: skip
     guidance_interval: tuple[float, float] = parameter(

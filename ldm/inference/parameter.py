@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 _KEY = "parameter"
@@ -40,14 +43,27 @@ class Parameter:
     metavar: str | tuple[str, ...] | None = None  # several: so many values
     group: str = ""  # heading of the command line's help
     choices: tuple[str, ...] = ()  # all that it may be
-    names: str = ""  # what it may be among others, for the help
+    names: str | Callable[[], str] = ""  # what it may be among others, for the help
     within: Range | None = None
     in_line: tuple[str, ...] = ()  # options in a line of a prompt file
     a1111: str = ""  # its name in AUTOMATIC1111's text, if it has one there
 
     def help_for(self, default: object) -> str:
         """Fill the default and the names into the help."""
-        return self.help.format(default=default, names=self.names or ", ".join(self.choices))
+        names = self.names() if callable(self.names) else self.names
+        return self.help.format(default=default, names=names or ", ".join(self.choices))
+
+
+def keys_of(table: str, file: str) -> Callable[[], str]:
+    """Return a function that lists a table's keys as a file of ldm/ spells them: --help must not wait for torch."""
+    return partial(_keys_in, table, Path(__file__).parents[1] / file)
+
+
+def _keys_in(table: str, file: Path) -> str:
+    nodes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.AnnAssign)]
+    (found,) = [node.value for node in nodes if ast.unparse(node.target) == table]
+    assert isinstance(found, ast.Dict)
+    return ", ".join(ast.literal_eval(key) for key in found.keys if key is not None)
 
 
 def parameter(default: Any, help: str, **about: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ldm.inference.options import PLAIN, DrawOptions
-from ldm.inference.parameter import Range, check_ranges, parameter
+from ldm.inference.parameter import Range, check_ranges, keys_of, parameter
 from ldm.model.facts import UNKNOWN, ModelFacts
 
 if TYPE_CHECKING:
@@ -20,10 +20,6 @@ MAX_SIDE = 4096  # pixels
 MAX_CHARACTERS = 10_000  # of a prompt: far beyond any text encoder, and small enough for a picture's metadata
 IMAGE_STRENGTH, MASK_STRENGTH = 0.75, 1.0  # what is usual without a mask, and with one
 BEGINNING = "a picture to begin with"
-SAMPLER_NAMES = (
-    "ddpm, ddpm_large, ddpm_learned, ddim, euler, euler_ancestral, heun, dpm2, dpmpp_2s_ancestral, dpmpp_2m, "
-    "dpmpp_2m_sde, dpmpp_3m_sde, unipc_2, unipc_3, lms, plms, pndm, deis, lcm"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +41,8 @@ class PictureSettings:
         in_line=("s", "steps"), a1111="Steps",
     )  # fmt: skip
     sampler: str = parameter(
-        "dpmpp_2m", "one of {names}, or A1111's name of it (default: {default})", names=SAMPLER_NAMES,
+        "dpmpp_2m", "one of {names}, or A1111's name of it (default: {default})",
+        names=keys_of("SAMPLERS", "samplers/__init__.py"),
         flags=("--sampler", "--scheduler"), metavar="NAME", in_line=("sampler_name",), a1111="Sampler",
     )  # fmt: skip
     scale: float = parameter(

@@ -12,9 +12,8 @@ from PIL import Image
 
 from ldm.inference.contact_sheet import GAP
 from ldm.inference.metadata import read_recipes
-from ldm.inference.options import GRID_NAMES, DrawOptions
+from ldm.inference.options import DrawOptions
 from ldm.inference.recipe import Recipe, software
-from ldm.inference.request import SAMPLER_NAMES
 from ldm.samplers import SAMPLERS, TIME_GRIDS
 
 SCRIPT = Path(__file__).parents[2] / "txt2img.py"
@@ -168,10 +167,9 @@ def test_every_sampler_by_name_and_label(command, model, name, word):
     assert recipe.sampler == name
 
 
-@pytest.mark.parametrize(("names", "table"), [(SAMPLER_NAMES, SAMPLERS), (GRID_NAMES, TIME_GRIDS)])
-def test_help_lists_what_there_is(txt2img, names, table):
-    assert names.split(", ") == list(table)
-    assert names in " ".join(txt2img.build_parser().format_help().split())
+@pytest.mark.parametrize("table", [SAMPLERS, TIME_GRIDS])
+def test_help_lists_what_there_is(txt2img, table):
+    assert f"one of {', '.join(table)}, or" in " ".join(txt2img.build_parser().format_help().split())
 
 
 def test_times_may_be_given_and_tell_the_steps(command, model):
