@@ -96,7 +96,10 @@ def test_torchrun_starts_ranks_again_and_the_run_goes_on(tmp_path: Path):
 
 def test_one_rank_that_is_asked_to_stop_ends_what_rank_0_draws_for_hours(tmp_path: Path):
     """Rank 1 waits for rank 0 meanwhile, deaf to signals as far as Python goes."""
-    with two_ranks(tmp_path, "preview.steps=1000000", "engine.hang_seconds=100") as (process, log):
+    with two_ranks(tmp_path, "preview.steps=1000", "preview.pictures=2000", "engine.hang_seconds=100") as (
+        process,
+        log,
+    ):
         send_to_rank_1(signal.SIGTERM, when="step 0: held-out loss", process=process, log=log)
         assert process.wait(60) == 0, log.read_text()[-4000:]
     assert "stopped by SIGTERM after step 1 of 60, which is saved" in log.read_text()

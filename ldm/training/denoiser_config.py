@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ldm.config import BY_KIND
 from ldm.denoisers import DenoiserConfig
 from ldm.diffusion import EDMPath, ObjectiveConfig, PathConfig, RectifiedFlowPath
+from ldm.inference.request import DrawRequest
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
 from ldm.samplers import SAMPLERS, sampler_named, time_grid
 from ldm.training.task import TrainingConfig
@@ -63,10 +63,19 @@ class PreviewConfig:
             sampler_named(self.sampler)
         except ValueError as error:
             raise ValueError(f"preview.sampler: {error}") from error
-        if not self.prompts or self.pictures < 1 or self.steps < 1:
-            raise ValueError("preview.prompts, preview.pictures and preview.steps must each be at least one")
-        if not 0 <= self.scale < math.inf:
-            raise ValueError(f"preview.scale is {self.scale}, expected a number of at least 0 (1: no guidance)")
+        if not self.prompts or self.pictures < 1:
+            raise ValueError("preview.prompts and preview.pictures must each be at least one")
+        if self.seed < 0:
+            raise ValueError(f"preview.seed is {self.seed}, expected a number from 0 up: previews repeat their noise")
+        try:
+            for prompt in self.prompts:
+                self.request(prompt).seeded(self.pictures)
+        except ValueError as error:
+            raise ValueError(f"preview.{error}") from error
+
+    def request(self, prompt: str) -> DrawRequest:
+        """Return what is drawn of one prompt: the first of `pictures`, of which picture i has seed + i."""
+        return DrawRequest(prompt=prompt, steps=self.steps, scale=self.scale, sampler=self.sampler, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,13 +132,10 @@ class DenoiserTask(Task[TrainConfig]):
         preview = self.config.preview
         pipe = TextToImage(self._components(network), name=self.config.run.name, weights_hash=f"step {step}")
         images = [
-            image
+            drawing.image
             for prompt in preview.prompts
-            for image in pipe(
-                prompt, steps=preview.steps, scale=preview.scale, sampler=preview.sampler, seed=preview.seed,
-                n=preview.pictures,
-            )
-        ]  # fmt: skip
+            for drawing in pipe.draw(preview.request(prompt), n=preview.pictures)
+        ]
         save_image(sheet(images, columns=preview.pictures, labels=preview.prompts), path)
 
     def export(self, step: int, network: Denoiser) -> None:

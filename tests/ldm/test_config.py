@@ -89,6 +89,10 @@ def test_overrides_reach_any_depth_and_keep_their_types():
         ),
         ("model.objective.time_sampling=zzz", r"'importance' \(given 'zzz'\)$"),
         ("engine.zero_stage=4", r"engine\.zero_stage.*4"),
+        ("preview.steps=1001", r"preview.steps is 1001, expected 1 to 1000"),
+        ("preview.scale=-1", r"preview.scale is -1.0, expected "),
+        ("preview.seed=-1", r"preview.seed is -1, expected a number from 0 up"),
+        ("preview.pictures=0", r"preview.prompts and preview.pictures must each be at least one"),
         ("preview.sampler=dpmp_2m", r"preview.sampler: no sampler 'dpmp_2m', did you mean dpmpp_2m\? There are ddpm, "),
         ("model.objective.learned_variance=true", r"path rectified_flow has none: use scaled_linear_beta"),
         (
