@@ -120,7 +120,8 @@ class DenoiserTask(Task[TrainConfig]):
                 condition = self.model.conditioner(batch.captions)
                 errors = self.model.losses(network, x0, eps, t, condition).error
             found.append((batch, torch.stack([errors, random.time_uniforms.to(errors)], dim=1)))
-        errors, uniforms = self.session.collect(found).unbind(1)
+        # Contiguous: over every second number, a mean is summed in another order.
+        errors, uniforms = self.session.collect(found).T.contiguous()
         parts = {f"held_out_{name}": part for name, part in by_quantile(errors, uniforms).items() if len(part)}
         return {name: part.mean().item() for name, part in ({"held_out_loss": errors} | parts).items()}
 
