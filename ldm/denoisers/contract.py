@@ -36,14 +36,12 @@ class Output(NamedTuple):
     variance: Tensor | None = None  # like x_t, about -1 to 1: where the variance of DDPM's step lies in its range
 
 
-class Denoiser(nn.Module, ABC):
-    """A network that sees noisy latents, a time and a condition. A fresh one predicts exactly zero."""
+class Channels:
+    """The channels that a denoiser sees and answers, counted from the three numbers that it is built with."""
 
-    def __init__(self, *, latent_channels: int, concat_channels: int = 0, learned_variance: bool = False) -> None:
-        """concat_channels: of Condition.concat. learned_variance: whether the answer has a variance."""
-        super().__init__()
-        self.latent_channels, self.concat_channels = latent_channels, concat_channels
-        self.learned_variance = learned_variance
+    latent_channels: int
+    concat_channels: int  # of Condition.concat
+    learned_variance: bool  # whether the answer has a variance
 
     @property
     def in_channels(self) -> int:
@@ -52,6 +50,15 @@ class Denoiser(nn.Module, ABC):
     @property
     def out_channels(self) -> int:
         return (1 + self.learned_variance) * self.latent_channels
+
+
+class Denoiser(Channels, nn.Module, ABC):
+    """A network that sees noisy latents, a time and a condition. A fresh one predicts exactly zero."""
+
+    def __init__(self, *, latent_channels: int, concat_channels: int = 0, learned_variance: bool = False) -> None:
+        super().__init__()
+        self.latent_channels, self.concat_channels = latent_channels, concat_channels
+        self.learned_variance = learned_variance
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Output:

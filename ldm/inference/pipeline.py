@@ -173,12 +173,12 @@ class TextToImage:
         """
         settings.setdefault("seed", 0)
         request = DrawRequest(prompt=prompt, **settings)
-        return to_images(self.pixels(*self._each(request, n), progress=progress))
+        return to_images(self._together(self._each(request, n), progress))
 
     def draw(self, request: DrawRequest, *, n: int = 1, progress: Progress | None = None) -> list[Drawing]:
         """Draw n pictures, picture i with seed + i, each with its recipe. See `__call__`."""
         requests = self._each(request, n)
-        images = to_images(self.pixels(*requests, progress=progress))
+        images = to_images(self._together(requests, progress))
         return [Drawing(image, recipe_of(own, self, image)) for own, image in zip(requests, images, strict=True)]
 
     def _each(self, request: DrawRequest, n: int) -> list[DrawRequest]:
@@ -196,7 +196,11 @@ class TextToImage:
         common = wanted[0]
         if any(replace(own, prompt=common.prompt, seed=common.seed) != common for own in wanted):
             raise ValueError("the requests differ in more than prompt and seed: draw them one by one")
-        model, options = self.model, common.options
+        return self._together(wanted, progress)
+
+    def _together(self, wanted: Sequence[DrawRequest], progress: Progress | None) -> Tensor:
+        """Draw requests that were checked, and differ in prompt and seed alone, as pixels."""
+        model, common, options = self.model, wanted[0], wanted[0].options
         drawn_on, size = self._canvas(common)
         times = time_grid(model.path, common.steps, options.grid)
         times = times if drawn_on is None else remaining(times, drawn_on.strength)

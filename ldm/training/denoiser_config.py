@@ -10,7 +10,8 @@ from ldm.denoisers import DenoiserConfig
 from ldm.diffusion import EDMPath, ObjectiveConfig, PathConfig, RectifiedFlowPath
 from ldm.inference.request import DrawRequest
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
-from ldm.samplers import SAMPLERS, sampler_named, time_grid
+from ldm.model.facts import ModelFacts
+from ldm.samplers import sampler_named
 from ldm.training.task import TrainingConfig
 
 
@@ -86,8 +87,8 @@ class TrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         try:
-            time_grid(self.model.path, self.preview.steps)
-            SAMPLERS[sampler_named(self.preview.sampler)].check(learned=self.model.objective.learned_variance)
+            facts = ModelFacts(path=self.model.path, learned_variance=self.model.objective.learned_variance)
+            self.preview.request(self.preview.prompts[0]).check(facts)
         except ValueError as error:
             raise ValueError(f"preview: {error}") from error
         if self.model.objective.time_sampling == "importance" and self.engine.accumulation > 1:

@@ -178,7 +178,7 @@ def write_parts(parts: ModelComponents, folder: Path, *, dtype: torch.dtype) -> 
         dtype=dtype,
     )
     save_vae(folded(model.vae), folder / "vae", dtype=dtype)
-    for suffix, (encoder, tokenizer) in zip(SUFFIXES, towers, strict=False):
+    for suffix, (encoder, tokenizer) in zip(SUFFIXES[: len(towers)], towers, strict=True):
         assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
         save_text_encoder(encoder, folder / f"text_encoder{suffix}", dtype=dtype)
         save_tokenizer(tokenizer, folder / f"tokenizer{suffix}")

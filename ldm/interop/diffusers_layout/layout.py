@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from ldm.denoisers import Denoiser, DenoiserConfig
+from ldm.denoisers.contract import Channels
 
 Config = TypeVar("Config", bound=DenoiserConfig)
 VERSION = "0.30.0"  # of diffusers, whose form is written
 
 
-class Surroundings(NamedTuple):
+@dataclass(frozen=True)
+class Surroundings(Channels):
     """What a denoiser's configuration does not say of it: the model around it does."""
 
     sample_size: int  # side of the native latents
@@ -27,14 +30,6 @@ class Surroundings(NamedTuple):
         return cls(
             sample_size, network.latent_channels, context_width, network.concat_channels, network.learned_variance
         )
-
-    @property
-    def in_channels(self) -> int:
-        return self.latent_channels + self.concat_channels
-
-    @property
-    def out_channels(self) -> int:
-        return (1 + self.learned_variance) * self.latent_channels
 
     def build(self, config: DenoiserConfig) -> Denoiser:
         return config.build(

@@ -21,7 +21,7 @@ class OwnLayout(DenoiserLayout[DenoiserConfig]):
     library = "latent_foundry"
 
     def to_json(self, config: DenoiserConfig, around: Surroundings) -> dict[str, Any]:
-        return {"_class_name": self.classes[0], "config": dataclasses.asdict(config)} | around._asdict()
+        return {"_class_name": self.classes[0], "config": dataclasses.asdict(config)} | dataclasses.asdict(around)
 
     def from_json(self, content: dict[str, Any], *, source: Path) -> tuple[DenoiserConfig, Surroundings]:
         check_whole_numbers(content, LIMITS, source=source)
@@ -30,7 +30,7 @@ class OwnLayout(DenoiserLayout[DenoiserConfig]):
         if kind not in DENOISERS:
             raise ValueError(f"{source} describes a denoiser of kind {kind!r}, expected one of {sorted(DENOISERS)}")
         config: DenoiserConfig = DENOISERS[kind](**given)
-        return config, Surroundings(*(content[name] for name in Surroundings._fields))
+        return config, Surroundings(**{field.name: content[field.name] for field in dataclasses.fields(Surroundings)})
 
     def pipeline(self, *, for_inpainting: bool) -> str:
         return "LatentFoundryPipeline"
