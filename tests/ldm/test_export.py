@@ -48,7 +48,7 @@ def test_an_older_export_is_replaced_and_nothing_else_ever(dit_folder, unet_fold
     (diary / "monday.txt").write_text("rain")
     assert export_command(str(dit_folder), str(diary)) == 2
     assert (diary / "monday.txt").read_text() == "rain"
-    assert "diary exists and is no export of this program" in capsys.readouterr().err
+    assert "diary exists and is not an export of this program" in capsys.readouterr().err
 
 
 def test_the_notes_of_a_runs_model_are_carried_along(dit_folder, tmp_path):
@@ -160,7 +160,7 @@ def test_saved_after_a_lora_it_draws_as_with_it(tmp_path):
     down, up = factors[0].T.contiguous(), factors[1].clone()
     save_file({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, tmp_path / "lora.safetensors")
     pipe = TextToImage.load(tmp_path / "a", lora=[(tmp_path / "lora.safetensors", 0.5)])
-    assert "LoRA lora.safetensors by 0.5" in pipe.description
+    assert "LoRA lora.safetensors of strength 0.5" in pipe.description
     pipe.save(tmp_path / "b")
     weights = [TextToImage.load(tmp_path / f).denoiser.get_parameter(f"{name}.weight") for f in "ab"]
     assert torch.allclose(weights[1] - weights[0], 0.5 * factors[1] @ factors[0].T, atol=1e-6)
