@@ -34,7 +34,7 @@ YAMLS = {
     "no bool": ("a: !!bool x", "is not YAML"),
     "no time": ("a: !!timestamp x", "is not YAML"),
     "no integer": ("a: !!int ''", "is not YAML"),
-    "too many heads": ("model: {params: {unet_config: {params: {num_heads: 5}}}}", "is no multiple of its 5 heads"),
+    "too many heads": ("model: {params: {unet_config: {params: {num_heads: 5}}}}", "is not a multiple of its 5 heads"),
     "too long": ("#" * 2**20 + "\n# and on", "expected at most"),
     "not text": ("\x00\ufffe", "is not YAML"),
 }  # fmt: skip
