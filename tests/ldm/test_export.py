@@ -100,7 +100,7 @@ def test_precisions_on_disk(dit_folder, dtype, tmp_path):
     ("words", "told"),
     [
         (["--ema", "maybe"], "--ema is 'maybe', expected yes, no, or an average's relative length"),
-        (["--ema", "0.1"], "holds no snapshots, of which --ema 0.1 could be made: give yes, or no"),
+        (["--ema", "0.1"], "has no snapshots, from which to reconstruct --ema 0.1: give yes or no"),
         (["--format", "single-file"], "does not end in .safetensors"),
         (["--fp16", "--dtype", "bf16"], "--fp16 and --dtype bf16 ask for two precisions"),
         (["--format", "onnx"], "invalid choice: 'onnx'"),
