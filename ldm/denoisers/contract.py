@@ -20,7 +20,7 @@ class Condition(NamedTuple):
 
     context: Tensor  # B x L x D token states, of one text encoder or of several joined
     mask: Tensor  # B x L bool, True for a real token; each row has at least one
-    pooled: Tensor  # B x P, one vector for the whole text
+    pooled: Tensor  # B x P, one vector for the complete text
     concat: Tensor | None = None  # B x c x H x W, channels next to x_t (inpainting: the mask and the masked latents)
 
     def to(self, dtype: torch.dtype) -> Condition:

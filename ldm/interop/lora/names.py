@@ -49,7 +49,7 @@ OTHER_KINDS = {
     "OFT": re.compile(r"\.b?oft_\w+(\.weight)?$"),
     "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
     "a LoRA with CP-decomposed convolutions (lora_mid)": re.compile(r"\.lora_mid\.weight$"),
-    "a LoRA with whole differences of weights (diff)": re.compile(r"\.diff(_b)?$"),
+    "a LoRA with full weight differences (diff)": re.compile(r"\.diff(_b)?$"),
     "a LoRA with normalisation layers": re.compile(r"\.[wb]_norm$"),
     "a LoRA in peft's own form, whose alpha lies in another file": re.compile(r"^base_model\.model\."),
 }
