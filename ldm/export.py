@@ -1,11 +1,11 @@
-"""A trained model in a layout that others open: diffusers' folder, or Stable Diffusion's single file.
+"""Export a trained model to a layout of other programs: diffusers' folder, or Stable Diffusion's single file.
 
     python -m ldm.export runs/NAME my-weights --fp16
     python -m ldm.export sd-v1.safetensors my-folder --ema no
     python -m ldm.export my-folder my-model.safetensors --format single-file
 
-Whatever txt2img.py --ckpt takes can be exported: a run (its newest model), a folder, a single file. A folder gets a
-model card, README.md, written from the run's own configuration, measures and drawings.
+Any model that txt2img.py --ckpt takes can be exported: a run (its newest model), a folder, a single file. A folder gets
+a model card, README.md, written from the run's configuration, measures and samples.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def ema_wanted(text: str) -> bool | float:
-    """yes, no, or the relative length of an average. Raises ValueError for another word."""
+    """Parse yes, no, or the relative length of an average. Raises ValueError for anything else."""
     try:
         return {"yes": True, "no": False}[text] if text in ("yes", "no") else float(text)
     except ValueError:
@@ -56,8 +56,8 @@ def ema_wanted(text: str) -> bool | float:
 
 
 def read_source(source: Path, ema: bool | float) -> ModelComponents:
-    """The model in float32. ema: which weights of a file that holds two kinds; or the length of an average that is made
-    of a run's snapshots. Raises ValueError or FileNotFoundError for what is not there."""
+    """Read the model in float32. ema: whether to use the averaged weights of a file that holds both; or the length of
+    an average to reconstruct from a run's snapshots. Raises ValueError or FileNotFoundError if they do not exist."""
     import torch
 
     from ldm.interop.read_model import read_model
@@ -68,7 +68,7 @@ def read_source(source: Path, ema: bool | float) -> ModelComponents:
         return read_model(source, dtype=torch.float32, ema=ema)
     known = read_snapshots(source)
     if not known:
-        raise ValueError(f"{source} holds no snapshots, of which --ema {ema} could be made: give yes, or no")
+        raise ValueError(f"{source} has no snapshots, from which to reconstruct --ema {ema}: give yes or no")
     made = mixture(list(known), Snapshot(max(snapshot.step for snapshot in known), ema))
     return mixed_components(source, list(known.values()), made.shares)
 

@@ -147,16 +147,16 @@ def test_an_average_that_was_never_kept_is_reconstructed(workshop, remembering):
     assert kept.keys() == weights.keys() and all(torch.allclose(weights[key], kept[key], atol=1e-5) for key in kept)
     between = start(["-m", "ldm.reconstruct", str(run), str(target), "--length", "0.02", "--step", "7"])
     assert between.returncode == 0
-    assert "warning: a step of which there is a snapshot (as 8), or a length nearer to" in between.stderr
+    assert "warning: the profile fits better at a step with a snapshot (as 8), or a length nearer to" in between.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("remembered --length 0.3", "the EMA's length is 0.3, expected 0.0001 or more and less than 0.289"),
-        ("remembered --length 0.1 --step 11", "--step is 11, expected 1 to 10, that of the last snapshot in"),
+        ("remembered --length 0.1 --step 11", "--step is 11, expected 1 to 10, the step of the last snapshot in"),
         ("nowhere --length 0.1", "there is no run"),
-        ("dit --length 0.1", "holds no snapshots (ema/*.safetensors): train with optim.ema_lengths=[0.05,0.1]"),
+        ("dit --length 0.1", "has no snapshots (ema/*.safetensors): train with optim.ema_lengths=[0.05,0.1]"),
     ],
 )
 def test_what_cannot_be_reconstructed_is_told_in_one_line(words, message, workshop, remembering):

@@ -1,4 +1,4 @@
-"""Command-line parsers whose mistakes are one line."""
+"""Command-line parsers that report errors in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.files.messages import did_you_mean
 
 
 def training_arguments(description: str) -> argparse.ArgumentParser:
-    """--config and section.key=value words, and --local_rank, which the deepspeed launcher adds."""
+    """Build a parser for --config, section.key=value words, and --local_rank, which the deepspeed launcher adds."""
     parser = OneLineParser(description)
     parser.add_argument("--config", required=True, help="YAML file of the run, as in configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
@@ -22,7 +22,7 @@ def training_arguments(description: str) -> argparse.ArgumentParser:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Options in full only; a mistake in them is one line, which names the nearest option."""
+    """A parser without abbreviations of options. An error is one line, which suggests the nearest option."""
 
     def __init__(self, description: str) -> None:
         style = argparse.RawDescriptionHelpFormatter
@@ -39,5 +39,5 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def hyphenated(words: Sequence[str]) -> list[str]:
-    """The same words, options written with underscores (--n_samples=2) with hyphens (--n-samples=2)."""
+    """Replace underscores in options (--n_samples=2) by hyphens (--n-samples=2)."""
     return [re.sub(r"\A--[A-Za-z][\w-]*(?==|\Z)", lambda option: option[0].replace("_", "-"), word) for word in words]

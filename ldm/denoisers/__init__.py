@@ -1,7 +1,7 @@
-"""Denoisers: networks that see noisy latents, a time and a condition, and predict what the objective asks for.
+"""Denoisers: networks that take noisy latents, a time and a condition, and predict the objective's target.
 
-To add one: a file with a config (DenoiserFacts) and a network (Denoiser), and its config in DenoiserConfig, which is
-the registry. YAML's `kind`, the contract's tests, export and loading follow.
+To add one, write a file with a config (DenoiserFacts) and a network (Denoiser), and add the config to DenoiserConfig,
+which is the registry. YAML's `kind`, the contract's tests, export and loading follow.
 """
 
 from typing import get_args

@@ -1,4 +1,4 @@
-"""Multi-head attention, and the one place that chooses the kernel which computes it.
+"""Multi-head attention, and the choice of the kernel that computes it.
 
 Legend: B batch, H heads, L query tokens, M key tokens, D width, C context width, d = D / H head width.
 """
@@ -27,13 +27,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """softmax(q k^T / sqrt(d)) v, eq. 1 of Vaswani et al. 2017 (arXiv:1706.03762).
 
     q B x H x L x d; k, v B x H x M x d; mask bool B x 1 x 1 x M, True where a key may be attended.
-    Returns B x H x L x d. Every row of the mask needs one True at least: the softmax over nothing is NaN.
+    Returns B x H x L x d. Every row of the mask needs at least one True: the softmax over nothing is NaN.
     """
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     kernel = _choose_kernel(q.device.type, q.dtype, q.shape[2] * k.shape[2], needs_grad)
     if kernel == "explicit":
         return _explicit_attention(q, k, v, mask)
-    # xformers wants a bias expanded and padded for its alignment; under a mask SDPA is the simpler kernel.
+    # xformers needs a mask as an expanded bias, padded to its alignment; SDPA takes a mask as it is.
     if kernel == "xformers" and mask is None and q.shape[3] % 8 == 0:
         return _xformers_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -42,9 +42,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 def describe_attention(
     device: torch.device | str, length: int, dtype: torch.dtype = torch.bfloat16, *, training: bool = True
 ) -> str:
-    """One line for the log: the kernel that `device` uses for self-attention, and why.
+    """Return a line for the log: the kernel that `device` uses for self-attention, and why.
 
-    length: tokens of a sequence; dtype: what the matrix products run in (the autocast dtype).
+    length: tokens of a sequence; dtype: of the matrix products (the autocast dtype).
     """
     device_type = torch.device(device).type
     match _choose_kernel(device_type, dtype, length * length, needs_grad=training):
@@ -54,7 +54,7 @@ def describe_attention(
                 f"up to {math.isqrt(EXPLICIT_MAX_SCORES)} tokens; here {length})"
             )
         case "xformers":
-            return "attention: xformers (its kernels run on this GPU; SDPA where a mask is needed)"
+            return "attention: xformers (its kernels run on this GPU; SDPA for attention with a mask)"
         case "sdpa" if device_type == "cuda":
             return f"attention: PyTorch SDPA (xformers not used: {_xformers_failure(device_type, dtype)})"
         case "sdpa":
@@ -92,10 +92,10 @@ def _xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @functools.cache
 def _xformers_failure(device_type: str, dtype: torch.dtype) -> str | None:
-    """None where xformers trains a tiny attention, else the reason why not.
+    """Return None if xformers can train a tiny attention, else the reason why not.
 
-    Being installed proves nothing: its kernels are built for one PyTorch version and load with no other. The
-    import takes ten seconds, so it happens here, once, and for a GPU alone.
+    An installed package does not suffice: its kernels are built for one PyTorch version and load with no other.
+    The import takes ten seconds, so it happens here, once, and only for a GPU.
     """
     try:
         q = torch.ones(1, 1, 8, 32, device=device_type, dtype=dtype, requires_grad=True)
@@ -103,7 +103,7 @@ def _xformers_failure(device_type: str, dtype: torch.dtype) -> str | None:
             _xformers_attention(q, q, q).sum().backward()
     except ModuleNotFoundError as error:
         return f"no module {error.name}"
-    except Exception as error:  # whatever an optional package raises, SDPA does the work and the log says why
+    except Exception as error:  # whatever an optional package raises, use SDPA and log the reason
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None
 

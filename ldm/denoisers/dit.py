@@ -1,5 +1,5 @@
-"""A diffusion transformer with text cross-attention: PixArt-alpha's (Chen et al. 2023, arXiv:2310.00426),
-after DiT (Peebles and Xie 2022, arXiv:2212.09748). Parameter names and shapes are those of diffusers'
+"""A diffusion transformer with text cross-attention: PixArt-alpha (Chen et al. 2023, arXiv:2310.00426),
+based on DiT (Peebles and Xie 2022, arXiv:2212.09748). Parameter names and shapes are those of diffusers'
 PixArtTransformer2DModel (without its extra size conditions).
 
 Legend: B batch, C latent channels, H x W latent size, p patch size, L = H W / p^2 tokens, D width,
@@ -27,8 +27,8 @@ TIME_FREQUENCIES_WIDTH = 256  # of the sinusoidal embedding, whatever the networ
 class DiTConfig(DenoiserFacts):
     """The transformer's shape. sample_size: side of the native latents, for which the position table is made.
 
-    interpolation_scale divides all positions; None: max(sample_size // 64, 1), PixArt's rule, under which a
-    model for 128 x 128 latents continues from the positions of one for 64 x 64.
+    interpolation_scale divides all positions; None: max(sample_size // 64, 1), PixArt's rule, with which a
+    model for 128 x 128 latents can start from one for 64 x 64.
     """
 
     kind: Literal["dit"] = "dit"
@@ -52,7 +52,7 @@ class DiTConfig(DenoiserFacts):
             )
         if self.sample_size % self.patch_size:
             raise ValueError(
-                f"sample_size={self.sample_size} is no multiple of patch_size={self.patch_size}: "
+                f"sample_size={self.sample_size} is not a multiple of patch_size={self.patch_size}: "
                 "change one of them"
             )
         if self.interpolation_scale is not None and self.interpolation_scale <= 0:
@@ -91,7 +91,7 @@ class DiTConfig(DenoiserFacts):
 
 
 class PatchEmbed(nn.Module):
-    """Latents to tokens: a p x p convolution of stride p, plus the table of positions."""
+    """Convert latents to tokens: a p x p convolution of stride p, plus the table of positions."""
 
     table: Tensor
 
@@ -130,7 +130,7 @@ class GELU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        # The identity stands where diffusers has dropout, so that the last layer's name is net.2.
+        # The identity takes the place of diffusers' dropout, so that the last layer's name is net.2.
         self.net = nn.Sequential(GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class FeedForward(nn.Module):
 
 
 class CaptionProjection(nn.Module):
-    """The text encoder's token states to the transformer's width: B x M x E -> B x M x D."""
+    """Project the text encoder's token states to the transformer's width: B x M x E -> B x M x D."""
 
     def __init__(self, context_width: int, width: int) -> None:
         super().__init__()
@@ -164,8 +164,8 @@ class AdaLNSingle(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and feed-forward, modulated and gated by time; between them cross-attention, which in
-    PixArt has neither norm nor gate."""
+    """Self-attention, cross-attention and feed-forward. Time modulates and gates the first and the last; in
+    PixArt, cross-attention has neither norm nor gate."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -176,9 +176,8 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """x B x L x D; modulation B x 6 x D; context B x M x D; mask bool B x 1 x 1 x M. -> B x L x D."""
-        # Under autocast x, the residual stream, is float32, and what is added to it is computed in the dtype
-        # of the matrix products, which is the projected context's: one cast a branch, not one for each of
-        # q, k and v.
+        # Under autocast x, the residual stream, is float32, and its branches are computed in the dtype of the
+        # matrix products, which is the projected context's: one cast per branch, not one for each of q, k and v.
         table = (self.scale_shift_table + modulation).to(context.dtype)                 # B x 6 x D
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.chunk(6, dim=1)
         h = modulate(x, shift_attn, scale_attn)                                         # B x L x D
@@ -194,7 +193,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiT(Denoiser):
-    """Denoiser over latents of any full number of patches. context_width: of the text encoder's states."""
+    """A transformer denoiser for latents of any size divisible into patches. context_width: of the text encoder."""
 
     def __init__(
         self,
@@ -219,43 +218,43 @@ class DiT(Denoiser):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        # Xavier uniform for linear layers, zero biases; the patch convolution counts as what it is, a linear
-        # layer over a patch (DiT's reference code).
+        # Xavier uniform for linear layers, zero biases; the patch convolution is treated as a linear layer over
+        # a patch (DiT's reference code).
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-        # The time MLP: N(0, 0.02^2) (DiT's reference code). PixArt, at a width of 1152, gives the same to the
-        # caption projection and to the modulation below; at small widths that nearly mutes the text, and in a
-        # trial (width 128, 600 steps) it learned more slowly: loss 0.124 against 0.085 for what is done here.
+        # The time MLP: N(0, 0.02^2) (DiT's reference code). PixArt, at a width of 1152, also uses it for the
+        # caption projection and the modulation below; at small widths that nearly mutes the text, and in a
+        # trial (width 128, 600 steps) training was slower: loss 0.124 instead of 0.085 as initialised here.
         for module in self.adaln_single.emb.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
 
         # Modulation: the shared projection of time is zero (DiT's adaLN-Zero), the tables are N(0, 1 / width)
-        # (PixArt's reference code). So gates begin small, not zero as in DiT, and attention and feed-forward
-        # learn as soon as proj_out has moved.
+        # (PixArt's reference code). So gates start small, not at zero as in DiT, and attention and feed-forward
+        # learn as soon as proj_out is no longer zero.
         nn.init.zeros_(self.adaln_single.linear.weight)
         nn.init.normal_(self.scale_shift_table, std=self.scale_shift_table.shape[1] ** -0.5)
         for module in self.modules():
             if isinstance(module, DiTBlock):
                 nn.init.normal_(module.scale_shift_table, std=module.scale_shift_table.shape[1] ** -0.5)
 
-                # Cross-attention has no gate, so its output projection is zero: text comes in as it is
-                # learned (PixArt's reference code).
+                # Cross-attention has no gate, so its output projection is zero: the influence of the text grows
+                # from zero (PixArt's reference code).
                 for parameter in module.attn2.to_out.parameters():
                     nn.init.zeros_(parameter)
 
-        # The output layer is zero: a fresh network predicts exactly zero, whatever it is asked.
+        # The output layer is zero: a fresh network predicts exactly zero for any input.
         nn.init.zeros_(self.proj_out.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Output:
-        """H and W are multiples of the patch size (else ValueError).
+        """See Denoiser. H and W must be multiples of the patch size (else ValueError).
 
-        What the mask excludes has no influence. Each row needs one token at least (a tokenizer always gives two, the
-        text's start and end). pooled is not used, for PixArt conditions on the token states alone.
+        Masked tokens have no influence. Each row needs at least one token (a tokenizer always gives two, the text's
+        start and end). pooled is not used: PixArt conditions only on the token states.
         """
         height, width = x.shape[2:]
         if height % self.patch_size or width % self.patch_size:

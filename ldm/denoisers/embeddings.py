@@ -13,10 +13,10 @@ from torch.nn import functional as F
 def sinusoidal_time_embedding(t: Tensor, width: int) -> Tensor:
     """[cos(t w_i), sin(t w_i)] with w_i = 10000^(-i / N), N = width / 2: DDPM (arXiv:2006.11239), appendix B.
 
-    Cosines come first, and the exponent's divisor is N, not N - 1: in diffusers' words `flip_sin_to_cos` and
+    Cosines come first, and the exponent's divisor is N, not N - 1: in diffusers' terms `flip_sin_to_cos` and
     `freq_shift` 0, as Stable Diffusion and PixArt were trained.
-    t B float in 0..1000; width even. Returns B x width in float32, for a half-precision t could not tell
-    neighbouring timesteps apart.
+    t B float in 0..1000; width even. Returns B x width in float32, because a half-precision t cannot distinguish
+    neighbouring timesteps.
     """
     half = width // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half         # N
@@ -25,7 +25,7 @@ def sinusoidal_time_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """The two-layer MLP upon the sinusoidal embedding: B x in_width -> B x width."""
+    """A two-layer MLP on the sinusoidal embedding: B x in_width -> B x width."""
 
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
@@ -40,14 +40,13 @@ class TimestepEmbedding(nn.Module):
 
 
 def position_table(height: int, width: int, base_size: int, scale: float, dim: int) -> Tensor:
-    """2-D sin-cos position embedding: half of the channels tell the column, half the row.
+    """Compute the 2-D sin-cos position embedding: half of the channels encode the column, half the row.
 
-    The 1-D embedding of Vaswani et al. 2017 (arXiv:1706.03762), section 3.5, on either axis. Positions are
+    The 1-D embedding of Vaswani et al. 2017 (arXiv:1706.03762), section 3.5, on each axis. Positions are
     stretched so that any grid spans the range of the native one, [0, base_size), divided by `scale`, as in
-    PixArt (arXiv:2310.00426): a larger picture shows the network positions between those that it knows, none
-    beyond them.
+    PixArt (arXiv:2310.00426): a larger image has positions between those of training, never beyond them.
     height, width, base_size: patches; dim divisible by 4. Returns (height * width) x dim, float32, on the CPU
-    whatever the default device: a network built on the meta device has its table all the same.
+    whatever the default device, so that a network built on the meta device has its table as well.
     """
     cpu = torch.device("cpu")
     rows = torch.arange(height, dtype=torch.float32, device=cpu) / (height / base_size) / scale

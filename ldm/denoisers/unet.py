@@ -30,9 +30,9 @@ from ldm.denoisers.unet_blocks import (
 class UNetConfig(DenoiserFacts):
     """The U-Net's shape; the defaults are those of Stable Diffusion 1.5.
 
-    One entry a level, from the full resolution down; each level halves the one before. attention_levels:
-    which levels attend to themselves and to the text (the middle always does). heads: one number for all
-    levels, or one for each (version 2: 5, 10, 20, 20). use_linear_projection: as in version 2.
+    One entry per level, from the full resolution down; each level halves the resolution. attention_levels:
+    which levels have self-attention and cross-attention (the middle always does). heads: one number for all
+    levels, or one per level (version 2: 5, 10, 20, 20). use_linear_projection: as in version 2.
     """
 
     kind: Literal["unet"] = "unet"
@@ -73,14 +73,14 @@ class UNetConfig(DenoiserFacts):
         for level, channels in enumerate(self.block_out_channels):
             if channels < 1 or channels % self.norm_num_groups:
                 raise ValueError(
-                    f"block_out_channels[{level}]={channels} is no multiple of norm_num_groups="
+                    f"block_out_channels[{level}]={channels} is not a multiple of norm_num_groups="
                     f"{self.norm_num_groups}: change one of them"
                 )
             in_the_middle = level == len(self.block_out_channels) - 1
             heads = self.heads_per_level[level]
             if (self.attention_levels[level] or in_the_middle) and channels % heads:
                 raise ValueError(
-                    f"block_out_channels[{level}]={channels} is no multiple of its {heads} heads: "
+                    f"block_out_channels[{level}]={channels} is not a multiple of its {heads} heads: "
                     "change one of them"
                 )
 
@@ -90,7 +90,7 @@ class UNetConfig(DenoiserFacts):
 
     def attention_length(self, side: int) -> int:
         attending = [level for level, attends in enumerate(self.attention_levels) if attends]
-        coarsest = len(self.attention_levels) - 1  # where the middle block attends in any case
+        coarsest = len(self.attention_levels) - 1  # where the middle block always has attention
         return (side // 2 ** min([*attending, coarsest])) ** 2
 
     def describe(self, context_width: int) -> str:
@@ -160,7 +160,7 @@ class UNet(Denoiser):
     def _add_down_blocks(
         self, channels: Sequence[int], heads: Sequence[int | None], settings: BlockSettings
     ) -> list[int]:
-        """Returns the channels of what the way up takes over, in order."""
+        """Add the blocks and return the channels of the skip connections, in order."""
         width, last = channels[0], len(channels) - 1
         skip_channels = [width]
         for level, out in enumerate(channels):
@@ -179,7 +179,8 @@ class UNet(Denoiser):
             width = channels[level]
 
     def initialize_weights(self) -> None:
-        """What is not named here keeps PyTorch's defaults: convolutions, norms and the time embedding."""
+        """Initialise the layers that differ from PyTorch's defaults, which convolutions, norms and the time
+        embedding keep."""
         for module in self.modules():
             # Transformer linears: Xavier uniform (Vaswani et al.'s reference code), biases zero, so that
             # queries, keys and values keep the unit variance that the layer norm gives them.
@@ -191,20 +192,20 @@ class UNet(Denoiser):
                             nn.init.zeros_(linear.bias)
 
             # The last layer of each residual branch is zero: every ResBlock and every SpatialTransformer
-            # begins as its skip connection (ADM's and Stable Diffusion's reference code).
+            # starts as its skip connection (ADM's and Stable Diffusion's reference code).
             if isinstance(module, ResBlock):
                 _zero(module.conv2)
             if isinstance(module, SpatialTransformer):
                 _zero(module.proj_out)
 
-        # The output convolution is zero: a fresh network predicts exactly zero, whatever it is asked.
+        # The output convolution is zero: a fresh network predicts exactly zero for any input.
         _zero(self.conv_out)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Output:
-        """H and W are any.
+        """See Denoiser. H and W may be any size.
 
-        mask and pooled are not used, for Stable Diffusion uses neither: padding is attended like any token. A model
-        trained with a mask would meet unknown tokens in pipelines, which pass none.
+        mask and pooled are not used, as in Stable Diffusion: padding is attended to like any token. A model trained
+        with a mask would see unknown tokens in other programs' pipelines, which do not pass a mask.
         """
         context = condition.context                                                     # B x M x D
         time = F.silu(self.time_embedding(t, x.dtype))                                  # B x T

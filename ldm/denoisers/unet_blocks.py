@@ -1,5 +1,5 @@
-"""Building blocks of Stable Diffusion's U-Net (Rombach et al. 2022, arXiv:2112.10752), after ADM's
-(Dhariwal and Nichol 2021, arXiv:2105.05233). Module names are diffusers', being the state dict's keys.
+"""Building blocks of Stable Diffusion's U-Net (Rombach et al. 2022, arXiv:2112.10752), based on ADM's
+(Dhariwal and Nichol 2021, arXiv:2105.05233). Module names, the state dict's keys, are those of diffusers.
 
 Legend: B batch, C channels, H x W latent size at this level, L = H W tokens, T time width, M x D context.
 """
@@ -17,7 +17,7 @@ from ldm.denoisers.attention import Attention
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSettings:
-    """What all levels of one U-Net share."""
+    """Settings common to all levels of a U-Net."""
 
     layers: int
     time_width: int
@@ -63,7 +63,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        # The identity stands where diffusers has dropout, so that the last layer's name is net.2.
+        # The identity takes the place of diffusers' dropout, so that the last layer's name is net.2.
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each behind a layer norm and around a residual."""
+    """Self-attention, cross-attention and feed-forward, each with a layer norm and a residual connection."""
 
     def __init__(self, width: int, heads: int, context_width: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x B x L x C; context B x M x D. -> B x L x C."""
-        # CUDA's autocast returns layer norms in float32. Casting here, once, spares q, k and v a cast each.
+        # CUDA's autocast returns layer norms in float32. One cast here saves one each for q, k and v.
         h = self.norm1(x).to(x.dtype)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x).to(x.dtype), context)
@@ -92,7 +92,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the pixels of a feature map, around a residual."""
+    """A transformer block over the pixels of a feature map, with a residual connection."""
 
     def __init__(self, channels: int, heads: int, settings: BlockSettings) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = self._projection(channels)
 
     def _projection(self, channels: int) -> nn.Module:
-        # The same function with weights of another shape: Stable Diffusion 1 has convolutions, 2 has linears.
+        # The same function with weights of another shape: convolutions in Stable Diffusion 1, linear layers in 2.
         if self.use_linear_projection:
             return nn.Linear(channels, channels)
         return nn.Conv2d(channels, channels, 1)
@@ -140,7 +140,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """Nearest neighbours to `size`, about twice that of x, then a convolution."""
+        """Upsample to `size`, about twice that of x, by nearest neighbours, then convolve."""
         return self.conv(F.interpolate(x, size=list(size), mode="nearest"))
 
 
@@ -151,7 +151,7 @@ def _attention_layers(channels: int, heads: int | None, count: int, settings: Bl
 
 
 class DownBlock(nn.Module):
-    """One level on the way down. heads: None where the level has no attention."""
+    """One level of the encoder. heads: None for a level without attention."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(out_channels)] if downsample else [])
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Returns the output and what the way up takes over: every layer's output, the last one included."""
+        """Return the output, and the skip connections: the output of every layer, including the last."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
@@ -197,9 +197,9 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level on the way up. skip_channels: of the feature maps taken over, in the order of use.
+    """One level of the decoder. skip_channels: of the skip connections, in the order of use.
 
-    heads: None where the level has no attention.
+    heads: None for a level without attention.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class UpBlock(nn.Module):
     def forward(
         self, x: Tensor, skips: Sequence[Tensor], time: Tensor, context: Tensor, out_size: Sequence[int]
     ) -> Tensor:
-        """skips: one per ResBlock, in the order of use; out_size: (H, W) to up-sample to, if it does."""
+        """skips: one per ResBlock, in the order of use; out_size: (H, W) to upsample to, if it does."""
         for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
             x = resnet(torch.cat([x, skip], dim=1), time)
             if self.attentions:

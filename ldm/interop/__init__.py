@@ -1,1 +1,1 @@
-"""Reading and writing weights in the layouts that the world uses."""
+"""Read and write weights in the layouts of other programs."""

@@ -1,4 +1,4 @@
-"""What a file of weights is, by the names and shapes in it, never by its own name."""
+"""Identify a file of weights by the names and shapes of its tensors, never by its file name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DENOISER, FIRST_STAGE, CONDITIONER = "model.diffusion_model.", "first_stage_mode
 
 class Foreign(NamedTuple):
     name: str
-    marks: tuple[str, ...]  # a name that contains one of them is enough
+    marks: tuple[str, ...]  # one tensor name that contains one of them suffices
     remedy: str = "which is not supported yet: give Stable Diffusion 1 or 2"
 
 
-# The first that fits counts, so what is part of something larger stands below it.
+# The first match counts, so parts are listed after the models that contain them.
 FOREIGN = (
     Foreign(
         "a LoRA",
@@ -34,7 +34,7 @@ FOREIGN = (
             ".lokr_w",
             ".dora_scale",
         ),
-        "which goes onto a model: give it with --lora",
+        "which is added to a model: give it with --lora",
     ),
     Foreign("a ControlNet", ("control_model.", "controlnet_", "input_hint_block.")),
     Foreign("a T2I-Adapter or IP-Adapter", ("ip_adapter.", "adapter.body.", "image_proj.")),
@@ -63,7 +63,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def looks_like(shapes: Shapes) -> Foreign | None:
-    """What is known of these weights, if they are known, and are not what this program reads."""
+    """Return the kind of these weights if it is a known one that is not read as a model; otherwise None."""
     for foreign in FOREIGN:
         if any(mark in name for mark in foreign.marks for name in shapes):
             return foreign
@@ -76,16 +76,16 @@ def looks_like(shapes: Shapes) -> Foreign | None:
 
 
 def refuse_foreign(shapes: Shapes, *, source: Path) -> None:
-    """Raise ValueError, naming it, for a kind of model that is known and not read here."""
+    """Raise ValueError, naming the kind, for a known kind of weights that is not read as a model."""
     if foreign := looks_like(shapes):
         raise ValueError(f"{source} looks like {foreign.name}, {foreign.remedy}")
 
 
 def is_single_file(shapes: Shapes) -> bool:
-    """CompVis's layout of a whole model: all parts in one file, each under its prefix."""
+    """Return whether this is a complete model in CompVis's layout: all parts in one file, each under its prefix."""
     return any(name.startswith(DENOISER) for name in shapes)
 
 
 def is_vae(shapes: Shapes) -> bool:
-    """An autoencoder alone, in either layout, with or without the prefix that it has in a whole model."""
+    """Return whether this is an autoencoder, in either layout, with or without its prefix in a complete model."""
     return any(name.removeprefix(FIRST_STAGE).startswith("decoder.conv_in.") for name in shapes)

@@ -1,4 +1,4 @@
-"""The model card, README.md of an export: what the model is, how it was trained and what it reached."""
+"""Write the model card, README.md of an export: the model, its training and its results."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ images = TextToImage.load("$name")("$prompt", steps=30, scale=5.0, seed=7, n=4$b
 
 $training## Limits
 
-It draws $size x $size pixels; other sizes were not trained. It knows what its training pictures show, in the words that
-their captions use, and has their faults.
+It draws $size x $size pixels; it was not trained for other sizes. It knows only what its training images show, in the
+words of their captions, and has their biases.
 """)
 
 
 def files_beside(parts: ModelComponents, source: Path, *, name: str, length: float | None = None) -> dict[str, bytes]:
-    """The card and its pictures, by their path in the export.
+    """Return the card and its images, by their path in the export.
 
-    source: the run, its model, or another export, whose own card is carried along if it has one. length: of the average
-    that was made for this export, of which the run's drawings and measures tell nothing.
+    source: the run, its model, or another export, whose own card is copied if it has one. length: of an average
+    reconstructed for this export, for which the run's samples and measures do not hold.
     """
     if (source / CARD).is_file() and not (source / RUN_MODEL).exists():
         files = [source / CARD, *sorted((source / "assets").glob("*.png"))[:MAX_PICTURES]]
@@ -76,10 +76,10 @@ def files_beside(parts: ModelComponents, source: Path, *, name: str, length: flo
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl that tell of a step; none if there is none."""
+    """Read the complete lines of a run's metrics.jsonl that have a step; none if the file does not exist."""
     records = []
     for line in own_file(run, run / "metrics.jsonl", most=MAX_METRICS_BYTES).decode(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # a run that was cut off may have left a part of one
+        with contextlib.suppress(ValueError, RecursionError):  # an interrupted run may have left an incomplete line
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
@@ -94,7 +94,7 @@ def model_card(
     has_sheet: bool = False,
     length: float | None = None,
 ) -> str:
-    """The text. What is not known of the training is left out. length: of the average, if it is not the run's own."""
+    """Return the text, without unknown facts of the training. length: of the average, if it is not the run's own."""
     config = _training_config(parts.notes)
     prompts = config["preview"]["prompts"] if config else ("a red apple",)
     size = parts.sample_size * parts.model.vae.config.factor
@@ -114,7 +114,7 @@ def model_card(
 
 
 def _training_config(notes: str) -> dict[str, Any] | None:
-    """The configuration of a run of ldm/train.py as plain values; None for another program's notes, or none."""
+    """Parse the configuration of a run of ldm/train.py; None for empty notes, or those of another program."""
     tree = read_tree(notes)
     sections = [tree.get(name) for name in ("run", "data", "validation", "model", "optim", "preview")]
     return tree if all(isinstance(section, dict) for section in sections) else None
@@ -126,9 +126,9 @@ def _what(parts: ModelComponents, size: int) -> str:
     kind = parts.config.describe(model.conditioner.width)
     return (
         f"A text-to-image model: {kind} ({count / 1e6:.1f} M parameters), which predicts {model.prediction} on path "
-        f"{model.path.kind}, in the latents of a KL autoencoder (1/{model.vae.config.factor} of the picture's side, "
-        f"{model.vae.config.latent_channels} channels), told what to draw by a CLIP text encoder of {text.layers} "
-        f"layers, {text.width} wide. Its pictures have {size} x {size} pixels. Made with Latent Foundry."
+        f"{model.path.kind}, in the latents of a KL autoencoder (1/{model.vae.config.factor} of the image's side, "
+        f"{model.vae.config.latent_channels} channels), conditioned on a CLIP text encoder of {text.layers} "
+        f"layers, {text.width} wide. Its images have {size} x {size} pixels. Made with Latent Foundry."
     )
 
 
@@ -139,7 +139,7 @@ def _sheet(config: dict[str, Any] | None) -> str:
     rows = "".join(f"- {prompt}\n" for prompt in preview["prompts"])
     return (
         f"![Drawings of the model]({SHEET})\n\nDrawn at the end of training, one row per prompt, "
-        f"{preview['pictures']} seeds from {preview['seed']} on, none picked out ({preview['sampler']}, "
+        f"{preview['pictures']} seeds from {preview['seed']} on, not cherry-picked ({preview['sampler']}, "
         f"{preview['steps']} steps, scale {preview['scale']:g}):\n\n{rows}\n"
     )
 
@@ -150,21 +150,21 @@ def _training(config: dict[str, Any], records: list[dict[str, Any]], length: flo
     patterns = [one["shards"] for one in data.get("sets") or ()] or [data["shards"]]
     rows = {
         "pictures": ", ".join(f"`{shards}`" for own in patterns for shards in _listed(own))
-        + f", {data['image_size']} pixels a side",
+        + f", {data['image_size']} pixels per side",
         "steps": f"{steps} of {data['batch_size']} pictures: {steps * data['batch_size']:,} pictures seen",
         "learning rate": f"{optim['lr']:g}, {optim['schedule']}, {_optimizer(optim)}",
         "averaged weights": f"EMA {optim['ema_decay']:g}" if length is None else f"of relative length {length:g}",
         "captions left out": f"{model['caption_dropout']:.0%}, for guidance",
     }
     if model.get("start"):
-        rows["began with"] = f"`{model['start']}`"
+        rows["started from"] = f"`{model['start']}`"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    text = f"## Training\n\n| | |\n|---|---|\n{table}\n\nThe whole configuration is in `{NOTES}`.\n\n"
+    text = f"## Training\n\n| | |\n|---|---|\n{table}\n\nThe complete configuration is in `{NOTES}`.\n\n"
     measured = [record for record in records if "held_out_loss" in record]
     if measured:
         first, last, shards = measured[0], measured[-1], ", ".join(_listed(config["validation"]["shards"]))
         text += (
-            f"The error on held-out pictures ({shards}) was {last['held_out_loss']:.4f} at step "
+            f"The error on held-out images ({shards}) was {last['held_out_loss']:.4f} at step "
             f"{last['step']}, {first['held_out_loss']:.4f} at step {first['step']}: the mean of the objective over "
             "times, unweighted, with the averaged weights.\n\n"
         )

@@ -1,4 +1,4 @@
-"""config.json, and weights into networks: read strictly, in place only when written whole."""
+"""Read config.json and load weights into networks, strictly; write weights atomically."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ldm.interop.identify import looks_like, shapes_of
 from ldm.interop.weight_reader import Weights, is_finite
 
 CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal")
-MAX_LEVELS, MAX_LAYERS = 16, 32  # of a U-Net or an autoencoder: made of these before its weights are compared
-RUN_MODEL = "model"  # folder of a run of ldm/train.py that holds its newest export
+MAX_LEVELS, MAX_LAYERS = 16, 32  # of a U-Net or autoencoder, which is built before its weights are compared
+RUN_MODEL = "model"  # folder in a run of ldm/train.py that holds its newest export
 
 
 def model_folder(path: Path) -> Path:
-    """Where the model lies: a run of ldm/train.py keeps its newest in its folder model/."""
+    """Return the model's folder: a run of ldm/train.py keeps its newest model in its folder model/."""
     return path / RUN_MODEL if (path / RUN_MODEL / "model_index.json").exists() else path
 
 
 def refuse_other(content: dict[str, Any], known: dict[str, Any], *, source: Path) -> None:
-    """Raise ValueError if a config sets one of these keys otherwise: its weights would load and compute wrongly.
+    """Raise ValueError if a config sets one of these keys to another value: the weights would load but compute wrongly.
 
     A key that is absent, or null, has the known value in the layouts that are read here.
     """
@@ -37,22 +37,21 @@ def refuse_other(content: dict[str, Any], known: dict[str, Any], *, source: Path
 
 
 def check_known(content: Mapping[str, Any], known: Iterable[str], *, source: Path) -> None:
-    """Raise ValueError if a config sets a key that is not known here: it may stand for another computation.
+    """Raise ValueError if a config sets an unknown key: it may change the computation.
 
-    One that is null, false or empty is taken for a newer program's way of saying no.
+    A key that is null, false or empty is ignored: a newer program may write it for an unused option.
     """
     unknown = [key for key, value in content.items() if value and not key.startswith("_") and key not in set(known)]
     if unknown:
         raise ValueError(
-            f"{source} has {unknown[0]} {str(content[unknown[0]])[:60]}, which is not known here: this network is not "
-            "supported"
+            f"{source} has the unknown key {unknown[0]} {str(content[unknown[0]])[:60]}: this network is not supported"
         )
 
 
 def check_no_code(content: Mapping[str, Any], *, source: Path) -> None:
-    """Raise ValueError for a config that wants classes of its own. None would be run; without them it is not whole."""
+    """Raise ValueError for a config with classes of its own: they are never run, and without them it is incomplete."""
     if wanted := [key for key in CODE_KEYS if content.get(key)]:
-        raise ValueError(f"{source} asks for code of its own ({wanted[0]}): refused; give a model that needs none")
+        raise ValueError(f"{source} asks to run its own code ({wanted[0]}): refused; give a model that needs none")
 
 
 def check_whole_numbers(content: Mapping[str, Any], limits: Mapping[str, int], *, source: Path) -> None:
@@ -69,7 +68,7 @@ def check_whole_numbers(content: Mapping[str, Any], limits: Mapping[str, int], *
 
 @contextmanager
 def described_by(source: Path) -> Iterator[None]:
-    """Within it, what a config.json lacks or says in another form is a ValueError that names the file."""
+    """Context manager: turn missing or malformed keys of a config.json into a ValueError that names the file."""
     try:
         yield
     except KeyError as error:
@@ -81,9 +80,9 @@ def described_by(source: Path) -> Iterator[None]:
 
 
 def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Contiguous float tensors; the metadata names the format, without which other readers refuse the file.
+    """Write contiguous float tensors. The metadata names the format, without which other readers refuse the file.
 
-    Raises NonFiniteError, naming it, for a tensor that is not finite: it would only be found when it is read.
+    Raises NonFiniteError, naming the tensor, if one is not finite: otherwise it would only be noticed on reading.
     """
     from safetensors.torch import save_file
 
@@ -91,22 +90,22 @@ def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, st
     for name, tensor in own.items():
         if not is_finite(tensor):
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise NonFiniteError(f"{name} holds NaN, or more than {kind} can: nothing is written to {path}")
+            raise NonFiniteError(f"{name} contains NaN, or exceeds the range of {kind}: nothing is written to {path}")
     with atomic_file(path) as partial:
         save_file(own, partial, {"format": "pt"} | (metadata or {}))
 
 
 def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], *, source: Path) -> None:
-    """Make these tensors the network's own parameters (it may be one of meta tensors), and leave none of them unused.
+    """Assign these tensors to the network's parameters (which may be meta tensors), and use all of them.
 
-    Raises ValueError that counts what is missing, unexpected or of another shape, and shows the first few.
+    Raises ValueError with the number of missing, unexpected and misshapen tensors, and the first few names.
     """
     check_fit(network.state_dict(), weights, source=source)
     network.load_state_dict(dict(weights), strict=True, assign=True)
 
 
 def fill(network: nn.Module, weights: Weights, *, dtype: torch.dtype) -> None:
-    """load_strictly, of tensors in files; in this precision. What does not fit is found before anything is read."""
+    """Load tensors from files strictly, in this precision. Raises ValueError for a mismatch before reading them."""
     check_fit(network.state_dict(), weights.tensors, source=weights.source)
     network.load_state_dict(weights.read(dtype), strict=True, assign=True)
 
@@ -114,7 +113,7 @@ def fill(network: nn.Module, weights: Weights, *, dtype: torch.dtype) -> None:
 def check_fit(
     wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, source: Path, to: str = "its config"
 ) -> None:
-    """Raise ValueError unless there are the same names with the same shapes."""
+    """Raise ValueError unless both have the same names with the same shapes."""
     shapes = shapes_of(found)
     misfit = describe_misfit(shapes_of(wanted), shapes)
     if misfit:

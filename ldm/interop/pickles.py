@@ -1,8 +1,8 @@
-"""PyTorch's own files (.ckpt, .pt, .bin): pickles, of which only tensors and plain containers are let through.
+"""Read PyTorch's own files (.ckpt, .pt, .bin): pickles, of which only tensors and plain containers are accepted.
 
-A pickle can name any function of any library, to be called while it is read. Nothing that it names is ever called here:
-torch.load(weights_only=True) knows the few that make tensors, some harmless names stand for nothing, and a file that
-names another is refused. There is no other way of reading, and no option that allows one.
+A pickle can name any function of any library, to be called while it is read. Here nothing that it names is ever called:
+torch.load(weights_only=True) allows only those that build tensors, some harmless names map to an inert class, and a
+file that names another is refused. No option allows another way of reading.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the second: torch's magic number, pickled
-MAX_PICKLE_BYTES = 2**26  # without the numbers, which lie beside it; Stable Diffusion's has 1 or 2 MB
+ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # LEGACY: torch's magic number, pickled
+MAX_PICKLE_BYTES = 2**26  # without the tensors' data, stored separately; Stable Diffusion's has 1 or 2 MB
 
 
 class Inert:
-    """Stands for what old checkpoints name beside their weights. It takes whatever it is given, and does nothing."""
+    """Replacement for other classes named in old checkpoints. It accepts any arguments, and does nothing."""
 
     def __new__(cls, *args: object) -> Inert:
         return super().__new__(cls)
@@ -32,7 +32,7 @@ class Inert:
         pass
 
 
-# What Lightning wrote into the checkpoints of Stable Diffusion 1: its callback's class, and its numbers.
+# Names that Lightning wrote into the checkpoints of Stable Diffusion 1: its callback's class, and numpy scalars.
 HARMLESS = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
@@ -43,17 +43,17 @@ HARMLESS = (
 
 
 def is_pickle(path: Path) -> bool:
-    """By the first bytes. A zip archive of something else is one too, and an error when it is opened."""
+    """Return whether the first bytes are those of a PyTorch file. Any zip archive passes; opening it then fails."""
     with path.open("rb") as file:
         head = file.read(len(LEGACY))
     return head.startswith(ZIP) or head == LEGACY
 
 
 def open_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors by name, mapped from the file where it is of the kind that torch writes since 2020.
+    """Read the tensors by name; files in torch's format since 2020 are mapped into memory.
 
-    They may lie in an entry `state_dict`; what lies beside them (epoch, optimizer, ...) is left out. Raises ValueError
-    for a file that names code, or that is no such file.
+    They may be in an entry `state_dict`; other entries (epoch, optimizer, ...) are left out. Raises ValueError for a
+    file that names code, or that is not such a file.
     """
     content = _load(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -70,22 +70,22 @@ def _is_tensor(value: object) -> bool:
 
 
 def is_mapped(path: Path) -> bool:
-    """Whether its tensors stay in the file until they are read; those of the older kind cannot."""
+    """Return whether its tensors are mapped until they are read, which the older format does not allow."""
     with path.open("rb") as file:
         return file.read(len(ZIP)) == ZIP
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse a zip archive that would grow when it is read: torch compresses nothing."""
+    """Raise ValueError for a zip archive that would expand on reading: torch does not compress."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole PyTorch checkpoint ({error}): copy it again") from error
+        raise ValueError(f"{path} is not a complete PyTorch checkpoint ({error}): copy it again") from error
     pickled = sum(member.file_size for member in members if member.filename.endswith(".pkl"))
     if any(member.compress_type != zipfile.ZIP_STORED for member in members) or pickled > MAX_PICKLE_BYTES:
         raise ValueError(
-            f"{path} is a compressed archive, or has a pickle of {pickled} bytes: no checkpoint of torch's"
+            f"{path} is a compressed archive, or has a pickle of {pickled} bytes: it is not a PyTorch checkpoint"
         )
 
 
@@ -95,11 +95,11 @@ def _load(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in HARMLESS]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped(path))
-    except Exception as error:  # made-up bytes fail in any way that a parser can
+    except Exception as error:  # malformed bytes may raise any exception
         if named := re.search(r"GLOBAL ([\w.]+) (was not an allowed|whose module)", str(error)):
             raise ValueError(
                 f"{path} asks to run {named[1]} while it is read: refused; give the same weights as safetensors"
             ) from error
-        told = str(error).partition("WeightsUnpickler error:")[2] or str(error)  # torch's advice before it is not ours
-        reason = " ".join(told.split())[:120] or type(error).__name__
-        raise ValueError(f"{path} is not a whole PyTorch checkpoint ({reason}): copy it again") from error
+        detail = str(error).partition("WeightsUnpickler error:")[2] or str(error)  # without torch's advice before it
+        reason = " ".join(detail.split())[:120] or type(error).__name__
+        raise ValueError(f"{path} is not a complete PyTorch checkpoint ({reason}): copy it again") from error

@@ -1,4 +1,4 @@
-"""A model from wherever it lies: a folder, a single file; with another autoencoder and LoRAs, if they are given."""
+"""Read a model from a folder or a single file, optionally with another autoencoder and with LoRAs."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def read_model(
     ema: bool = True,
     prediction: Prediction | None = None,
 ) -> ModelComponents:
-    """A model in this precision, on the CPU: see ldm.TextToImage.load.
+    """Read a model in this precision, on the CPU: see ldm.TextToImage.load.
 
-    LoRAs are merged in float32, and what comes of it is rounded once; so that is read first, in twice the memory.
+    LoRAs are merged in float32 and the result is rounded once; this needs up to twice the memory.
     """
     folder, wanted = model_folder(path), dtype
     dtype = torch.float32 if lora else wanted
@@ -45,20 +45,20 @@ def read_model(
     elif folder.exists():
         parts = read_single_file(path, dtype=dtype, ema=ema, prediction=prediction)
     else:
-        raise FileNotFoundError(f"there is no model at {path}: give a folder that holds one, or a file")
+        raise FileNotFoundError(f"there is no model at {path}: give the folder or file of one")
     if vae is not None:
         other = read_vae(vae, dtype=dtype, in_place_of=parts.model.vae.config)
         parts = with_remark(replace(parts, model=replace(parts.model, vae=other)), f"autoencoder of {vae.name}")
     for file, strength in lora:
         add_lora(parts, file, strength)
-        parts = with_remark(parts, f"LoRA {file.name} by {strength:g}")
+        parts = with_remark(parts, f"LoRA {file.name} of strength {strength:g}")
     for network in parts.networks if lora else ():
         network.to(wanted)
     return parts
 
 
 def add_lora(parts: ModelComponents, file: Path, strength: float) -> None:
-    """Merge one file into the weights. Raises ValueError, with no weight changed, if it does not belong to them."""
+    """Merge one file into the weights. Raises ValueError, with no weight changed, if it is of another model."""
     weights = open_weights(file)
     names = layout_of(parts.config).other_names(parts.denoiser, parts.config)
     encoder = parts.model.conditioner.encoders[0]
@@ -79,7 +79,7 @@ def with_remark(parts: ModelComponents, remark: str) -> ModelComponents:
 
 
 def model_name(path: Path) -> str:
-    """What pictures will say of their model: the run, the folder, or the file without its ending."""
+    """Return the model's name for image metadata: the run, the folder, or the file without its suffix."""
     place = path.resolve()
     if place.is_file():
         return place.stem

@@ -1,4 +1,4 @@
-"""A complete text-to-image model as it lies on disk, whatever the layout."""
+"""The components of a complete text-to-image model, as read from or written to any layout."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class LoadedDenoiser(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a model was read from, and how."""
+    """The files that a model was read from, and remarks on how."""
 
     files: tuple[Path, ...]  # of the denoiser
     precision: str  # of all weights, and their number: "fp16, 1131 tensors"
     remarks: tuple[str, ...] = ()  # "averaged weights (EMA)"
 
     def hash(self) -> str:
-        """First 10 hex digits of the denoiser's files' SHA-256. Reads all of them: 4 GB take 3 seconds."""
+        """Return the first 10 hex digits of the SHA-256 of the denoiser's files. Reads all of them: 4 GB take 3 s."""
         return short_hash(self.files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelComponents:
-    """What folders and single files hold."""
+    """The content of a model's folder or single file."""
 
     model: LatentDiffusion
     denoiser: Denoiser
@@ -55,18 +55,18 @@ class ModelComponents:
 
     @property
     def for_inpainting(self) -> bool:
-        """Whether the denoiser also takes a mask and the masked picture."""
+        """Whether the denoiser also takes a mask and the masked image."""
         return self.denoiser.concat_channels == inpainting_channels(self.model.vae)
 
     def describe(self) -> str:
-        """One line: what it is, what it predicts, how it was read."""
+        """Describe in one line the kind of model, its prediction, and how it was read."""
         kind = f"{self.config.describe(self.model.conditioner.width)}{' for inpainting' * self.for_inpainting}"
         origin = (self.origin.precision, *self.origin.remarks) if self.origin else ()
         return ", ".join([kind, f"predicts {self.model.prediction} on path {self.model.path.kind}", *origin])
 
 
 def inpainting_channels(vae: AutoencoderKL) -> int:
-    """What an inpainting network sees next to x_t: a mask, and the latents of the masked picture."""
+    """Return the channels of an inpainting network in addition to x_t: a mask, and the latents of the masked image."""
     return 1 + vae.config.latent_channels
 
 

@@ -1,4 +1,4 @@
-"""From captions to what a denoiser is told: the one place that knows of strings, tokenizers and text encoders.
+"""Encode captions into a denoiser's condition: the only file that handles strings, tokenizers and text encoders.
 
 B captions, L tokens, D width of the joined states, P width of the joined pooled vectors.
 """
@@ -25,26 +25,26 @@ class TextTower(NamedTuple):
 
 
 class Conditioner:
-    """One or more text towers: captions -> Condition.
+    """One or more text towers, which encode captions into a Condition.
 
-    Of several, which read the same captions, token states and pooled vectors are joined along their width, as in SDXL;
-    the mask is the first one's. Raises ValueError for towers whose contexts differ in length.
+    Several towers encode the same captions; their token states and pooled vectors are joined along the width, as in
+    SDXL, and the mask is that of the first. Raises ValueError for towers whose contexts differ in length.
     """
 
     def __init__(self, *towers: TextTower) -> None:
         lengths = [tower.encoder.config.context_length for tower in towers]
         if len(set(lengths)) != 1:
-            raise ValueError(f"the text encoders read {lengths} tokens, expected one length for all: give others")
+            raise ValueError(f"the text encoders read {lengths} tokens, expected the same length for all: give others")
         self.towers = towers
 
     @property
     def width(self) -> int:
-        """D, what a denoiser calls its context width."""
+        """D, which denoisers call the context width."""
         return sum(tower.encoder.config.width for tower in self.towers)
 
     @property
     def context_length(self) -> int:
-        """The most tokens that are read."""
+        """The maximum number of tokens."""
         return self.towers[0].encoder.config.context_length
 
     @property
@@ -62,7 +62,7 @@ class Conditioner:
         return Condition(context, parts[0].mask, pooled)
 
     def batches(self, captions: Sequence[str], weighting: str, *, largest: int) -> list[list[str]]:
-        """The captions in order, in batches of at most `largest` whose contexts are equally long."""
+        """Split the captions, in order, into batches of at most `largest` with contexts of equal length."""
         tokenizer = self.towers[0].tokenizer
         chunks = [1 if weighting == "none" else chunk_count(tokenizer, caption) for caption in captions]
         alike = [
@@ -72,7 +72,7 @@ class Conditioner:
         return [group[start : start + largest] for group in alike for start in range(0, len(group), largest)]
 
     def cut_off(self, caption: str) -> str:
-        """The end of a caption that is longer than the text encoder can read; "" if all of it is read."""
+        """Return the part of a caption beyond the text encoder's context length; "" if it fits."""
         return self.towers[0].tokenizer.cut_off(caption)
 
 

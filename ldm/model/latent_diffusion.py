@@ -1,4 +1,4 @@
-"""The model around the denoiser: frozen autoencoder, conditioner, noise path and prediction.
+"""The latent diffusion model without its denoiser: frozen autoencoder, conditioner, noise path and prediction.
 
 B batch, C latent channels, h x w latents, L tokens, D width.
 """
@@ -35,13 +35,13 @@ from vae.autoencoder import AutoencoderKL
 
 
 class Losses(NamedTuple):
-    """Of each sample, B: || output - target ||^2, and the bound's term for the variance, if one is learned."""
+    """Per sample, B: || output - target ||^2, and the variational bound's term if a variance is learned."""
 
     error: Tensor
     bound: Tensor | None
 
     def weighted(self, objective: ObjectiveConfig, path: PathConfig, t: Tensor) -> Tensor:
-        """w(t) error, and for a learned variance lambda N bound: L_hybrid. Nichol & Dhariwal 2021, eq. 16."""
+        """Return w(t) error, plus lambda N bound for a learned variance: L_hybrid. Nichol & Dhariwal 2021, eq. 16."""
         simple = loss_weight(objective, path, t).to(self.error.device) * self.error
         if self.bound is None:
             return simple
@@ -50,9 +50,9 @@ class Losses(NamedTuple):
 
 
 class NetworkDenoise:
-    """denoise(x_t, t) -> x0_hat, the function that samplers take, of a network under a condition.
+    """denoise(x_t, t) -> x0_hat, the function that samplers take, for a network and a condition.
 
-    t is one time for the whole batch. x_t stays float32 whatever the network computes in: a sampler adds many small
+    t is one time for all of the batch. x_t stays float32 whatever the network's dtype, since a sampler adds many small
     steps.
     """
 
@@ -69,14 +69,14 @@ class NetworkDenoise:
         return to_x0(self.model.prediction, output.prediction.to(x_t.dtype), x_t, self.model.path, t)
 
     def variance(self) -> Tensor:
-        """The variance that the network answered at its last evaluation: see Output. It must have learned one."""
-        assert self._variance is not None, "the network has learned no variance, or was not asked yet"
+        """Return the variance of the network's last evaluation: see Output. The network must have learned one."""
+        assert self._variance is not None, "the network has no learned variance, or was not evaluated yet"
         return self._variance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentDiffusion:
-    """The frozen half of the model, and the rules by which any denoiser's answer is understood."""
+    """The frozen part of the model, and the rules to interpret a denoiser's output."""
 
     vae: AutoencoderKL
     conditioner: Conditioner
@@ -88,7 +88,7 @@ class LatentDiffusion:
         return next(self.vae.parameters()).device
 
     def seen(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t as the network sees it, and its timesteps, B float32; t is () or B."""
+        """Return x_t scaled for the network, and the timesteps, B float32; t is () or B."""
         timesteps = self.path.timesteps(t).to(device=x_t.device, dtype=torch.float32).expand(len(x_t))
         return expand_times(self.path.input_scale(t), x_t) * x_t, timesteps
 
@@ -102,10 +102,10 @@ class LatentDiffusion:
         *,
         added: Tensor | None = None,
     ) -> Losses:
-        """The parts of what training minimises, of each sample.
+        """Compute the terms of the training loss, per sample.
 
-        x0 and eps B x C x h x w, t B on the CPU. network: a denoiser, or whatever computes one. added: the noise in
-        x_t, where it is not eps, the noise in the target.
+        x0 and eps B x C x h x w, t B on the CPU. network: a denoiser, or a function that calls one. added: the noise in
+        x_t if it differs from eps, the noise in the target.
         """
         x_t = noise_sample(x0, eps if added is None else added, self.path, t)
         output = network(*self.seen(x_t, t), condition)
@@ -119,18 +119,18 @@ class LatentDiffusion:
         return NetworkDenoise(self, denoiser, condition)
 
     def noise(self, generators: Sequence[torch.Generator], *, size: tuple[int, ...]) -> Tensor:
-        """Standard normal B x C x h x w, h x w = `size`, image i drawn with generators[i] alone."""
+        """Draw standard normal noise B x C x h x w, h x w = `size`; image i uses only generators[i]."""
         shape = (len(generators), self.vae.config.latent_channels, *size)
         return noise_like(torch.empty(shape, device=self.device), generators)
 
     def prior(self, noise: Tensor, times: Tensor) -> Tensor:
-        """What a sampler begins with at times[0] where there is no picture to begin with."""
+        """Scale noise to a sample at times[0], from which a sampler starts without an initial image."""
         return prior_std(self.path, times[0].item()) * noise
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> pixels, float32. Raises NonFiniteError if they are not numbers."""
+        """Decode latents to pixels, float32. Raises NonFiniteError if any is not finite."""
         pixels = self.vae.decode(latents.to(next(self.vae.parameters()).dtype)).float()
         if not pixels.isfinite().all():
-            raise NonFiniteError("the decoded picture holds NaN or infinity: compute in fp32")
+            raise NonFiniteError("the decoded image contains NaN or infinity: compute in fp32")
         return pixels

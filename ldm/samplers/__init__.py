@@ -1,11 +1,11 @@
-"""Samplers: from noise to data along a path, given only a function denoise(x_t, t) -> x0_hat.
+"""Samplers: integrate from noise to data along a path, given only a function denoise(x_t, t) -> x0_hat.
 
 A sampler is a pure function `sampler(denoise, x, path, times, generator) -> x`:
 
     denoise     x_t (B x ...) and t (0-d, one of times) to x0_hat of x_t's shape; wrap it to show progress
-    x           B x ..., a sample at times[0]; left as it is
-    times       1-D, on the CPU, strictly falling within [0, 1], usually to 0; best float64
-    generator   one CPU generator for each image, so that a picture does not depend on its batch; only
+    x           B x ..., a sample at times[0]; not modified
+    times       1-D, on the CPU, strictly decreasing within [0, 1], usually to 0; preferably float64
+    generator   one CPU generator per image, so that an image does not depend on its batch; only
                 stochastic samplers draw from it
 """
 
@@ -60,22 +60,23 @@ class SamplerFunction(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    function: Callable[..., Tensor]  # a SamplerFunction, for some with more keywords
-    order: int  # error ~ (step size)^order: of the picture, or where stochastic of mean and variance
+    function: Callable[..., Tensor]  # a SamplerFunction, some with additional keywords
+    order: int  # error ~ (step size)^order: of the image or, if stochastic, of mean and variance
     stochastic: bool
-    label: str  # the name in A1111 and in the metadata of its pictures
-    evaluations: int = 1  # of the denoiser in a step; one where the step comes from alpha = 0 or goes to sigma = 0
-    more_at_first: int = 0  # evaluations of the first steps beyond those
-    eta: float | None = None  # of its own; None: it takes none
+    label: str  # the name in A1111 and in the metadata of images
+    evaluations: int = 1  # of the denoiser per step; one for a step from alpha = 0 or to sigma = 0
+    more_at_first: int = 0  # additional evaluations in the first steps
+    eta: float | None = None  # its default; None: it has no eta
     learned_variance: bool = False  # whether it needs a network that has learned one
 
     def check(self, *, learned: bool) -> None:
-        """Raise ValueError if it needs a variance, and the network has learned none."""
+        """Raise ValueError if it needs a learned variance and the network has none."""
         if self.learned_variance and not learned:
             raise ValueError(f"sampler {self.label} needs a network that has learned its variance: use ddpm")
 
     def with_eta(self, eta: float | None) -> SamplerFunction:
-        """The function with this fraction of noise, 0 to 1; None: its own. Raises ValueError if it cannot have it."""
+        """Return the function with this fraction of noise, 0 to 1; None: its default. Raises ValueError if it has no
+        eta."""
         if eta is None:
             return cast(SamplerFunction, self.function)
         if self.eta is None:
@@ -85,13 +86,13 @@ class Sampler:
         return partial(cast(Any, self.function), eta=eta)
 
     def with_options(self, *, eta: float | None = None, variance: Variance) -> SamplerFunction:
-        """with_eta's function, which gets the network's variance if it needs that."""
+        """Return with_eta's function, with the network's variance if it needs that."""
         function = self.with_eta(eta)
         return partial(cast(Any, function), variance=variance) if self.learned_variance else function
 
 
-# DDIM, Euler's method on x / alpha (k-diffusion) and Euler's method for rectified flow are one and the
-# same update between given nodes. Users look for either name, so both are here, and both are `ddim`.
+# DDIM, Euler's method on x / alpha (k-diffusion) and Euler's method for rectified flow are the same
+# update between given nodes. Users look for either name, so both are here, and both call `ddim`.
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(function=ddpm, order=1, stochastic=True, label="DDPM"),
     "ddpm_large": Sampler(function=ddpm_large, order=1, stochastic=True, label="DDPM large"),
@@ -121,7 +122,7 @@ _WITH_ETA = [name for name, sampler in SAMPLERS.items() if sampler.eta is not No
 
 
 def sampler_named(name: str) -> str:
-    """The key of SAMPLERS for it or its label, in any case. Raises ValueError, naming the nearest, for another."""
+    """Return the key of SAMPLERS for a key or label, in any case. Raises ValueError, which suggests the nearest."""
     names = {written.lower(): key for key, sampler in SAMPLERS.items() for written in (key, sampler.label)}
     if name.lower() in names:
         return names[name.lower()]

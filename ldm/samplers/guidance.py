@@ -1,7 +1,7 @@
-"""Guidance: functions denoise(x_t, t) -> x0_hat made into one.
+"""Guidance: combine functions denoise(x_t, t) -> x0_hat into one.
 
-A sampler never knows: each of these is a function from denoisers to a denoiser, and they compose. `scale` is a number,
-or a function of the time (0-d) that gives one; where it is 1 the second denoiser is not evaluated.
+Samplers do not depend on it: each of these functions turns denoisers into a denoiser, and they compose. `scale` is a
+number, or a function of the time (0-d) that returns one; if it is 1, the second denoiser is not evaluated.
 """
 
 import math
@@ -22,13 +22,13 @@ def classifier_free(denoise_cond: Denoise, denoise_uncond: Denoise, scale: Scale
     """x0_uncond + scale (x0_cond - x0_uncond). Ho & Salimans 2022 (arXiv 2207.12598), eq. 6, scale = 1 + w.
 
     eps, v and velocity are affine in x0 at fixed x_t and t, so guiding any of them with this scale is the same. A
-    negative prompt takes the place of no prompt.
+    negative prompt replaces the empty prompt.
     """
     return _combined(denoise_cond, denoise_uncond, scale, lambda x0, change, s: x0 + (s - 1) * change)
 
 
 def scheduled(kind: Schedule, scale: float) -> Scale:
-    """The scale over time: linear and cosine rise from 1 at the noise, and have this scale in the mean over t.
+    """Return the scale over time: linear and cosine rise from 1 at the noise, and their mean over t is this scale.
 
     scale - 1 is multiplied by 2 (1 - t), or by 1 + cos(pi t). Wang et al. 2024 (arXiv 2404.13040), section 4.
     """
@@ -44,21 +44,21 @@ def scheduled(kind: Schedule, scale: float) -> Scale:
 
 
 def autoguidance(denoise: Denoise, weaker: Denoise, scale: Scale) -> Denoise:
-    """Away from what a weaker denoiser of the same task says: a smaller one, or one that was trained for less long.
+    """Guide away from a weaker denoiser of the same task: a smaller one, or one that was trained less.
 
-    Karras et al. 2024 (arXiv 2406.02507), eq. 3: classifier-free guidance's formula, without its loss of variety.
+    Karras et al. 2024 (arXiv 2406.02507), eq. 3: the formula of classifier-free guidance, without its loss of variety.
     """
     return classifier_free(denoise, weaker, scale)
 
 
 def rescaled(denoise_cond: Denoise, denoise_uncond: Denoise, scale: Scale, share: float) -> Denoise:
-    """classifier_free, its answer brought back, by this share, to the deviation of the conditional one.
+    """classifier_free, rescaled by the fraction `share` to the standard deviation of the conditional x0.
 
-    Large scales make pictures too bright. Lin et al. 2023 (arXiv 2305.08891), eqs. 15 and 16, who rescale the network's
-    output; here it is x0, whatever is predicted. Raises ValueError for a share outside [0, 1].
+    Large scales make images too bright. Lin et al. 2023 (arXiv 2305.08891), eqs. 15 and 16, rescale the network's
+    output; here it is x0 for any prediction. Raises ValueError for a fraction outside [0, 1].
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"the share of rescaling is {share}, expected 0 (none) to 1")
+        raise ValueError(f"the fraction of rescaling is {share}, expected 0 (none) to 1")
 
     def rule(x0: Tensor, change: Tensor, s: float) -> Tensor:
         guided = x0 + (s - 1) * change
@@ -77,11 +77,11 @@ def projected(
     norm_limit: float | None = None,
     momentum: float = 0.0,
 ) -> Denoise:
-    """Adaptive projected guidance: of the change that guidance makes, the part along x0_cond only saturates colours, so
-    it is kept to the share `parallel`; the change is no longer than norm_limit, and goes on by `momentum` (usually
-    negative) from step to step. Sadat et al. 2024 (arXiv 2410.02416), algorithm 1.
+    """Adaptive projected guidance: the part of guidance's change along x0_cond only saturates colours, so it is scaled
+    by `parallel`; the norm of the change is limited to norm_limit, and `momentum` (usually negative) times the previous
+    change is added at each step. Sadat et al. 2024 (arXiv 2410.02416), algorithm 1.
 
-    With momentum, use it for one drawing alone: it remembers.
+    With momentum it has state: create a new one for each sampling.
     """
     running: Tensor | None = None
 
@@ -98,10 +98,10 @@ def projected(
 
 
 def within_interval(guided: Denoise, plain: Denoise, start: float, stop: float) -> Denoise:
-    """guided at times start <= t <= stop, else plain, so that nothing is evaluated twice there.
+    """Use guided at times start <= t <= stop, else plain, which saves the second evaluation there.
 
-    At the highest noise guidance costs variety, at the lowest it does nothing. Kynkäänniemi et al. 2024
-    (arXiv 2404.07724), section 3. Raises ValueError for what is no interval of times.
+    At high noise guidance costs variety, at low noise it has no effect. Kynkäänniemi et al. 2024 (arXiv 2404.07724),
+    section 3. Raises ValueError for an invalid interval of times.
     """
     if not 0 <= start <= stop <= 1:
         raise ValueError(f"the guidance interval is {start} to {stop}, expected 0 <= start <= stop <= 1")
@@ -115,7 +115,7 @@ def within_interval(guided: Denoise, plain: Denoise, start: float, stop: float) 
 def _combined(
     denoise_cond: Denoise, denoise_uncond: Denoise, scale: Scale, rule: Callable[[Tensor, Tensor, float], Tensor]
 ) -> Denoise:
-    """rule(x0_cond, x0_cond - x0_uncond, scale)."""
+    """Return the denoiser that computes rule(x0_cond, x0_cond - x0_uncond, scale)."""
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         s = scale(t) if callable(scale) else scale
@@ -126,5 +126,5 @@ def _combined(
 
 
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """B numbers, to broadcast against x of shape B x ...."""
+    """Reshape B numbers to broadcast against x of shape B x ...."""
     return values.reshape(-1, *[1] * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""How likely a denoiser holds a picture to be: exactly, along the probability-flow ODE.
+"""Compute the log-likelihood of an image under a denoiser, exactly, along the probability-flow ODE.
 
 Song et al. 2020 (arXiv 2011.13456), section 4.3; Chen et al. 2018 (arXiv 1806.07366), theorem 1. B batch, D dimensions.
 """
@@ -15,20 +15,20 @@ from ldm.samplers import Denoise
 
 
 def signs(x: Tensor, generator: Sequence[torch.Generator]) -> Tensor:
-    """A probe for log_likelihood: 1 or -1 in every place of x, each sample's from its own generator."""
+    """Draw a probe for log_likelihood: 1 or -1 for each element of x, each sample's from its own generator."""
     return torch.stack([torch.randint(0, 2, x.shape[1:], generator=g) for g in generator]).to(x) * 2 - 1
 
 
 def log_likelihood(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, probe: Tensor) -> Tensor:
-    """log p(x) in nats, B, for x at times[-1] > 0; times fall from 1, as a sampler's do.
+    """Return log p(x) in nats, B, for x at times[-1] > 0; times decrease from 1, as a sampler's do.
 
     dx/dt = f gives d log p / dt = -div f, so that
         log p(x) = log N(x_1; 0, s^2) + integral of div f over t from times[-1] to 1,
-    by Runge and Kutta's fourth-order method between the given times. The divergence is Hutchinson's estimate
-    v . (df/dx) v from a probe v of signs, like x: right in the mean over probes, exact where D = 1.
+    by the fourth-order Runge-Kutta method between the given times. The divergence is Hutchinson's estimate
+    v . (df/dx) v from a probe v of signs, like x: unbiased over probes, exact if D = 1.
     """
     if not (times[:-1] > times[1:]).all() or times[-1] <= 0 or times[0] != 1:
-        raise ValueError(f"times must fall strictly from 1 to above 0, not {times.tolist()}")
+        raise ValueError(f"times must decrease strictly from 1 to above 0, not {times.tolist()}")
     total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     rising = times.flip(0)
     for t, t_next in zip(rising[:-1], rising[1:], strict=True):
@@ -45,7 +45,7 @@ def log_likelihood(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor,
 
 
 def flow(denoise: Denoise, x: Tensor, path: PathConfig, t: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
-    """f(x, t) = alpha' x0_hat + sigma' eps_hat, B x ..., and probe . (df/dx) probe, B."""
+    """Return f(x, t) = alpha' x0_hat + sigma' eps_hat, B x ..., and probe . (df/dx) probe, B."""
     alpha, sigma, d_alpha, d_sigma = (of(t).to(x) for of in (path.alpha, path.sigma, path.d_alpha, path.d_sigma))
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -56,5 +56,5 @@ def flow(denoise: Denoise, x: Tensor, path: PathConfig, t: Tensor, probe: Tensor
 
 
 def bits_per_dimension(log_likelihood: Tensor, dimensions: int) -> Tensor:
-    """-log_2 p / D: for latents or other continuous data, of which it may be negative."""
+    """Return -log_2 p / D, which may be negative for continuous data such as latents."""
     return -log_likelihood / (dimensions * math.log(2))

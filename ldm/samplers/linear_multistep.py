@@ -1,8 +1,8 @@
-"""Adams and Bashforth's methods: the noise eps as a polynomial through its values at earlier nodes.
+"""Adams-Bashforth methods: the noise eps as a polynomial through its values at earlier nodes.
 
-x' / alpha' = x / alpha + the integral of eps over kappa = sigma / alpha. Which polynomial, and in what it is one, makes
-the difference. A step from alpha = 0, where kappa is infinite, is a DDIM step and nothing is carried on from there; a
-step to sigma = 0 is one too.
+x' / alpha' = x / alpha + the integral of eps over kappa = sigma / alpha. The methods differ in the polynomial and its
+variable. A step from alpha = 0, where kappa is infinite, is a DDIM step, and its eps is not reused; a step to sigma = 0
+is a DDIM step as well.
 """
 
 import math
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 def lms(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
     """Linear multistep, order 4: the noise eps as a polynomial in kappa = sigma / alpha through its last four values.
 
-    x' / alpha' = x / alpha + sum_j c_j eps_j, c_j = integral of Lagrange's j-th polynomial over kappa: Adams and
-    Bashforth's method on an uneven grid. Liu et al. 2022 (arXiv 2202.09778), eq. 12, has it for even grids.
+    x' / alpha' = x / alpha + sum_j c_j eps_j, c_j = integral of the j-th Lagrange polynomial over kappa: the
+    Adams-Bashforth method on an uneven grid. Liu et al. 2022 (arXiv 2202.09778), eq. 12, is the case of even grids.
     """
     return adams(denoise, x, path, times, order=4, variable=lambda kappa: kappa)
 
 
 def deis(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """DEIS (order 3): as lms, but the noise is a polynomial in log(kappa), along which it changes more evenly.
+    """DEIS (order 3): like lms, but the noise is a polynomial in log(kappa), along which it changes more evenly.
 
     Zhang & Chen 2022 (arXiv 2204.13902), eq. 15 with rho = kappa.
     """
@@ -46,7 +46,7 @@ def adams(
     order: int,
     variable: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """x' / alpha' = x / alpha + integral of eps over kappa, eps a polynomial in variable(kappa)."""
+    """Step by x' / alpha' = x / alpha + integral of eps over kappa, eps a polynomial in variable(kappa)."""
     history: list[tuple[float, Tensor]] = []  # (kappa, eps), the newest last
     for step in grid_steps(path, times):
         start, end = step
@@ -61,9 +61,9 @@ def adams(
 
 
 def adams_weights(kappas: Sequence[float], end: float, variable: Callable[[Tensor], Tensor]) -> list[float]:
-    """c_j = integral of Lagrange's polynomials in variable(k) over k from kappas[-1] to end.
+    """Return c_j = integral of the Lagrange polynomials in variable(k) over k from kappas[-1] to end.
 
-    By Gauss's quadrature in log k, with which it is exact to the last digits for any grid in use.
+    By Gaussian quadrature in log k, which is exact to the last digits for any grid in use.
     """
     points, weights = gauss_legendre(24)
     low, high = math.log(kappas[-1]), math.log(end)
@@ -73,7 +73,7 @@ def adams_weights(kappas: Sequence[float], end: float, variable: Callable[[Tenso
 
 
 def lagrange_integrals(nodes: Tensor, points: Tensor, measure: Tensor) -> list[float]:
-    """integral of prod_{m != j} (v - v_m) / (v_j - v_m) for each node j, as a sum over points with this measure."""
+    """Integrate prod_{m != j} (v - v_m) / (v_j - v_m) for each node j, as a sum over points with this measure."""
     found = []
     for j, node in enumerate(nodes):
         others = torch.cat([nodes[:j], nodes[j + 1 :]])
@@ -84,10 +84,10 @@ def lagrange_integrals(nodes: Tensor, points: Tensor, measure: Tensor) -> list[f
 
 @cache
 def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
-    """Points and weights on [-1, 1], exact for polynomials to degree 2 n - 1. Golub & Welsch 1969."""
+    """Return points and weights on [-1, 1], exact for polynomials to degree 2 n - 1. Golub & Welsch 1969."""
     i = torch.arange(1, n, dtype=torch.float64)
     off = i / (4 * i**2 - 1).sqrt()
-    points, vectors = torch.linalg.eigh(torch.diag(off, -1))  # which reads the lower triangle alone
+    points, vectors = torch.linalg.eigh(torch.diag(off, -1))  # reads only the lower triangle
     return points, 2 * vectors[0] ** 2
 
 
@@ -95,16 +95,17 @@ def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
 
 
 def plms(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """PLMS, order 2: a DDIM step with Adams's mean of the last four noises, which on even steps is (55 eps_0 - 59 eps_1
-    + 37 eps_2 - 9 eps_3) / 24. The first step is taken twice, the second time with the mean of the noise at both ends.
+    """PLMS, order 2: a DDIM step with the Adams-Bashforth mean of the last four eps, which on even steps is (55 eps_0 -
+    59 eps_1 + 37 eps_2 - 9 eps_3) / 24. The first step is taken twice, the second time with the mean of eps at both
+    ends.
 
-    Liu et al. 2022 (arXiv 2202.09778), S-PNDM's start and eq. 12; Stable Diffusion's first code draws with it.
+    Liu et al. 2022 (arXiv 2202.09778), S-PNDM's start and eq. 12; the sampler of Stable Diffusion's first code.
     """
     return pseudo_adams(denoise, x, path, times, start=both_ends, started=1)
 
 
 def pndm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """F-PNDM, order 2: as plms, but the first three steps are Runge and Kutta's, of four evaluations each.
+    """F-PNDM, order 2: like plms, but the first three steps are Runge-Kutta steps of four evaluations each.
 
     Liu et al. 2022, algorithm 2.
     """
@@ -117,9 +118,10 @@ Start = Callable[[Callable[[Tensor, Node], Tensor], "PathConfig", Tensor, Tensor
 def pseudo_adams(
     denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, *, start: Start, started: int
 ) -> Tensor:
-    """x' = DDIM(x, mean of eps over the step), eps a cubic in t; the mean of the first `started` steps is start's.
+    """Step by x' = DDIM(x, mean of eps over the step), eps a cubic in t; `start` gives the mean for the first `started`
+    steps.
 
-    Taken over t, not over kappa, of which the change along the step counts as even: hence order 2, "pseudo".
+    The mean is over t, not kappa, as if kappa changed evenly along the step: hence order 2, "pseudo".
     """
 
     def eps_at(x: Tensor, node: Node) -> Tensor:
@@ -145,14 +147,14 @@ def pseudo_adams(
 def both_ends(
     eps_at: Callable[[Tensor, Node], Tensor], path: "PathConfig", x: Tensor, eps: Tensor, step: Step
 ) -> Tensor:
-    """(eps + eps') / 2, eps' where the step with eps would end."""
+    """Return (eps + eps') / 2, where eps' is at the end of the step with eps."""
     return (eps + eps_at(transfer(x, eps, *step), step.end)) / 2
 
 
 def runge_kutta(
     eps_at: Callable[[Tensor, Node], Tensor], path: "PathConfig", x: Tensor, eps: Tensor, step: Step
 ) -> Tensor:
-    """(eps_1 + 2 eps_2 + 2 eps_3 + eps_4) / 6 of Runge and Kutta's classical method, its middle halfway in t."""
+    """Return (eps_1 + 2 eps_2 + 2 eps_3 + eps_4) / 6 of the classical Runge-Kutta method, its middle halfway in t."""
     start, end = step
     (middle,) = nodes_at(path, (start.t + end.t)[None] / 2)
     eps_2 = eps_at(transfer(x, eps, start, middle), middle)
@@ -162,12 +164,12 @@ def runge_kutta(
 
 
 def transfer(x: Tensor, eps: Tensor, start: Node, end: Node) -> Tensor:
-    """DDIM's step in terms of the noise: x' = alpha' (x - sigma eps) / alpha + sigma' eps. Liu et al. 2022, eq. 11."""
+    """Take a DDIM step in terms of eps: x' = alpha' (x - sigma eps) / alpha + sigma' eps. Liu et al. 2022, eq. 11."""
     return end.alpha / start.alpha * (x - start.sigma * eps) + end.sigma * eps
 
 
 def mean_weights(nodes: Sequence[float], end: float) -> list[float]:
-    """The mean of Lagrange's polynomials over t from nodes[-1] to end."""
+    """Return the mean of the Lagrange polynomials over t from nodes[-1] to end."""
     points, weights = gauss_legendre(4)
     t = nodes[-1] + (end - nodes[-1]) * (points + 1) / 2
     return lagrange_integrals(torch.tensor(nodes, dtype=torch.float64), t, weights / 2)

@@ -1,7 +1,7 @@
-"""Samplers that remember what the denoiser said at earlier nodes, so that one evaluation a step gives a high order.
+"""Multistep samplers: reuse the denoiser's outputs at earlier nodes, for high order with one evaluation per step.
 
-A step from alpha = 0 is endless in lambda, so it is a DDIM step and nothing is carried on from there; a step to
-sigma = 0 is one too.
+A step from alpha = 0 is infinite in lambda, so it is a DDIM step, and its output is not reused; a step to sigma = 0 is
+a DDIM step as well.
 """
 
 import math
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """DPM-Solver++(2M): a DDIM step with x0 carried on along its last change. Lu et al. 2022 (arXiv 2211.01095),
+    """DPM-Solver++(2M): a DDIM step with x0 extrapolated from its last change. Lu et al. 2022 (arXiv 2211.01095),
     algorithm 2."""
     return carried_on(denoise, x, path, times, lambda x, x0, step: ddim_step(x, x0, *step))
 
 
 def dpmpp_2m_sde(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """SDE-DPM-Solver++(2M): the same with fresh noise at each step. Lu et al. 2022, algorithm 4."""
+    """SDE-DPM-Solver++(2M): dpmpp_2m with fresh noise at each step. Lu et al. 2022, algorithm 4."""
     return carried_on(denoise, x, path, times, lambda x, x0, step: sde_step(x, x0, step, generator))
 
 
@@ -36,7 +36,7 @@ def carried_on(
     times: Tensor,
     advance: Callable[[Tensor, Tensor, Step], Tensor],
 ) -> Tensor:
-    """x' = advance(x, D, step), D = x0_i + h_i / (2 h_{i-1}) (x0_i - x0_{i-1}), h the step in lambda."""
+    """Step by x' = advance(x, D, step), D = x0_i + h_i / (2 h_{i-1}) (x0_i - x0_{i-1}), h the step in lambda."""
     previous: tuple[Tensor, float] | None = None
     for step in grid_steps(path, times):
         x0 = denoise(x, step.start.t)
@@ -52,7 +52,7 @@ def carried_on(
 def sde_step(x: Tensor, x0: Tensor, step: Step, generator: Generators) -> Tensor:
     """x' = (sigma' / sigma) e^-h x + alpha' (1 - e^-2h) x0 + sigma' sqrt(1 - e^-2h) n: the reverse SDE, x0 constant.
 
-    Lu et al. 2022, eq. 18; it is DDPM's posterior. Larger orders put more terms in x0's place.
+    Lu et al. 2022, eq. 18; it is DDPM's posterior. Higher orders replace x0 by more terms.
     """
     kept = -math.expm1(-2 * step.h)
     x = step.end.sigma / step.start.sigma * math.exp(-step.h) * x + step.end.alpha * kept * x0
@@ -62,9 +62,9 @@ def sde_step(x: Tensor, x0: Tensor, step: Step, generator: Generators) -> Tensor
 def dpmpp_3m_sde(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
     """SDE-DPM-Solver++(3M): x0 along a parabola through its last three values, integrated exactly.
 
-    Over u = lambda - lambda_i the step needs the integral of 2 e^(-2 (h - u)) x0(u): its terms in 1, u and u^2 / 2
-    weigh phi_1, phi_2, phi_3 of 2 h, in the notation of Lu et al. 2022. k-diffusion, where the name is from, has half
-    of the last term, so that its pictures are a little different.
+    Over u = lambda - lambda_i the step needs the integral of 2 e^(-2 (h - u)) x0(u): its terms in 1, u and u^2 / 2 have
+    the weights phi_1, phi_2, phi_3 of 2 h, in the notation of Lu et al. 2022. k-diffusion, the origin of the name, has
+    half of the last term, so that its images are slightly different.
     """
     history: list[tuple[float, Tensor]] = []  # (lambda, x0), the newest last
     for step in grid_steps(path, times):
@@ -84,7 +84,7 @@ def dpmpp_3m_sde(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor,
 
 
 def derivatives(history: Sequence[tuple[float, Tensor]]) -> tuple[Tensor, Tensor]:
-    """First derivative and half the second, at the newest of two or three points, of the polynomial through them."""
+    """Return the first derivative and half the second, at the newest of two or three points, of their polynomial."""
     (l0, d0), (l1, d1) = history[-1], history[-2]
     first = (d0 - d1) / (l0 - l1)
     if len(history) < 3:
@@ -108,10 +108,10 @@ def unipc_3(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, gene
 
 
 def unipc(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, *, order: int) -> Tensor:
-    """Predict x' from the last `order` answers; when the denoiser has answered there, step again with that one too.
+    """Predict x' from the last `order` outputs; after evaluating the denoiser there, repeat the step with that output.
 
-    The corrected x' is where the next step starts, but is not evaluated again. Answers are those of x0, with
-    B(h) = e^-h - 1. Zhao et al. 2023, section 3.
+    The next step starts from the corrected x', which is not evaluated again. Outputs are x0, with B(h) = e^-h - 1.
+    Zhao et al. 2023, section 3.
     """
     history: list[tuple[float, Tensor]] = []  # (lambda, x0), the newest last
     before: tuple[Step, Tensor] | None = None  # the last step and where it started, if it can be corrected
@@ -136,8 +136,8 @@ def unified_step(
 ) -> Tensor:
     """x' = DDIM(x, D_0) - alpha' B(h) sum_m a_m (D_m - D_0) / r_m, r_m = (lambda_m - lambda_0) / h.
 
-    D_0 is the newest answer of history, D_m the earlier ones, and the answer at the step's end (r = 1) if there is
-    one. The a_m make the step exact for polynomials. Zhao et al. 2023, eqs. 3, 8 and 9.
+    D_0 is the newest output of history; D_m are the earlier ones and, if given, the output at the step's end (r = 1).
+    The a_m make the step exact for polynomials. Zhao et al. 2023, eqs. 3, 8 and 9.
     """
     newest, x0 = history[-1]
     answers = [(lam, answer) for lam, answer in history[:-1]]
@@ -153,9 +153,9 @@ def unified_step(
 
 
 def unipc_weights(ratios: Sequence[float], h: float) -> list[float]:
-    """a of sum_m a_m r_m^(i-1) = i! n phi_{i+1}(n) / (e^n - 1) for i = 1, 2, ..., n = -h; phi_k as in Zhao et al. 2023.
+    """Solve sum_m a_m r_m^(i-1) = i! n phi_{i+1}(n) / (e^n - 1), i = 1, 2, ..., n = -h, for a; phi_k: Zhao et al. 2023.
 
-    One term has a = 1/2 instead, which is of the same order: their section 3.3, and what everybody draws with.
+    A single term has a = 1/2 instead, which is of the same order: their section 3.3, and the usual implementation.
     """
     if len(ratios) == 1:
         return [0.5]

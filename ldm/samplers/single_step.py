@@ -1,4 +1,4 @@
-"""Samplers that forget: each step looks at its own start, and perhaps at one point on the way."""
+"""Single-step samplers: each step evaluates the denoiser at its start, and some at one other point."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def ddim(
     denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators, *, eta: float = 0.0
 ) -> Tensor:
-    """DDIM: eta = 0 is the ODE, eta = 1 DDPM's posterior, and what lies between has the same marginals.
+    """DDIM: eta = 0 is the ODE, eta = 1 DDPM's posterior, and values between have the same marginals.
 
     Song et al. 2020 (arXiv 2010.02502), eq. 12.
     """
@@ -30,22 +30,22 @@ def ddim(
 def euler_ancestral(
     denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators, *, eta: float = 1.0
 ) -> Tensor:
-    """Euler's method with fresh noise at each step, which is DDIM with eta = 1 under another name."""
+    """Euler's method with fresh noise at each step: another name for DDIM with eta = 1."""
     return ddim(denoise, x, path, times, generator, eta=eta)
 
 
 def ddpm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
     """DDPM's ancestral sampling, x' drawn around the mean of q(x' | x, x0_hat), with its variance ("fixed small").
 
-    That is right for data that are one point. Ho et al. 2020, section 3.2.
+    Exact for data at a single point. Ho et al. 2020, section 3.2.
     """
     return ancestral_sampling(denoise, x, path, times, generator, lambda x, step: math.sqrt(variance_range(step)[0]))
 
 
 def ddpm_large(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """DDPM with the variance that the forward step added ("fixed large"), right for data that are pure noise.
+    """DDPM with the variance that the forward step adds ("fixed large"), exact for data of pure noise.
 
-    With many steps it draws what `ddpm` does. Ho et al. 2020, section 3.2.
+    With many steps it equals `ddpm`. Ho et al. 2020, section 3.2.
     """
     return ancestral_sampling(denoise, x, path, times, generator, lambda x, step: math.sqrt(variance_range(step)[1]))
 
@@ -55,8 +55,8 @@ def ddpm_learned(
 ) -> Tensor:
     """DDPM with the variance that the network has learned, between the small and the large one.
 
-    variance() says where, of x's shape, -1 (as little as q(x' | x, x0)) to 1 (as much as the forward step added) about,
-    at denoise's last evaluation. Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15.
+    variance() returns its position at denoise's last evaluation, of x's shape, from about -1 (that of q(x' | x, x0)) to
+    1 (that of the forward step). Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15.
     """
 
     def deviation(x: Tensor, step: Step) -> Tensor:
@@ -74,19 +74,19 @@ def ancestral_sampling(
     generator: Generators,
     deviation: Callable[[Tensor, Step], float | Tensor],
 ) -> Tensor:
-    """x' = mean of q(x' | x, x0_hat) + deviation n; a step to sigma' = 0 adds nothing."""
+    """Step by x' = mean of q(x' | x, x0_hat) + deviation n; a step to sigma' = 0 adds no noise."""
     for step in grid_steps(path, times):
-        x_share, x0_share = ddpm_mean(step)
-        mean = x_share * x + x0_share * denoise(x, step.start.t)
+        x_weight, x0_weight = ddpm_mean(step)
+        mean = x_weight * x + x0_weight * denoise(x, step.start.t)
         x = add_noise(mean, deviation(x, step), generator) if step.end.sigma > 0 else mean
     return x
 
 
 def lcm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """x' = alpha' x0_hat + sigma' n: believe the answer whole, and make fresh noise of the next level.
+    """x' = alpha' x0_hat + sigma' n: take x0_hat as it is, and add fresh noise at the next level.
 
-    For consistency models, whose answer is where the ODE ends. Song et al. 2023 (arXiv 2303.01469), algorithm 1; Luo
-    et al. 2023 (arXiv 2310.04378). From other denoisers it draws means, not data.
+    For consistency models, whose output is the end of the ODE. Song et al. 2023 (arXiv 2303.01469), algorithm 1; Luo
+    et al. 2023 (arXiv 2310.04378). With other denoisers it returns means, not samples.
     """
     for step in grid_steps(path, times):
         x = add_noise(step.end.alpha * denoise(x, step.start.t), step.end.sigma, generator)
@@ -94,9 +94,9 @@ def lcm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generato
 
 
 def heun(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """Heun's method in sigma / alpha: a DDIM step, mended by what the denoiser says at its end.
+    """Heun's method in sigma / alpha: a DDIM step, corrected with the denoiser's output at its end.
 
-    x' = DDIM(x, D) + alpha' (e^h - 1) / 2 (D' - D): the mean of both slopes, for e' - e = alpha' (D - D') / sigma'.
+    x' = DDIM(x, D) + alpha' (e^h - 1) / 2 (D' - D): the mean of both slopes, since e' - e = alpha' (D - D') / sigma'.
     Karras et al. 2022 (arXiv 2206.00364), algorithm 1. A step from alpha = 0 or to sigma = 0 is a DDIM step.
     """
     for step in grid_steps(path, times):
@@ -108,9 +108,9 @@ def heun(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generat
 
 
 def dpm2(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """The midpoint method in sigma / alpha, with the middle in its logarithm: DPM-Solver-2's nodes.
+    """The midpoint method in sigma / alpha, with the midpoint of its logarithm: DPM-Solver-2's nodes.
 
-    x' = DDIM(x, D) + alpha' 2 sinh(h / 2) (D_m - D), for e_m - e = (D - D_m) alpha_m / sigma_m. Karras et al. 2022,
+    x' = DDIM(x, D) + alpha' 2 sinh(h / 2) (D_m - D), as e_m - e = (D - D_m) alpha_m / sigma_m. Karras et al. 2022,
     algorithm 2 without churn; Lu et al. 2022 (arXiv 2206.00927), section 3.2. A step from alpha = 0 or to sigma = 0
     is a DDIM step.
     """
@@ -128,7 +128,7 @@ def dpm2(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generat
 def dpmpp_2s_ancestral(
     denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators, *, eta: float = 1.0
 ) -> Tensor:
-    """DPM-Solver++(2S) with fresh noise: down to less noise than asked for by x0_hat at the middle, then up.
+    """DPM-Solver++(2S) with fresh noise: step to a lower noise level with x0_hat at the midpoint, then add noise.
 
     Lu et al. 2022 (arXiv 2211.01095), algorithm 1 with r = 1/2. A step from alpha = 0 or to sigma = 0 is a DDIM step.
     """

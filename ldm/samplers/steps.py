@@ -1,4 +1,4 @@
-"""What all samplers share: the DDIM step between two nodes, and noise."""
+"""Functions common to all samplers: the DDIM step between two nodes, and noise."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,37 +13,37 @@ if TYPE_CHECKING:
     from ldm.diffusion import PathConfig
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-Variance = Callable[[], Tensor]  # what the network answered at its last evaluation: see ldm.denoisers.Output
+Variance = Callable[[], Tensor]  # the network's output at its last evaluation: see ldm.denoisers.Output
 Generators = Sequence[torch.Generator]
 
 
-def node_between(path: "PathConfig", step: Step, share: float) -> Node:
-    """The node at lambda + share h, for a finite h."""
-    log_snr = 2 * (step.start.half_log_snr + share * step.h)
+def node_between(path: "PathConfig", step: Step, fraction: float) -> Node:
+    """Return the node at lambda + fraction h, for a finite h."""
+    log_snr = 2 * (step.start.half_log_snr + fraction * step.h)
     t = path.time_of_log_snr(torch.tensor(log_snr, dtype=torch.float64))
     return Node(t.to(step.start.t), path.alpha(t).item(), path.sigma(t).item())
 
 
 def noise_like(x: Tensor, generator: Generators) -> Tensor:
-    """Standard normal noise of x's shape, image i from generator[i]; float32 from the CPU, then moved."""
+    """Draw standard normal noise of x's shape, image i from generator[i]: float32 on the CPU, then moved."""
     if len(generator) != len(x):
-        raise ValueError(f"{len(generator)} generators for {len(x)} images; give one for each image")
+        raise ValueError(f"{len(generator)} generators for {len(x)} images; give one per image")
     return torch.stack([torch.randn(x.shape[1:], generator=g, dtype=torch.float32) for g in generator]).to(x)
 
 
 def ddim_step(x: Tensor, x0: Tensor, start: Node, end: Node) -> Tensor:
-    """x' = alpha' x0 + (sigma' / sigma) (x - alpha x0): keep the noise that x0 implies, at its new level.
+    """x' = alpha' x0 + (sigma' / sigma) (x - alpha x0): keep the noise implied by x0, at its new level.
 
-    Song et al. 2020 (arXiv 2010.02502), eq. 12 with eta = 0; exact if x0 did not change along the way.
+    Song et al. 2020 (arXiv 2010.02502), eq. 12 with eta = 0; exact if x0 is constant along the step.
     """
     return end.alpha * x0 + (end.sigma / start.sigma) * (x - start.alpha * x0)
 
 
 def ancestral(step: Step, eta: float) -> tuple[Node, float]:
-    """The node to step to without noise, and the deviation of the noise to add there, which together make step.end.
+    """Return the node to step to without noise, and the deviation of the noise to add there to reach step.end.
 
-    up = eta sigma' sqrt(1 - e^(-2h)), down^2 = sigma'^2 - up^2: with eta = 1 what is added is what the step from
-    x' to x has added, as DDPM's posterior demands. Song et al. 2020, eq. 16.
+    up = eta sigma' sqrt(1 - e^(-2h)), down^2 = sigma'^2 - up^2: with eta = 1 the added noise is that of DDPM's
+    posterior. Song et al. 2020, eq. 16.
 
     Raises ValueError for an eta outside [0, 1].
     """
@@ -55,7 +55,7 @@ def ancestral(step: Step, eta: float) -> tuple[Node, float]:
 
 
 def add_noise(x: Tensor, deviation: float | Tensor, generator: Generators) -> Tensor:
-    """x + deviation n; x itself where nothing is to be added: then nothing is drawn."""
+    """Return x + deviation n; if the deviation is 0, x itself, without drawing noise."""
     if isinstance(deviation, float) and deviation == 0:
         return x
     return x + deviation * noise_like(x, generator)

@@ -1,8 +1,8 @@
-"""Time grids: which of a path's times a sampler visits.
+"""Time grids: the times of a path at which a sampler evaluates the denoiser.
 
-All end at t = 0 and, but for those that were made for Stable Diffusion alone (leading, align_your_steps), begin at
-t = 1. Those in log-SNR are laid between the path's finite ends (log_snr_range); where the path begins with no data at
-all, t = 1 is one node more before them.
+All end at t = 0 and start at t = 1, except those made for Stable Diffusion (leading, align_your_steps). Grids in
+log-SNR lie between the path's finite ends (log_snr_range); if the path starts from pure noise, t = 1 is an additional
+node before them.
 """
 
 import math
@@ -22,10 +22,10 @@ Grid = Callable[["PathConfig", int], Tensor]
 
 
 def time_grid(path: "PathConfig", steps: int, grid: str | Sequence[float] | None = None) -> Tensor:
-    """steps + 1 times, float64, strictly falling to 0.
+    """Return steps + 1 times, float64, strictly decreasing to 0.
 
-    grid: a name of TIME_GRIDS, or the times themselves; None: the path's own. Raises ValueError, naming the
-    value, for what cannot be.
+    grid: a name of TIME_GRIDS, or the times themselves; None: the path's default. Raises ValueError, naming the
+    invalid value.
     """
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, not {steps}")
@@ -44,7 +44,7 @@ def time_grid(path: "PathConfig", steps: int, grid: str | Sequence[float] | None
 
 
 def explicit_times(steps: int, times: Sequence[float]) -> Tensor:
-    """The times themselves. Raises ValueError unless they are steps + 1, strictly falling from 1 at most to 0."""
+    """Convert the times. Raises ValueError unless they are steps + 1, strictly decreasing from at most 1 to 0."""
     falling = all(later < earlier for earlier, later in pairwise(times))
     if len(times) < 2 or not falling or times[0] > 1 or times[-1] != 0:
         shown = ", ".join(f"{t:g}" for t in times)
@@ -55,12 +55,12 @@ def explicit_times(steps: int, times: Sequence[float]) -> Tensor:
 
 
 def cleanest_time(path: "PathConfig") -> Tensor:
-    """The last time before the data that the path is trained at, 0-d float64."""
+    """Return the last time before the data at which the path is trained, 0-d float64."""
     return path.time_of_log_snr(torch.tensor(path.log_snr_range[1], dtype=torch.float64))
 
 
 def trailing(path: "PathConfig", steps: int) -> Tensor:
-    """Even in t from 1 to 0, moved to the times that the path was trained at.
+    """Even in t from 1 to 0, moved to the times at which the path was trained.
 
     On a table path it starts at the last noise level and is even in its entries. Lin et al. 2023 (arXiv 2305.08891),
     section 3.3.
@@ -69,47 +69,47 @@ def trailing(path: "PathConfig", steps: int) -> Tensor:
 
 
 def linear(path: "PathConfig", steps: int) -> Tensor:
-    """Even in t from 1 to the cleanest time that was trained at, and then 0: "linspace" in diffusers."""
+    """Even in t from 1 to the cleanest time of training, and then 0: "linspace" in diffusers."""
     return _to_the_cleanest(path, steps, power=1)
 
 
 def leading(path: "PathConfig", steps: int) -> Tensor:
-    """Nodes 0, N // steps, 2 (N // steps), ... of a table, one further on: what Stable Diffusion 1 and 2 draw with.
+    """Entries 0, N // steps, 2 (N // steps), ... of a table, shifted by one, as Stable Diffusion 1 and 2 use.
 
-    It starts below the last noise level, so that what it starts from is not quite what was trained. Rombach et al.
-    2022, in their code; steps_offset = 1.
+    It starts below the last noise level, so that its pure noise differs slightly from training. Rombach et al. 2022, in
+    their code; steps_offset = 1.
     """
     n: int | None = getattr(path, "num_train_timesteps", None)
     if n is None:
         raise ValueError(f"grid 'leading' counts the entries of a table, and path {path.kind} has none: use trailing")
     if steps > n - 1:
-        raise ValueError(f"steps {steps} is more than the path has noise levels; use fewer")
+        raise ValueError(f"steps is {steps}, more than the path has noise levels; use fewer")
     entries = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (n // steps) + 1
     return torch.cat([(entries + 1) / n, torch.zeros(1, dtype=torch.float64)])
 
 
 def quadratic(path: "PathConfig", steps: int) -> Tensor:
-    """As linear, but even in sqrt(t): more steps near the data. Song et al. 2020 (arXiv 2010.02502), appendix D.2."""
+    """Like linear, but even in sqrt(t): more steps near the data. Song et al. 2020 (arXiv 2010.02502), appendix D.2."""
     return _to_the_cleanest(path, steps, power=2)
 
 
 def _to_the_cleanest(path: "PathConfig", steps: int, *, power: int) -> Tensor:
-    shares = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
-    roots = torch.lerp(torch.ones_like(shares), cleanest_time(path) ** (1 / power), shares)
+    fractions = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
+    roots = torch.lerp(torch.ones_like(fractions), cleanest_time(path) ** (1 / power), fractions)
     return torch.cat([path.snap(roots**power), torch.zeros(1, dtype=torch.float64)])
 
 
 def even_log_snr(path: "PathConfig", steps: int) -> Tensor:
-    """Even in log-SNR, as DPM-Solver has it. Lu et al. 2022 (arXiv 2206.00927), section 3.4."""
-    return _in_log_snr(path, steps, lambda share, low, high: low + share * (high - low))
+    """Even in log-SNR, as in DPM-Solver. Lu et al. 2022 (arXiv 2206.00927), section 3.4."""
+    return _in_log_snr(path, steps, lambda fraction, low, high: low + fraction * (high - low))
 
 
 def karras(path: "PathConfig", steps: int, rho: float = 7.0) -> Tensor:
     """Even in (sigma / alpha)^(1 / rho). Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
 
-    def place(share: Tensor, low: float, high: float) -> Tensor:
+    def place(fraction: Tensor, low: float, high: float) -> Tensor:
         first, last = math.exp(-low / 2 / rho), math.exp(-high / 2 / rho)
-        return -2 * rho * (first + share * (last - first)).log()
+        return -2 * rho * (first + fraction * (last - first)).log()
 
     return _in_log_snr(path, steps, place)
 
@@ -117,16 +117,16 @@ def karras(path: "PathConfig", steps: int, rho: float = 7.0) -> Tensor:
 def beta(path: "PathConfig", steps: int, a: float = 0.6, b: float = 0.6) -> Tensor:
     """Quantiles of a beta distribution of t: more steps at both ends. Lee et al. 2024 (arXiv 2407.12173), section 4.
 
-    The quantiles come from the distribution's own integral, by quadrature after t = sin^2(x), which takes its
-    infinite ends away.
+    The quantiles come from the integral of the density, by quadrature with t = sin^2(x), which removes its infinite
+    ends.
     """
     x = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
     density = x.sin() ** (2 * a - 1) * x.cos() ** (2 * b - 1)  # of x
     mass = torch.cat([torch.zeros(1).double(), ((density[1:] + density[:-1]) / 2).cumsum(0)])
     wanted = torch.arange(steps, -1, -1, dtype=torch.float64) / steps * mass[-1]
     above = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
-    share = (wanted - mass[above - 1]) / (mass[above] - mass[above - 1])
-    return path.snap(torch.lerp(x[above - 1], x[above], share).sin() ** 2)
+    fraction = (wanted - mass[above - 1]) / (mass[above] - mass[above - 1])
+    return path.snap(torch.lerp(x[above - 1], x[above], fraction).sin() ** 2)
 
 
 # sigma / alpha of Stable Diffusion 1.5's best ten steps. Sabour et al. 2024 (arXiv 2404.14507), quick-start guide.
@@ -134,7 +134,7 @@ ALIGNED_SD15 = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 
 
 
 def align_your_steps(path: "PathConfig", steps: int) -> Tensor:
-    """The noise levels that were found best for Stable Diffusion 1.5, interpolated in their logarithm."""
+    """The noise levels optimised for Stable Diffusion 1.5, interpolated in their logarithm."""
     known = torch.tensor(ALIGNED_SD15, dtype=torch.float64).log()
     at = torch.arange(steps, dtype=torch.float64) * ((len(known) - 1) / steps)  # the last level becomes 0
     below = at.long()
@@ -144,15 +144,15 @@ def align_your_steps(path: "PathConfig", steps: int) -> Tensor:
 
 
 def _in_log_snr(path: "PathConfig", steps: int, place: Callable[[Tensor, float, float], Tensor]) -> Tensor:
-    """Times at place(share, noisy end, clean end) for shares from 0 to 1, and t = 0 after them."""
+    """Return the times at place(fraction, noisy end, clean end) for fractions from 0 to 1, and then t = 0."""
     low, high = path.log_snr_range
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     before = one if path.time_of_log_snr(torch.tensor(low, dtype=torch.float64)) < 1 else one[:0]
     count = steps - len(before)
     if count < 1:
         return torch.cat([one, zero])
-    shares = torch.arange(count, dtype=torch.float64) / max(1, count - 1)
-    return torch.cat([before, path.time_of_log_snr(place(shares, low, high)), zero])
+    fractions = torch.arange(count, dtype=torch.float64) / max(1, count - 1)
+    return torch.cat([before, path.time_of_log_snr(place(fractions, low, high)), zero])
 
 
 TIME_GRIDS: dict[str, Grid] = {

@@ -109,11 +109,11 @@ def test_overrides_reach_any_depth_and_keep_their_types():
         ("model.caption_dropout=2", r"caption_dropout is 2"),
         (
             "model.objective.prediction=eps",
-            r"'eps' on path 'rectified_flow' is nothing that .*: use velocity",
+            r"'eps' on path 'rectified_flow' cannot be opened by diffusers: use velocity",
         ),
         (
             "model.path.kind=linear_beta",
-            r"'velocity' on path 'linear_beta' is nothing that .*: use eps or v or x0",
+            r"'velocity' on path 'linear_beta' cannot be opened by diffusers: use eps or v or x0",
         ),
         ("data.shards=[a", r"the value is not YAML"),
         ("steps", r"'steps' is not an override: write section\.key=value"),

@@ -48,7 +48,7 @@ def test_an_older_export_is_replaced_and_nothing_else_ever(dit_folder, unet_fold
     (diary / "monday.txt").write_text("rain")
     assert export_command(str(dit_folder), str(diary)) == 2
     assert (diary / "monday.txt").read_text() == "rain"
-    assert "diary exists and is no export of this program" in capsys.readouterr().err
+    assert "diary exists and is not an export of this program" in capsys.readouterr().err
 
 
 def test_the_notes_of_a_runs_model_are_carried_along(dit_folder, tmp_path):
@@ -100,7 +100,7 @@ def test_precisions_on_disk(dit_folder, dtype, tmp_path):
     ("words", "told"),
     [
         (["--ema", "maybe"], "--ema is 'maybe', expected yes, no, or an average's relative length"),
-        (["--ema", "0.1"], "holds no snapshots, of which --ema 0.1 could be made: give yes, or no"),
+        (["--ema", "0.1"], "has no snapshots, from which to reconstruct --ema 0.1: give yes or no"),
         (["--format", "single-file"], "does not end in .safetensors"),
         (["--fp16", "--dtype", "bf16"], "--fp16 and --dtype bf16 ask for two precisions"),
         (["--format", "onnx"], "invalid choice: 'onnx'"),
@@ -160,7 +160,7 @@ def test_saved_after_a_lora_it_draws_as_with_it(tmp_path):
     down, up = factors[0].T.contiguous(), factors[1].clone()
     save_file({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, tmp_path / "lora.safetensors")
     pipe = TextToImage.load(tmp_path / "a", lora=[(tmp_path / "lora.safetensors", 0.5)])
-    assert "LoRA lora.safetensors by 0.5" in pipe.description
+    assert "LoRA lora.safetensors of strength 0.5" in pipe.description
     pipe.save(tmp_path / "b")
     weights = [TextToImage.load(tmp_path / f).denoiser.get_parameter(f"{name}.weight") for f in "ab"]
     assert torch.allclose(weights[1] - weights[0], 0.5 * factors[1] @ factors[0].T, atol=1e-6)

@@ -1,6 +1,7 @@
-"""Names of Stable Diffusion's parameters in CompVis's layout, the single file's, and ours, which are diffusers'.
+"""Map the names of Stable Diffusion's parameters between ours, which are diffusers', and CompVis's single file.
 
-Generic in levels and in layers a level. Both directions follow from one rule a network: what our name becomes there.
+Generic in the number of levels and of layers per level. One rule per network, from our name to CompVis's, gives both
+directions.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ VAE_MIDDLE = {
     "conv_shortcut": "nin_shortcut",
 }
 EMA = "model_ema."
-HEADS_OF_CONVOLUTIONAL, HEAD_WIDTH_OF_LINEAR = 8, 64  # Stable Diffusion 1 and 2: no shape tells of the heads
+HEADS_OF_CONVOLUTIONAL, HEAD_WIDTH_OF_LINEAR = 8, 64  # Stable Diffusion 1 and 2: heads do not follow from shapes
 ENCODER_BLOCK = re.compile(r"encoder\.(?:down|down_blocks)\.(\d+)\.(?:block|resnets)\.(\d+)\.conv2\.weight")
 LONGEST = 200  # blocks on the way down
 
 
 def unet_names(ours: Iterable[str], config: UNetConfig) -> dict[str, str]:
-    """Our parameters' names -> CompVis's, below model.diffusion_model."""
+    """Map our parameters' names to CompVis's, below model.diffusion_model."""
     return {name: _unet_name(name, config) for name in ours}
 
 
 def unet_modules(unet: nn.Module, config: UNetConfig) -> dict[str, str]:
-    """The same for the modules that have parameters: LoRAs name those."""
+    """Map our names to CompVis's for modules with parameters, which LoRAs refer to."""
     names = unet_names(unet.state_dict(), config)
     return {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in names.items()}
 
@@ -74,7 +75,7 @@ def _unet_name(name: str, config: UNetConfig) -> str:
     level, kind, index, rest = int(match[2]), match[3], int(match[4]), match[5]
     if kind == "downsamplers":
         return f"input_blocks.{per_level * (level + 1)}.0.{rest.replace('conv.', 'op.')}"
-    if kind == "upsamplers":  # behind the level's last layers: a ResBlock, and an attention if the level has any
+    if kind == "upsamplers":  # after the level's last layers: a ResBlock, and an attention if the level has any
         attends = config.attention_levels[len(config.attention_levels) - 1 - level]
         return f"output_blocks.{per_level * (level + 1) - 1}.{1 + attends}.{rest}"
     block = f"input_blocks.{per_level * level + index + 1}" if match[1] == "down" else ""
@@ -86,12 +87,12 @@ def _unet_name(name: str, config: UNetConfig) -> str:
 
 
 def ema_name(theirs: str) -> str:
-    """The average's name for a parameter under model.diffusion_model.: CompVis takes all dots out."""
+    """Return the name of the average of a parameter under model.diffusion_model.: CompVis removes all dots."""
     return EMA + f"diffusion_model.{theirs}".replace(".", "")
 
 
 def vae_names(ours: Iterable[str], config: AutoencoderKLConfig) -> dict[str, str]:
-    """Our parameters' names -> CompVis's, below first_stage_model."""
+    """Map our parameters' names to CompVis's, below first_stage_model."""
     return {name: _vae_name(name, len(config.block_out_channels)) for name in ours}
 
 
@@ -106,17 +107,17 @@ def _vae_name(name: str, levels: int) -> str:
 
 
 def is_attention_of_vae(theirs: str) -> bool:
-    """Whether it is a matrix that CompVis keeps as a 1 x 1 convolution."""
+    """Return whether it is a matrix that CompVis stores as a 1 x 1 convolution."""
     return re.fullmatch(r"(en|de)coder\.mid\.attn_1\.(q|k|v|proj_out)\.weight", theirs) is not None
 
 
 def unet_from_shapes(shapes: Shapes) -> tuple[UNetConfig, int]:
-    """What the shapes under CompVis's names tell of a U-Net, and the width of its context.
+    """Derive a U-Net's configuration and context width from the shapes under CompVis's names.
 
-    They do not tell of heads and of normalisation's groups: those are Stable Diffusion's. Raises KeyError, naming a
-    parameter, or ValueError for another kind of network.
+    Attention heads and normalisation groups do not follow from shapes: Stable Diffusion's are used. Raises KeyError
+    with the name of a missing parameter, and ValueError for another kind of network.
     """
-    levels: list[list[tuple[int, bool]]] = [[]]  # a level's layers: width, and whether it attends
+    levels: list[list[tuple[int, bool]]] = [[]]  # layers per level: width, and whether it has attention
     for i in range(1, LONGEST):
         if f"input_blocks.{i}.0.op.weight" in shapes:
             levels.append([])
@@ -143,9 +144,10 @@ def unet_from_shapes(shapes: Shapes) -> tuple[UNetConfig, int]:
 
 
 def vae_from_shapes(shapes: Shapes) -> AutoencoderKLConfig:
-    """What the shapes tell of an autoencoder, under CompVis's names or diffusers'; its scale is Stable Diffusion's.
+    """Derive an autoencoder's configuration from the shapes under CompVis's or diffusers' names, with Stable
+    Diffusion's scale.
 
-    Raises KeyError, naming a parameter, or ValueError for another kind of network.
+    Raises KeyError with the name of a missing parameter, and ValueError for another kind of network.
     """
     blocks = [(match, name) for name in shapes if (match := ENCODER_BLOCK.fullmatch(name))]
     widths = {int(match[1]): shapes[name][0] for match, name in blocks}
@@ -164,5 +166,5 @@ def as_convolution(matrix: Tensor) -> Tensor:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A 1 x 1 convolution's weight as a matrix; some files hold the matrix itself."""
+    """Convert the weight of a 1 x 1 convolution to a matrix; some files already hold a matrix."""
     return weight.flatten(1) if weight.shape[2:] == torch.Size((1, 1)) else weight

@@ -1,5 +1,8 @@
-"""Stable Diffusion in one file, CompVis's layout: reading it. What shapes cannot tell is what was said beside them, or
-else what Stable Diffusion 1 and 2 have in common; writing it is ldm.interop.compvis.writing's business."""
+"""Read Stable Diffusion from a single file in CompVis's layout.
+
+Settings that do not follow from the shapes come from the file's header or YAML (see sidecar), or else are those that
+Stable Diffusion 1 and 2 have in common. ldm.interop.compvis.writing writes such files.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from ldm.interop.compvis.names import (
     vae_from_shapes,
     vae_names,
 )
-from ldm.interop.compvis.sidecar import HIDDEN_KEY, Told, read_told, with_heads
+from ldm.interop.compvis.sidecar import HIDDEN_KEY, Sidecar, read_sidecar, with_heads
 from ldm.interop.compvis.text_encoder import TextEncoderPlan, plan_text_encoder
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json, scheduler_from
 from ldm.interop.diffusers_layout.unet import UNetLayout
@@ -49,28 +52,28 @@ from text.encoder import TransformersTextEncoder
 from text.tokenizer import Tokenizer
 from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL
 
-# What training left in such files: its tables, the averages' bookkeeping, and the networks that judged the autoencoder.
+# Left by training in such files: tables, EMA counters, and the autoencoder's discriminator and perceptual loss.
 LEFT_OVER = re.compile(
     r"((first_stage_)?model_ema\..*|first_stage_model\.loss\..*|logvar|lvlb_weights|betas|"
     r"embedding_manager\..*|v_pred|ztsnr|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|scale_factor|"
     r"cond_stage_model\.(model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)|"
     r"cond_stage_model\.transformer\.(text_model\.)?(embeddings\.position_ids|text_projection\.weight))"
 )
-DEFAULT_SIDE, SIDE_OF_SECOND_V = 64, 96  # latents: of 512 x 512 pixels, and of Stable Diffusion 2's 768 x 768
+DEFAULT_SIDE, SIDE_OF_SECOND_V = 64, 96  # of the latents of 512 x 512 pixels, and of Stable Diffusion 2's 768 x 768
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a file's tensors become three networks. Names with their prefixes."""
+    """The mapping from a file's tensors to three networks. Names include their prefixes."""
 
-    unet: UNet  # of meta tensors, as the next
+    unet: UNet  # of meta tensors, as is vae
     vae: AutoencoderKL
     config: UNetConfig
     context_width: int
     text_encoder: TextEncoderPlan
     unet_names: dict[str, str]  # ours -> the file's
     vae_names: dict[str, str]
-    averaged: bool = False  # whether those of the U-Net are the averages'
+    averaged: bool = False  # whether unet_names are those of the averaged weights
 
     @property
     def text_names(self) -> list[str]:
@@ -80,20 +83,20 @@ class Plan:
 def read_single_file(
     path: Path, *, dtype: torch.dtype, ema: bool = True, prediction: Prediction | None = None
 ) -> ModelComponents:
-    """A model in this precision, on the CPU. ema: the averaged weights, where the file holds both.
+    """Read a model in this precision, on the CPU. ema: use the averaged weights if the file holds both.
 
-    prediction: in place of what the file says, or of what it is found to be: see ldm.interop.compvis.detect_prediction.
-    Raises ValueError or FileNotFoundError for anything else, missing, cut short, or of another layout.
+    prediction: overrides the stated or detected one: see ldm.interop.compvis.detect_prediction. Raises ValueError or
+    FileNotFoundError for a file that is missing, truncated or of another layout.
     """
     weights = open_weights(path).changed(attention_as_matrices)
     shapes = shapes_of(weights.tensors)
     refuse_foreign({name: shape for name, shape in shapes.items() if not LEFT_OVER.fullmatch(name)}, source=path)
     if not is_single_file(shapes):
-        raise ValueError(f"{path} is not a whole model: {_what_it_is(shapes)}")
-    told = read_told(path, weights.metadata)
+        raise ValueError(f"{path} is not a complete model: {_what_it_is(shapes)}")
+    sidecar = read_sidecar(path, weights.metadata)
     with described_by(path):
-        told = with_buffers(told, weights)
-        plan = make_plan(shapes, told, source=path)
+        sidecar = with_buffers(sidecar, weights)
+        plan = make_plan(shapes, sidecar, source=path)
         averaged = ema_names(plan, shapes)
     if averaged and ema:
         plan = replace(plan, unet_names=averaged, averaged=True)
@@ -102,11 +105,11 @@ def read_single_file(
     check_components_fit(loaded, vae, [(text.config, tokenizer)], source=path)
     conditioner = Conditioner(TextTower(text, tokenizer))
     with described_by(path):
-        noise_path, said = path_and_prediction(told, weights, source=path)
-    found = find_prediction(prediction, said, unet=plan.unet, config=plan.config, conditioner=conditioner)
+        noise_path, stated = path_and_prediction(sidecar, weights, source=path)
+    found = find_prediction(prediction, stated, unet=plan.unet, config=plan.config, conditioner=conditioner)
     scheduler_config_json(noise_path, found.prediction)  # raises for a prediction that this path does not have
     with described_by(path):
-        side = native_side(told, plan, found.prediction)
+        side = native_side(sidecar, plan, found.prediction)
     remarks = (*_ema_remark(bool(averaged), ema=ema), *found.remarks)
     return ModelComponents(
         model=LatentDiffusion(vae=vae, conditioner=conditioner, path=noise_path, prediction=found.prediction),
@@ -121,9 +124,9 @@ def read_single_file(
 def fill_networks(
     plan: Plan, weights: Weights, *, dtype: torch.dtype
 ) -> tuple[LoadedDenoiser, AutoencoderKL, TransformersTextEncoder]:
-    """The three networks, once the file is known to hold what they need, and nothing else."""
+    """Load the three networks, after checking that the file holds exactly their weights."""
     check_all(plan, weights.tensors, source=weights.source)
-    # The text encoder first: what is mapped of the file is let go before the larger parts come.
+    # The text encoder first, so that its mapped pages are released before the larger parts are read.
     text_weights = plan.text_encoder.weights(weights.only(plan.text_names).read(dtype))
     text = text_encoder_from_weights(plan.text_encoder.config, text_weights, dtype=dtype)
     for network, names in ((plan.vae, plan.vae_names), (plan.unet, plan.unet_names)):
@@ -133,43 +136,45 @@ def fill_networks(
 
 
 def attention_as_matrices(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The autoencoder's attention, 1 x 1 convolutions there, as we have it."""
+    """Convert the autoencoder's attention from 1 x 1 convolutions to our matrices."""
     return {
         name: as_matrix(tensor) if is_attention_of_vae(name.removeprefix(FIRST_STAGE)) else tensor
         for name, tensor in tensors.items()
     }
 
 
-def with_buffers(told: Told, weights: Weights) -> Told:
-    """With what training registered among the tensors, where nothing else was said: a scale that was measured, and the
-    mark of v-prediction."""
-    if told.own is None and told.scale_factor is None and "scale_factor" in weights.tensors:
-        told = replace(told, scale_factor=float(weights.tensors["scale_factor"]))
-    if told.own is None and told.prediction is None and "v_pred" in weights.tensors:
-        told = replace(told, prediction="v")
-    return told
+def with_buffers(sidecar: Sidecar, weights: Weights) -> Sidecar:
+    """Add settings that are not stated but stored among the tensors: a measured scale, and the v-prediction marker."""
+    if sidecar.own is None and sidecar.scale_factor is None and "scale_factor" in weights.tensors:
+        sidecar = replace(sidecar, scale_factor=float(weights.tensors["scale_factor"]))
+    if sidecar.own is None and sidecar.prediction is None and "v_pred" in weights.tensors:
+        sidecar = replace(sidecar, prediction="v")
+    return sidecar
 
 
-def make_plan(shapes: Shapes, told: Told, *, source: Path) -> Plan:
-    """Raises KeyError, naming a tensor that is missing, or ValueError for other networks than Stable Diffusion's."""
+def make_plan(shapes: Shapes, sidecar: Sidecar, *, source: Path) -> Plan:
+    """Build the networks on the meta device and map names. Raises KeyError with the name of a missing tensor, and
+    ValueError for networks other than Stable Diffusion's."""
     if not any(name.startswith(FIRST_STAGE) for name in shapes):
-        raise ValueError(f"it holds no autoencoder ({FIRST_STAGE}*): give a file that has one")
+        raise ValueError(f"it has no autoencoder ({FIRST_STAGE}*): give a file that has one")
     below = {prefix: _below(shapes, prefix) for prefix in (DENOISER, FIRST_STAGE, CONDITIONER)}
-    if told.own is not None:
-        config, around = UNetLayout().from_json(told.own["unet"], source=source)
+    if sidecar.own is not None:
+        config, around = UNetLayout().from_json(sidecar.own["unet"], source=source)
         context_width = around.context_width
-        vae, text = vae_config(told.own["vae"], source=source), told.own["text_encoder"]
+        vae, text = vae_config(sidecar.own["vae"], source=source), sidecar.own["text_encoder"]
         text = read_text_encoder_config(text, hidden=text.get(HIDDEN_KEY, "last"))
     else:
         config, context_width = unet_from_shapes(below[DENOISER])
-        config, text = with_heads(config, told), None
+        config, text = with_heads(config, sidecar), None
         vae = vae_from_shapes(below[FIRST_STAGE])
-        scale = STABLE_DIFFUSION_SCALE if told.scale_factor is None else told.scale_factor
+        scale = STABLE_DIFFUSION_SCALE if sidecar.scale_factor is None else sidecar.scale_factor
         vae = replace(vae, latent_std=(1 / scale,) * vae.latent_channels)
     latents = vae.latent_channels
     further = below[DENOISER]["input_blocks.0.0.weight"][1] - latents
     if further < 0:
-        raise ValueError(f"its U-Net takes {latents + further} channels, its autoencoder makes {latents}: give another")
+        raise ValueError(
+            f"its U-Net takes {latents + further} channels, but its autoencoder produces {latents}: give another"
+        )
     with torch.device("meta"):
         unet = UNet(config, latent_channels=latents, concat_channels=further, context_width=context_width)
         autoencoder = AutoencoderKL(vae)
@@ -190,16 +195,19 @@ def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
 
 
 def ema_names(plan: Plan, shapes: Shapes) -> dict[str, str]:
-    """The U-Net's names for the averaged weights; none if the file has none. Raises ValueError if it has some."""
+    """Map the U-Net's names to the averaged weights; empty if the file has none. Raises ValueError if only some are
+    present."""
     names = {ours: ema_name(theirs.removeprefix(DENOISER)) for ours, theirs in plan.unet_names.items()}
     lost = [name for name in names.values() if name not in shapes]
     if lost and len(lost) < len(names):
-        raise ValueError(f"it lacks {len(lost)} of {len(names)} averaged weights ({lost[0]}, ...): give a whole file")
+        raise ValueError(
+            f"it lacks {len(lost)} of {len(names)} averaged weights ({lost[0]}, ...): give a complete file"
+        )
     return {} if lost else names
 
 
 def check_all(plan: Plan, tensors: Mapping[str, Tensor], *, source: Path) -> None:
-    """Raise ValueError unless the file holds these three networks, and nothing else but what training left there."""
+    """Raise ValueError unless the file holds exactly these three networks, apart from tensors left by training."""
     wanted = {plan.unet_names[ours]: tensor for ours, tensor in plan.unet.state_dict().items()}
     wanted |= {plan.vae_names[ours]: tensor for ours, tensor in plan.vae.state_dict().items()}
     wanted |= {CONDITIONER + name: tensor for name, tensor in plan.text_encoder.wanted.items()}
@@ -218,51 +226,51 @@ def nearest(plan: Plan) -> str:
     return f"Stable Diffusion {version}{' for inpainting' * inpainting}"
 
 
-def path_and_prediction(told: Told, weights: Weights, *, source: Path) -> tuple[PathConfig, Prediction | None]:
-    """What was said of them; the path's table must be the file's own, where it has one."""
+def path_and_prediction(sidecar: Sidecar, weights: Weights, *, source: Path) -> tuple[PathConfig, Prediction | None]:
+    """Return the stated path and prediction. Raises ValueError if the file contains the table of another path."""
     tensors = weights.tensors
-    if told.own is not None:
-        return scheduler_from(told.own["scheduler"], source=source)
+    if sidecar.own is not None:
+        return scheduler_from(sidecar.own["scheduler"], source=source)
     path = ScaledLinearBetaPath(
-        num_train_timesteps=told.timesteps,
-        beta_start=told.linear_start,
-        beta_end=told.linear_end,
+        num_train_timesteps=sidecar.timesteps,
+        beta_start=sidecar.linear_start,
+        beta_end=sidecar.linear_end,
         zero_terminal_snr="ztsnr" in tensors,
     )
     table = tensors.get("alphas_cumprod")
     if table is not None:
-        times = torch.arange(1, told.timesteps + 1, dtype=torch.float64) / told.timesteps
+        times = torch.arange(1, sidecar.timesteps + 1, dtype=torch.float64) / sidecar.timesteps
         ours = path.alpha(times) ** 2
-        off = 2 * torch.finfo(table.dtype).eps + 1e-5  # float32 sums of the betas, and the rounding to what is stored
+        off = 2 * torch.finfo(table.dtype).eps + 1e-5  # float32 sums of the betas, and rounding to the stored dtype
         if table.shape != ours.shape or not (table.double() - ours).abs().max() <= off:
             raise ValueError(
-                f"{source} was trained on another schedule than Stable Diffusion's: put its .yaml beside it"
+                f"{source} was trained on another schedule than Stable Diffusion's: put its .yaml next to it"
             )
-    return path, told.prediction
+    return path, sidecar.prediction
 
 
-def native_side(told: Told, plan: Plan, prediction: Prediction) -> int:
-    """Side of the latents that it was trained on."""
-    if told.own is not None:
-        return int(told.own["unet"]["sample_size"])
-    if told.resolution is not None and told.resolution >= plan.vae.config.factor:
-        return told.resolution // plan.vae.config.factor
+def native_side(sidecar: Sidecar, plan: Plan, prediction: Prediction) -> int:
+    """Return the side of the latents that the model was trained on."""
+    if sidecar.own is not None:
+        return int(sidecar.own["unet"]["sample_size"])
+    if sidecar.resolution is not None and sidecar.resolution >= plan.vae.config.factor:
+        return sidecar.resolution // plan.vae.config.factor
     return SIDE_OF_SECOND_V if plan.config.use_linear_projection and prediction == "v" else DEFAULT_SIDE
 
 
 def _ema_remark(both: bool, *, ema: bool) -> tuple[str, ...]:
     if not both:
-        return () if ema else ("averaged weights (EMA) are not in it",)
+        return () if ema else ("it has no averaged weights (EMA)",)
     return ("averaged weights (EMA)",) if ema else ("not the averaged weights (EMA), which it also holds",)
 
 
 def _what_it_is(shapes: Shapes) -> str:
     if is_vae(shapes):
-        return "it looks like an autoencoder alone, which goes beside a model: give it with --vae"
+        return "it looks like only an autoencoder, which is used with a model: give it with --vae"
     if any(name.startswith(EMA) for name in shapes):
-        return "it holds averaged weights without the others: give the file that has both"
+        return "it holds only averaged weights: give the file that has both"
     if any(name.startswith(("down_blocks.", "transformer_blocks.")) for name in shapes):
-        return "it looks like a denoiser alone, in diffusers' layout: give the folder that it comes from"
+        return "it looks like only a denoiser, in diffusers' layout: give the folder that it comes from"
     if any("encoder.layers." in name or "transformer.resblocks." in name for name in shapes):
-        return "it looks like a text encoder alone: give the model that it belongs to"
+        return "it looks like only a text encoder: give the model that it belongs to"
     return f"it has no {DENOISER}* among its {len(shapes)} tensors ({', '.join(sorted(shapes)[:3])})"

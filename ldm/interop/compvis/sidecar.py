@@ -1,7 +1,7 @@
-"""What is said beside the weights of a single file: in its own header, and in a NAME.yaml next to NAME.safetensors.
+"""Settings stored alongside the weights of a single file: in its header, or in a NAME.yaml next to NAME.safetensors.
 
-Such a YAML is CompVis's configuration of the whole model. It names Python classes to be built; here they are words that
-are not looked at, and a few numbers are read. (YAML of our own runs is ldm.config's business, not this file's.)
+Such a YAML is CompVis's configuration of the complete model. It names Python classes to be built; these names are
+ignored here, and a few numbers are read. (ldm.config reads the YAML of our own runs.)
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import yaml
 from ldm.denoisers import UNetConfig
 from ldm.diffusion import Prediction
 
-OWN_KEY = "foundry"  # of our files' headers: JSON with the config.json of each part
-HIDDEN_KEY = "foundry_hidden"  # in the text encoder's: after which layer its states are taken
+OWN_KEY = "foundry"  # in the header of our files: JSON with the config.json of each part
+HIDDEN_KEY = "foundry_hidden"  # in the text encoder's: the layer after which its states are taken
 MAX_BYTES = 2**20
 _NUMBERS = {"linear_start": float, "linear_end": float, "timesteps": int, "scale_factor": float}
 PREDICTIONS: dict[str, Prediction] = {
@@ -27,8 +27,8 @@ PREDICTIONS: dict[str, Prediction] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """None: not said."""
+class Sidecar:
+    """The settings found in the header or in the YAML. None: not stated."""
 
     own: dict[str, Any] | None = None  # part -> the content of its config.json
     prediction: Prediction | None = None
@@ -38,18 +38,18 @@ class Told:
     scale_factor: float | None = None
     heads: int | None = None
     head_width: int | None = None
-    resolution: int | None = None  # pixels a side
+    resolution: int | None = None  # pixels per side
 
     def __post_init__(self) -> None:
         numbers = (self.linear_start, self.linear_end, 1 if self.scale_factor is None else self.scale_factor)
         if not all(0 < number < 1000 for number in numbers) or not 2 <= self.timesteps <= 10_000:
             raise ValueError(f"its schedule or scale is out of range ({numbers}, {self.timesteps} steps)")
         if not all(1 <= number <= 1024 for number in (self.heads or 1, self.head_width or 1)):
-            raise ValueError(f"it has {self.heads or self.head_width} attention heads or channels of one")
+            raise ValueError(f"it has {self.heads or self.head_width} attention heads or channels per head")
 
 
-def read_told(file: Path, metadata: Mapping[str, str]) -> Told:
-    """From the header of a single file, and from the YAML beside it. Raises ValueError for one that is damaged."""
+def read_sidecar(file: Path, metadata: Mapping[str, str]) -> Sidecar:
+    """Read the header of a single file and the YAML next to it. Raises ValueError if either is damaged."""
     if OWN_KEY in metadata:
         try:
             own = json.loads(metadata[OWN_KEY])
@@ -57,18 +57,18 @@ def read_told(file: Path, metadata: Mapping[str, str]) -> Told:
             raise ValueError(f"{file}: its header's {OWN_KEY} is not JSON: copy it again") from error
         if not isinstance(own, dict) or not all(isinstance(part, dict) for part in own.values()):
             raise ValueError(f"{file}: its header's {OWN_KEY} does not describe the parts of a model: copy it again")
-        return Told(own=own)
+        return Sidecar(own=own)
     spec: dict[str, Any] = {
         "prediction": PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower()),
         "resolution": _resolution(metadata.get("modelspec.resolution", "")),
     }
-    beside = file.with_suffix(".yaml")
-    if not beside.is_file():
-        return Told(**spec)
+    yaml_path = file.with_suffix(".yaml")
+    if not yaml_path.is_file():
+        return Sidecar(**spec)
     try:
-        return Told(**(spec | _read_yaml(beside, spec["prediction"])))
+        return Sidecar(**(spec | _read_yaml(yaml_path, spec["prediction"])))
     except ValueError as error:
-        raise ValueError(f"{beside}: {error}: repair or remove it") from error
+        raise ValueError(f"{yaml_path}: {error}: repair or remove it") from error
 
 
 def _resolution(text: str) -> int | None:
@@ -76,8 +76,8 @@ def _resolution(text: str) -> int | None:
     return int(side) if len(side) < 6 and side.isdecimal() and 1 <= int(side) <= 4096 else None
 
 
-def _read_yaml(path: Path, said: Prediction | None) -> dict[str, Any]:
-    """What it tells; said: the prediction, where it does not tell that."""
+def _read_yaml(path: Path, default: Prediction | None) -> dict[str, Any]:
+    """Read the settings of a YAML. default: the prediction if the YAML does not state one."""
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
     try:
@@ -89,23 +89,23 @@ def _read_yaml(path: Path, said: Prediction | None) -> dict[str, Any]:
         unet = params["unet_config"]["params"]
         numbers = {name: kind(params[name]) for name, kind in _NUMBERS.items() if name in params}
         heads, head_width = int(unet.get("num_heads", -1)), int(unet.get("num_head_channels", -1))
-        parameterization = params.get("parameterization", said or "eps")  # as in CompVis's code
+        parameterization = params.get("parameterization", default or "eps")  # as in CompVis's code
         if not isinstance(parameterization, str):  # aliases may make a list that no memory can print
-            raise TypeError("its parameterization is no word")
+            raise TypeError("its parameterization is not a string")
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"it is no configuration of a Stable Diffusion ({str(error)[:80]!r})") from error
+        raise ValueError(f"it is not a configuration of Stable Diffusion ({str(error)[:80]!r})") from error
     if parameterization not in PREDICTIONS:
-        raise ValueError(f"it says parameterization {parameterization[:40]!r}, expected eps, v or x0")
+        raise ValueError(f"its parameterization is {parameterization[:40]!r}, expected eps, v or x0")
     found = {"prediction": PREDICTIONS[parameterization], "heads": heads, "head_width": head_width}
     return numbers | {name: value for name, value in found.items() if value != -1}
 
 
-def with_heads(config: UNetConfig, told: Told) -> UNetConfig:
-    """The same U-Net with as many heads as was said. Raises ValueError if they do not divide its widths."""
-    if told.head_width:
-        heads = tuple(max(1, width // told.head_width) for width in config.block_out_channels)
+def with_heads(config: UNetConfig, sidecar: Sidecar) -> UNetConfig:
+    """Set the stated number of attention heads. Raises ValueError if it does not divide the widths."""
+    if sidecar.head_width:
+        heads = tuple(max(1, width // sidecar.head_width) for width in config.block_out_channels)
         return replace(config, heads=heads)
-    return replace(config, heads=told.heads) if told.heads else config
+    return replace(config, heads=sidecar.heads) if sidecar.heads else config
 
 
 def dump_yaml(tree: dict[str, Any]) -> str:

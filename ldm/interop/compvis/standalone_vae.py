@@ -1,4 +1,4 @@
-"""An autoencoder by itself, to take the place of a model's own: a folder, or a file in either layout."""
+"""Read a standalone autoencoder, to replace a model's own: from a folder, or a file in either layout."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
 
 def read_vae(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig) -> AutoencoderKL:
-    """The autoencoder of a folder that holds its config.json, or a vae/ with one; or of a file.
+    """Read an autoencoder from a folder that holds its config.json, or a vae/ with one; or from a file.
 
-    A file does not say how its latents are shifted and scaled: that is then as it was in the model. Raises ValueError
-    or FileNotFoundError for anything else, and for latents of another shape than the model's.
+    A file does not state the shift and scale of its latents: the model's own are used. Raises ValueError or
+    FileNotFoundError for anything else, and for latents of another shape than the model's.
     """
     if path.is_dir():
         vae = load_vae(path if (path / "config.json").exists() else path / "vae", dtype=dtype)
@@ -30,8 +30,8 @@ def read_vae(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig
     ours, theirs = in_place_of, vae.config
     if (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
         raise ValueError(
-            f"{path} makes latents of {theirs.latent_channels} channels at 1/{theirs.factor} of the picture's side, "
-            f"expected {ours.latent_channels} at 1/{ours.factor}, as the model's own: give one that belongs to it"
+            f"{path} makes latents of {theirs.latent_channels} channels at 1/{theirs.factor} of the image's side, "
+            f"expected {ours.latent_channels} at 1/{ours.factor}, as the model's own does: give one that fits the model"
         )
     return vae
 
@@ -41,7 +41,9 @@ def _read_file(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConf
     shapes = shapes_of(weights.tensors)
     refuse_foreign(shapes, source=path)
     if not is_vae(shapes):
-        raise ValueError(f"{path} is no autoencoder ({', '.join(sorted(shapes)[:3])}): give one of Stable Diffusion's")
+        raise ValueError(
+            f"{path} is not an autoencoder ({', '.join(sorted(shapes)[:3])}): give one of Stable Diffusion's"
+        )
     with described_by(path), torch.device("meta"):
         config = replace(vae_from_shapes(shapes), norm_num_groups=in_place_of.norm_num_groups)
         if config.latent_channels == in_place_of.latent_channels:
@@ -56,7 +58,7 @@ def _read_file(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConf
 
 
 def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix, and without what judged it in training."""
+    """Remove the prefix, and the networks of the training loss."""
     kept = {name.removeprefix(FIRST_STAGE): tensor for name, tensor in tensors.items() if not _is_left_over(name)}
     return {name: as_matrix(tensor) if is_attention_of_vae(name) else tensor for name, tensor in kept.items()}
 

@@ -1,4 +1,4 @@
-"""The text encoder of a single file, below cond_stage_model.: CLIP as transformers or as open_clip names it."""
+"""The text encoder of a single file, below cond_stage_model.: CLIP with the names of transformers or of open_clip."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from text.encoder import TextEncoderConfig, TransformersTextEncoder
 from text.tokenizer import EOS_ID
 
 OPEN_CLIP, TRANSFORMERS = "model.", "transformer."
-HEAD_WIDTH = 64  # of every CLIP; no shape tells of it
-OPEN_CLIP_WIDTH = 1024  # of Stable Diffusion 2, in whichever layout
-# Which tensors tell of positions, of tokens, of the width within a layer; and what every layer's name starts with.
+HEAD_WIDTH = 64  # of every CLIP; it does not follow from any shape
+OPEN_CLIP_WIDTH = 1024  # of Stable Diffusion 2, in either layout
+# Tensors whose shapes give the positions, the tokens and the width within a layer; and the pattern of layer names.
 OPEN_CLIP_NAMES = (
     "positional_embedding",
     "token_embedding.weight",
@@ -30,37 +30,38 @@ TRANSFORMERS_NAMES = (
     "encoder.layers.0.mlp.fc1.weight",
     re.compile(r"encoder\.layers\.(\d+)\."),
 )
-MAX_LAYERS = 256  # that are made before the weights are compared
-OPEN_CLIP_LAYERS = 24  # if all are there, the last is not asked: Stable Diffusion 2 takes the states before it
+MAX_LAYERS = 256  # limit, since the layers are built before the weights are compared
+OPEN_CLIP_LAYERS = 24  # if all are present, the last is not used: Stable Diffusion 2 takes the states before it
 
 
 class TextEncoderPlan(NamedTuple):
-    """How the text encoder stands in a file."""
+    """How a file stores the text encoder."""
 
     config: TextEncoderConfig
     wanted: dict[str, Tensor]  # names below cond_stage_model., and shapes (meta tensors), that it must have
     is_open_clip: bool
 
     def weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """CLIPTextModel's, as views, from those of the file."""
+        """Convert the file's weights to those of CLIPTextModel, as views."""
         prefix = OPEN_CLIP if self.is_open_clip else TRANSFORMERS
         own = {name.removeprefix(prefix): tensors[CONDITIONER + name] for name in self.wanted}
         return open_clip_to_transformers(own) if self.is_open_clip else flattened(own)
 
 
-def plan_text_encoder(shapes: Shapes, told: TextEncoderConfig | None) -> TextEncoderPlan:
-    """told: the configuration, where the file has it; else it follows from the shapes and Stable Diffusion's habits.
+def plan_text_encoder(shapes: Shapes, stated: TextEncoderConfig | None) -> TextEncoderPlan:
+    """Plan how to load the text encoder. stated: the file's configuration; None: derive it from the shapes and
+    Stable Diffusion's conventions.
 
-    Raises ValueError for anything but CLIP, KeyError, naming it, for a tensor that is missing.
+    Raises ValueError for anything but CLIP, and KeyError with the name of a missing tensor.
     """
     is_open_clip = any(name.startswith(OPEN_CLIP) for name in shapes)
     if not is_open_clip and not any(".encoder.layers." in f".{name}" for name in shapes):
         known = sorted(shapes)[:3]
-        raise ValueError(f"its text encoder is no CLIP (cond_stage_model. has {', '.join(known) or 'nothing'})")
+        raise ValueError(f"its text encoder is not a CLIP (cond_stage_model. has {', '.join(known) or 'nothing'})")
     prefix = OPEN_CLIP if is_open_clip else TRANSFORMERS
     if not is_open_clip and any(name.startswith(f"{TRANSFORMERS}{PREFIX}") for name in shapes):
         prefix = f"{TRANSFORMERS}{PREFIX}"
-    config = told or _from_shapes({name.removeprefix(prefix): shape for name, shape in shapes.items()}, is_open_clip)
+    config = stated or _from_shapes({name.removeprefix(prefix): shape for name, shape in shapes.items()}, is_open_clip)
     with torch.device("meta"):
         state = TransformersTextEncoder(config).model.state_dict()
     own = transformers_to_open_clip(state) if is_open_clip else flattened(state)
@@ -68,7 +69,7 @@ def plan_text_encoder(shapes: Shapes, told: TextEncoderConfig | None) -> TextEnc
 
 
 def _from_shapes(shapes: Shapes, is_open_clip: bool) -> TextEncoderConfig:
-    """Names without any prefix. A tower of OpenCLIP's width is OpenCLIP's, whatever its parameters are called."""
+    """Derive the configuration; names have no prefix. A tower of OpenCLIP's width is OpenCLIP's under either names."""
     positions, tokens, hidden, layer = OPEN_CLIP_NAMES if is_open_clip else TRANSFORMERS_NAMES
     length, width = shapes[positions]
     found = [int(match[1]) for name in shapes if (match := layer.match(name))]

@@ -1,6 +1,6 @@
-"""Stable Diffusion in one file, CompVis's layout: writing it.
+"""Write Stable Diffusion to a single file in CompVis's layout.
 
-Its configuration goes into NAME.yaml beside NAME.safetensors, for the programs that ask for one, and into the header.
+The configuration is written to NAME.yaml next to NAME.safetensors, for programs that need one, and to the header.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ ARCHITECTURES = {"Stable Diffusion 1": "stable-diffusion-v1", "Stable Diffusion 
 
 
 def write_single_file(parts: ModelComponents, path: Path, *, dtype: torch.dtype) -> None:
-    """NAME.safetensors in CompVis's layout, and NAME.yaml. An older single file of that name is replaced.
+    """Write NAME.safetensors in CompVis's layout, and NAME.yaml. An older export of that name is replaced.
 
-    Raises ValueError for what that layout, or those who read it, have no place for.
+    Raises ValueError for a model that the layout, or the programs that read it, do not support.
     """
     check_target_file(path)
     check_writable(parts)
@@ -53,38 +53,38 @@ def write_single_file(parts: ModelComponents, path: Path, *, dtype: torch.dtype)
 
 
 def check_target_file(path: Path) -> None:
-    """Raise ValueError for a name that no such file has, and if something is there that no export has written."""
+    """Raise ValueError for a name without the suffix, and if the path exists and is not an older export."""
     if path.suffix != SUFFIX:
         raise ValueError(f"{path} does not end in {SUFFIX}, expected the name of a file that does")
-    beside = path.with_suffix(".yaml")
+    yaml_path = path.with_suffix(".yaml")
     older = path.is_file() and OWN_KEY in open_weights(path).metadata
-    if (path.exists() or beside.exists()) and not older:
-        there = path if path.exists() else beside
+    if (path.exists() or yaml_path.exists()) and not older:
+        there = path if path.exists() else yaml_path
         raise ValueError(
-            f"{there} exists and is no export of this program: give a new name, or that of an older export"
+            f"{there} exists and is not an export of this program: give a new name, or that of an older export"
         )
 
 
 def check_writable(parts: ModelComponents) -> None:
-    """Raise ValueError for what the layout, or those who read it, have no place for."""
+    """Raise ValueError for a model that the layout, or the programs that read it, do not support."""
     model = parts.model
     if not isinstance(parts.config, UNetConfig):
         raise ValueError("a DiT has no single-file layout that other programs read: export it as a diffusers folder")
     if not isinstance(model.path, ScaledLinearBetaPath) or model.prediction not in ("eps", "v"):
         raise ValueError(
-            f"{model.prediction} on path {model.path.kind} has no words in a single file, which knows eps and v on "
+            f"a single file cannot express {model.prediction} on path {model.path.kind}, only eps and v on "
             "scaled_linear_beta: export a diffusers folder"
         )
     if len(model.conditioner.towers) > 1:
-        raise ValueError("a single file has a place for one text encoder, this model has more: export a folder")
+        raise ValueError("a single file holds one text encoder, but this model has more: export a diffusers folder")
     for part, widths in (("U-Net", parts.config.block_out_channels), ("VAE", model.vae.config.block_out_channels)):
         if any(width % widths[0] for width in widths):
             raise ValueError(
-                f"the {part}'s widths {widths} are no multiples of the first, which the layout tells them by: export a "
+                f"the {part}'s widths {widths} are not multiples of the first, as the layout requires: export a "
                 "diffusers folder"
             )
     if _text_tower(parts).tokenizer.to_json()["model"]["vocab"] != clip_vocabulary().ids:
-        raise ValueError("a single file has no place for a tokenizer that is not CLIP's: export a diffusers folder")
+        raise ValueError("a single file cannot hold a tokenizer other than CLIP's: export a diffusers folder")
 
 
 def _text_tower(parts: ModelComponents) -> TextTower:
@@ -93,7 +93,7 @@ def _text_tower(parts: ModelComponents) -> TextTower:
 
 
 def single_file_tensors(parts: ModelComponents) -> dict[str, Tensor]:
-    """All weights under their names there; of the text encoder, gelu has OpenCLIP's names and quick_gelu CLIP's."""
+    """Return all weights under CompVis's names; a text encoder with gelu gets OpenCLIP's names, otherwise CLIP's."""
     assert isinstance(parts.config, UNetConfig)
     unet, vae = parts.denoiser.state_dict(), folded(parts.model.vae)
     autoencoder = vae.state_dict()
@@ -101,7 +101,7 @@ def single_file_tensors(parts: ModelComponents) -> dict[str, Tensor]:
     for ours, theirs in vae_names(autoencoder, vae.config).items():
         tensor = autoencoder[ours]
         found[FIRST_STAGE + theirs] = as_convolution(tensor) if is_attention_of_vae(theirs) else tensor
-    # Marks that other programs look for, of what no shape tells.
+    # Markers that other programs look for, of settings that do not follow from shapes.
     marks = {"v_pred": parts.model.prediction == "v", "ztsnr": getattr(parts.model.path, "zero_terminal_snr", False)}
     found |= {name: torch.zeros(0) for name, is_so in marks.items() if is_so}
     return found | {CONDITIONER + name: tensor for name, tensor in conditioner_tensors(parts).items()}
@@ -117,7 +117,8 @@ def conditioner_tensors(parts: ModelComponents) -> dict[str, Tensor]:
 
 
 def header(parts: ModelComponents, tensors: Mapping[str, Tensor], *, title: str) -> dict[str, str]:
-    """modelspec (https://github.com/Stability-AI/ModelSpec, 1.0.1) for other programs, and our own configuration."""
+    """Build the header: modelspec (https://github.com/Stability-AI/ModelSpec, 1.0.1) for other programs, and our own
+    configuration."""
     assert isinstance(parts.config, UNetConfig)
     model, width = parts.model, parts.model.conditioner.width
     side = parts.sample_size * model.vae.config.factor
@@ -148,7 +149,7 @@ def header(parts: ModelComponents, tensors: Mapping[str, Tensor], *, title: str)
 
 
 def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the file without its header: of the tensors' bytes, which safetensors writes in the names' order."""
+    """Return the SHA-256 of the file without its header: of the tensors' bytes, in order of their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
@@ -156,7 +157,7 @@ def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def ldm_config(parts: ModelComponents) -> dict[str, Any]:
-    """CompVis's configuration. Its `target` words are what the programs that read it look for; here nobody follows."""
+    """Build CompVis's configuration. Other programs use its `target` names; this one ignores them."""
     model = parts.model
     assert isinstance(model.path, ScaledLinearBetaPath)
     params = {
@@ -204,10 +205,10 @@ def unet_section(parts: ModelComponents) -> dict[str, Any]:
 
 
 def head_width(config: UNetConfig) -> int:
-    """The channels of one head. Raises ValueError where they differ by level: CompVis's networks have one number."""
+    """Return the channels per head. Raises ValueError if they differ by level: CompVis has a single number."""
     widths = {width // heads for width, heads in zip(config.block_out_channels, config.heads_per_level, strict=True)}
     if len(widths) > 1:
-        raise ValueError(f"heads {config.heads} are {sorted(widths)} wide, which a single file has no words for")
+        raise ValueError(f"heads {config.heads} are {sorted(widths)} wide, which a single file cannot express")
     return widths.pop()
 
 

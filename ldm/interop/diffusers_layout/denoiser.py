@@ -1,4 +1,4 @@
-"""Denoisers in diffusers' layout: a folder with config.json and weights, of one of a few layouts."""
+"""Read and write denoisers in diffusers' layout: a folder with config.json and weights, in one of a few layouts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def layout_of(config: DenoiserConfig) -> DenoiserLayout[Any]:
 
 
 def denoiser_folder(config: DenoiserConfig) -> str:
-    """The folder's name that the pipelines look for."""
+    """Return the name of the folder that the pipelines look for."""
     return layout_of(config).folder
 
 
@@ -52,14 +52,14 @@ def save_denoiser(
 
 
 def load_denoiser(folder: Path, *, dtype: torch.dtype = torch.float32) -> LoadedDenoiser:
-    """The network, and what it takes. Raises ValueError for anything else."""
+    """Read a denoiser's network and configuration. Raises ValueError for anything else."""
     found = open_denoiser(folder)
     fill(found.network, find_weights(folder, WEIGHTS_STEM), dtype=dtype)
     return found
 
 
 def open_denoiser(folder: Path) -> LoadedDenoiser:
-    """The same of meta tensors, to be filled: only the config is read."""
+    """Build the denoiser of meta tensors, from config.json alone; its weights are loaded later."""
     source = folder / "config.json"
     config, around = read_denoiser_config(source)
     with described_by(source), torch.device("meta"):
@@ -67,7 +67,7 @@ def open_denoiser(folder: Path) -> LoadedDenoiser:
 
 
 def read_denoiser_config(source: Path) -> tuple[DenoiserConfig, Surroundings]:
-    """What a denoiser's config.json says. Raises ValueError for another network's."""
+    """Read a denoiser's config.json. Raises ValueError for another kind of network."""
     content = read_json(source)
     check_no_code(content, source=source)
     kind = content.get("_class_name")

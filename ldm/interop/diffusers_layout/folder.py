@@ -1,4 +1,4 @@
-"""A model as a folder in diffusers' layout: read as data, with nothing in it executed; written for everybody."""
+"""Read and write a model as a folder in diffusers' layout. Reading never executes code from the folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from text.tokenizer import load_tokenizer, save_tokenizer
 NOTES = "foundry.yaml"
 INDEX = "model_index.json"
 MAX_NOTES_BYTES = 2**20
-# What a model_index.json may name: diffusers' own pipelines, and of the parts that are read the classes that are known.
+# Allowed in a model_index.json: diffusers' own pipelines, and known classes for the parts that are read.
 PIPELINES = {
     "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
     "PixArtAlphaPipeline", "PixArtSigmaPipeline", OWN.pipeline(for_inpainting=False),
@@ -43,19 +43,19 @@ KNOWN_CLASSES = {
     },
 }
 PARTS_READ = KNOWN_CLASSES.keys()
-SUFFIXES = ("", "_2")  # of the folders of a model's text encoders and their tokenizers
+SUFFIXES = ("", "_2")  # of the folders of text encoders and their tokenizers
 
 
 def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | None = None) -> ModelComponents:
-    """A model in this precision, on the CPU. prediction: in place of what the scheduler's config says.
+    """Read a model in this precision, on the CPU. prediction: overrides the one in the scheduler's config.
 
-    Raises ValueError or FileNotFoundError, naming the file, for anything missing, cut short or something else.
+    Raises ValueError or FileNotFoundError, naming the file, if a file is missing, truncated or of another kind.
     """
     check_index(folder)
-    # All configs before any weights: a folder of something else should not first be read for a minute.
+    # Read all configs before any weights, so that an unsuitable folder fails at once and not after a minute.
     part = folder / _denoiser_part(folder)
-    path, told = read_scheduler(folder / "scheduler" / "scheduler_config.json")
-    scheduler_config_json(path, prediction or told)  # raises for a prediction that this path does not have
+    path, stated = read_scheduler(folder / "scheduler" / "scheduler_config.json")
+    scheduler_config_json(path, prediction or stated)  # raises for a prediction that this path does not have
     tokenizers = [load_tokenizer(folder / f"tokenizer{suffix}") for suffix in _text_suffixes(folder)]
     loaded, vae = open_denoiser(part), open_vae(folder / "vae")
     text_folders = [folder / f"text_encoder{suffix}" for suffix in _text_suffixes(folder)]
@@ -63,14 +63,14 @@ def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | No
     check_components_fit(loaded, vae, list(zip(text_configs, tokenizers, strict=True)), source=folder)
     text_weights = [_text_weights(place) for place in text_folders]
     weights, of_vae = find_weights(part, WEIGHTS_STEM), vae_weights(folder / "vae")
-    # The text encoders first: what is mapped of their files is let go before the larger parts come.
+    # The text encoders first, so that their mapped pages are released before the larger parts are read.
     towers = [
         TextTower(_text_encoder(place, config, found, dtype=dtype), tokenizer)
         for place, config, found, tokenizer in zip(text_folders, text_configs, text_weights, tokenizers, strict=True)
     ]
     fill(vae, of_vae, dtype=dtype)
     fill(loaded.network, weights, dtype=dtype)
-    model = LatentDiffusion(vae=vae, conditioner=Conditioner(*towers), path=path, prediction=prediction or told)
+    model = LatentDiffusion(vae=vae, conditioner=Conditioner(*towers), path=path, prediction=prediction or stated)
     notes = own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES)
     return ModelComponents(
         model=model,
@@ -107,20 +107,22 @@ def _text_weights(folder: Path) -> Weights:
 
 
 def own_file(folder: Path, file: Path, *, most: int) -> bytes:
-    """What stands beside the weights, to be carried along: b"" if it is not there.
+    """Read a file next to the weights, to be copied into the export; b"" if it does not exist.
 
-    Raises ValueError for a link that leads out of the folder, whose aim would be published with the export, for what is
-    no plain file, and for one of more bytes than that.
+    Raises ValueError for a link that leads out of the folder, whose target would be published with the export, for
+    anything but a plain file, and for more than `most` bytes.
     """
     if not file.exists():
         return b""
     if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()) or file.stat().st_size > most:
-        raise ValueError(f"{file} is no plain file in its folder of at most {most} bytes: remove it, or copy it there")
+        raise ValueError(
+            f"{file} is not a plain file of at most {most} bytes in its folder: remove it, or copy it there"
+        )
     return file.read_bytes()
 
 
 def check_index(folder: Path) -> None:
-    """Raise ValueError if model_index.json, where there is one, asks for classes that are not diffusers' own."""
+    """Raise ValueError if model_index.json, if it exists, names classes that are not diffusers' own."""
     index = folder / INDEX
     if not index.exists():
         return
@@ -128,11 +130,11 @@ def check_index(folder: Path) -> None:
     check_no_code(content, source=index)
     pipeline = str(content.get("_class_name", "StableDiffusionPipeline"))
     if pipeline not in PIPELINES:
-        raise ValueError(f"{index} asks for a {pipeline[:60]!r}, expected one of {', '.join(sorted(PIPELINES))}")
+        raise ValueError(f"{index} names a {pipeline[:60]!r}, expected one of {', '.join(sorted(PIPELINES))}")
     for name in PARTS_READ & content.keys():
         if content[name] not in KNOWN_CLASSES[name]:
             raise ValueError(
-                f"{index} asks for {name} of {str(content[name])[:60]}: refused; only "
+                f"{index} names the class {str(content[name])[:60]} for {name}: refused; only "
                 f"{' or '.join('.'.join(pair) for pair in KNOWN_CLASSES[name])} is read"
             )
 
@@ -152,21 +154,21 @@ def _precision(parts: Sequence[Weights]) -> str:
 def write_folder(
     parts: ModelComponents, folder: Path, *, dtype: torch.dtype, beside: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write the whole folder; an older export there is replaced when the new one is whole.
+    """Write a model to a folder. It replaces an older export there once it is complete.
 
-    beside: further files, by their path in the folder, as a model card. Raises ValueError if the folder exists and is
-    no export: nothing else is ever deleted.
+    beside: additional files, such as a model card, by their path in the folder. Raises ValueError if the folder exists
+    and is not an export: nothing else is ever deleted.
     """
     check_target(folder)
-    with atomic_folder(folder) as whole:
-        write_parts(parts, whole, dtype=dtype)
+    with atomic_folder(folder) as partial:
+        write_parts(parts, partial, dtype=dtype)
         for name, content in (beside or {}).items():
-            (whole / name).parent.mkdir(exist_ok=True)
-            (whole / name).write_bytes(content)
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(content)
 
 
 def write_parts(parts: ModelComponents, folder: Path, *, dtype: torch.dtype) -> None:
-    """The same into a folder that is there."""
+    """Write a model's parts into an existing, empty folder."""
     model, towers = parts.model, parts.model.conditioner.towers
     layout = layout_of(parts.config)
     save_denoiser(
@@ -189,14 +191,14 @@ def write_parts(parts: ModelComponents, folder: Path, *, dtype: torch.dtype) -> 
 
 
 def check_target(folder: Path) -> None:
-    """Raise ValueError if the folder exists and is no export of ours: nothing else is ever replaced."""
+    """Raise ValueError if the folder exists and is not an export of ours: nothing else is ever replaced."""
     exported = (folder / INDEX).exists() and (folder / NOTES).exists()
     if folder.exists() and not exported and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is no export of this program: give a new folder, or an older export")
+        raise ValueError(f"{folder} exists and is not an export of this program: give a new folder, or an older export")
 
 
 def model_index(layout: DenoiserLayout[Any], *, text_encoders: int = 1, for_inpainting: bool = False) -> dict[str, Any]:
-    """model_index.json: which pipeline opens the folder, and what each subfolder is."""
+    """Build model_index.json: the pipeline that opens the folder, and the class of each subfolder."""
     texts: dict[str, Any] = {}
     for suffix in SUFFIXES[:text_encoders]:
         texts[f"text_encoder{suffix}"] = ["transformers", "CLIPTextModel"]

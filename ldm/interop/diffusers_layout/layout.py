@@ -1,4 +1,4 @@
-"""What the layout of one kind of denoiser is: its folder, its config.json, and the pipeline that opens it."""
+"""The interface of a denoiser's layout: its folder, its config.json, and the pipeline that opens it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ldm.denoisers import Denoiser, DenoiserConfig
 from ldm.denoisers.contract import Channels
 
 Config = TypeVar("Config", bound=DenoiserConfig)
-VERSION = "0.30.0"  # of diffusers, whose form is written
+VERSION = "0.30.0"  # of diffusers, whose format is written
 
 
 @dataclass(frozen=True)
 class Surroundings(Channels):
-    """What a denoiser's configuration does not say of it: the model around it does."""
+    """Properties of a denoiser that follow from the model around it, not from its own configuration."""
 
     sample_size: int  # side of the native latents
     latent_channels: int
@@ -41,29 +41,29 @@ class Surroundings(Channels):
 
 
 class DenoiserLayout(ABC, Generic[Config]):
-    """How denoisers of one kind of configuration are stored."""
+    """The storage format of denoisers with one kind of configuration."""
 
-    folder: ClassVar[str]  # that the pipelines look for
+    folder: ClassVar[str]  # its name, which the pipelines look for
     classes: ClassVar[tuple[str, ...]]  # in config.json and model_index.json; the first is written
     library: ClassVar[str] = "diffusers"
-    further_parts: ClassVar[dict[str, Any]] = {}  # of model_index.json
+    further_parts: ClassVar[dict[str, Any]] = {}  # additional entries of model_index.json
 
     @abstractmethod
     def to_json(self, config: Config, around: Surroundings) -> dict[str, Any]:
-        """config.json, as the class writes it."""
+        """Build config.json, as the class writes it."""
 
     @abstractmethod
     def from_json(self, content: dict[str, Any], *, source: Path) -> tuple[Config, Surroundings]:
-        """What a config.json says. Raises ValueError or KeyError for what this program does not compute."""
+        """Parse config.json. Raises ValueError or KeyError for a network that this program does not support."""
 
     @abstractmethod
     def pipeline(self, *, for_inpainting: bool) -> str:
-        """The class that opens the folder of the model."""
+        """Return the name of the pipeline class that opens the model's folder."""
 
     @abstractmethod
     def call_words(self, *, size: int, context_length: int, for_inpainting: bool) -> str:
-        """Keywords that the pipeline's call needs for such a model, each after a comma, for the model card."""
+        """Return the keyword arguments that the pipeline needs for such a model, each after a comma, for the card."""
 
     def other_names(self, network: Denoiser, config: Config) -> Mapping[str, str]:
-        """Names that other programs' files give to its modules -> its own."""
+        """Map names of its modules in other programs' files to its own."""
         return {}

@@ -1,4 +1,4 @@
-"""Denoisers that diffusers has no class for: denoiser/, whose config.json is our own configuration."""
+"""The layout of denoisers without a class in diffusers: denoiser/, whose config.json is our own configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIMITS = {"sample_size": 4096, "latent_channels": 256, "context_width": 8192}
 
 
 class OwnLayout(DenoiserLayout[DenoiserConfig]):
-    """Any registered kind. Only this program opens it."""
+    """The layout of any registered kind. Only this program opens it."""
 
     folder = "denoiser"
     classes = ("FoundryDenoiser",)

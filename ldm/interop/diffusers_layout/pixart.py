@@ -9,7 +9,7 @@ from ldm.denoisers import DiTConfig
 from ldm.interop.diffusers_layout.layout import VERSION, DenoiserLayout, Surroundings
 from ldm.interop.network_files import check_known, check_whole_numbers, refuse_other
 
-# What this network always is; other values would load, and compute something else.
+# Fixed properties of this network: with other values, the weights would load but compute something else.
 ALWAYS = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -31,7 +31,7 @@ LIMITS = {
 }
 OF_OTHERS = {"dropout": 0.0, "attention_type": "default"}
 REST = ("cross_attention_dim", "interpolation_scale", "norm_num_groups", "upcast_attention")
-MAX_TABLE = 2**25  # numbers of the positions of native latents; PixArt for 2048 x 2048 pixels has half as many
+MAX_TABLE = 2**25  # numbers in the table of positions; PixArt for 2048 x 2048 pixels has half as many
 
 
 class PixArtLayout(DenoiserLayout[DiTConfig]):
@@ -55,7 +55,7 @@ class PixArtLayout(DenoiserLayout[DiTConfig]):
         }
 
     def from_json(self, content: dict[str, Any], *, source: Path) -> tuple[DiTConfig, Surroundings]:
-        """Raises ValueError for what PixArt does not have."""
+        """Parse config.json. Raises ValueError for settings that PixArt does not have."""
         config = dit_config(content, source=source)
         channels = content["in_channels"]
         outputs = content.get("out_channels") or channels
@@ -69,13 +69,13 @@ class PixArtLayout(DenoiserLayout[DiTConfig]):
         return "PixArtAlphaPipeline"
 
     def call_words(self, *, size: int, context_length: int, for_inpainting: bool) -> str:
-        """It was made for larger pictures and longer texts, so it must be told that a model is small."""
+        """Pass sizes that disable the pipeline's defaults, which are for larger images and longer texts."""
         sides = f", height={size}, width={size}"
         return f"{sides}, max_sequence_length={context_length}, use_resolution_binning=False, clean_caption=False"
 
 
 def dit_config(content: dict[str, Any], *, source: Path) -> DiTConfig:
-    """Our config from diffusers' keys. Raises ValueError for what PixArt does not have."""
+    """Convert diffusers' keys to our config. Raises ValueError for settings that PixArt does not have."""
     check_whole_numbers(content, LIMITS, source=source)
     refuse_other(content, ALWAYS | OF_OTHERS, source=source)
     check_known(content, (*ALWAYS, *OF_OTHERS, *LIMITS, *REST), source=source)

@@ -1,4 +1,4 @@
-"""Which noise path and prediction a model was trained with, as scheduler/scheduler_config.json says it."""
+"""Read and write a model's noise path and prediction: scheduler/scheduler_config.json."""
 
 from __future__ import annotations
 
@@ -41,15 +41,14 @@ _DPM_SOLVER: dict[str, Any] = {
 
 
 def scheduler_config_json(path: PathConfig, prediction: Prediction) -> dict[str, Any]:
-    """A scheduler of diffusers' that its Stable Diffusion and PixArt pipelines both accept.
+    """Build the config of a scheduler that diffusers' Stable Diffusion and PixArt pipelines both accept.
 
-    Raises ValueError for a pair that diffusers has no words for.
+    Raises ValueError for a path and prediction that diffusers cannot express.
     """
     known = {"rectified_flow": ("velocity",), "edm": ("edm",)}.get(path.kind, tuple(_NAMES.values()))
     if prediction not in known:
         raise ValueError(
-            f"prediction {prediction!r} on path {path.kind!r} is nothing that diffusers could open: "
-            f"use {' or '.join(known)}"
+            f"prediction {prediction!r} on path {path.kind!r} cannot be opened by diffusers: use {' or '.join(known)}"
         )
     match path:
         case RectifiedFlowPath():
@@ -57,7 +56,7 @@ def scheduler_config_json(path: PathConfig, prediction: Prediction) -> dict[str,
             return _COMMON | _DPM_SOLVER | flow
         case EDMPath():
             numbers = {name: getattr(path, name) for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
-            # "epsilon" is their word for F.
+            # diffusers calls F "epsilon".
             return _COMMON | {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon"} | numbers
         case LinearBetaPath() | ScaledLinearBetaPath() | CosinePath():
             return _COMMON | _DPM_SOLVER | _table_json(path, prediction)
@@ -80,13 +79,13 @@ def _table_json(path: TablePath, prediction: Prediction) -> dict[str, Any]:
 
 
 def read_scheduler(file: Path) -> tuple[PathConfig, Prediction]:
-    """The path and prediction of any scheduler's config. Raises ValueError for one that we do not have."""
+    """Read the path and prediction from a scheduler's config. Raises ValueError for those that are not supported."""
     with described_by(file):
         return scheduler_from(read_json(file), source=file)
 
 
 def scheduler_from(content: Mapping[str, Any], *, source: Path) -> tuple[PathConfig, Prediction]:
-    """The same from its content. Raises KeyError, naming a key that is missing, or ValueError."""
+    """Parse a scheduler's config. Raises KeyError with the name of a missing key, or ValueError."""
     check_whole_numbers(content, {"num_train_timesteps": 10_000}, source=source)
     if str(content.get("_class_name", "")).startswith("EDM"):
         return _read_edm(content), "edm"
@@ -98,7 +97,7 @@ def scheduler_from(content: Mapping[str, Any], *, source: Path) -> tuple[PathCon
     schedule = content.get("beta_schedule", "linear")
     if kind not in _NAMES or schedule not in _SCHEDULES:
         raise ValueError(
-            f"{source} asks for prediction_type {kind!r} on beta_schedule {schedule!r}, expected one of "
+            f"{source} has prediction_type {kind!r} on beta_schedule {schedule!r}, expected one of "
             f"{sorted(_NAMES)} on one of {sorted(_SCHEDULES)}: this noise path is not supported"
         )
     numbers: dict[str, Any] = {

@@ -11,7 +11,7 @@ from ldm.interop.compvis.names import unet_modules
 from ldm.interop.diffusers_layout.layout import VERSION, DenoiserLayout, Surroundings
 from ldm.interop.network_files import MAX_LAYERS, check_known, check_whole_numbers, refuse_other
 
-# What these networks always are; other values would load, and compute something else.
+# Fixed properties of these networks: with other values, the weights would load but compute something else.
 ALWAYS = {
     "act_fn": "silu",
     "center_input_sample": False,
@@ -22,7 +22,7 @@ ALWAYS = {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "norm_eps": 1e-05,
 }
-OF_OTHERS: dict[str, Any] = {  # switches of diffusers' network that Stable Diffusion 1 and 2 leave alone
+OF_OTHERS: dict[str, Any] = {  # options of diffusers' network that Stable Diffusion 1 and 2 do not use
     "addition_embed_type": None,
     "addition_time_embed_dim": None,
     "attention_type": "default",
@@ -51,7 +51,7 @@ OF_OTHERS: dict[str, Any] = {  # switches of diffusers' network that Stable Diff
     "timestep_post_act": None,
     "transformer_layers_per_block": 1,
 }
-# The last two say how it is computed, not what.
+# The last two affect how it is computed, not the result.
 REST = ("down_block_types", "up_block_types", "use_linear_projection", "addition_embed_type_num_heads",
              "upcast_attention")  # fmt: skip
 LIMITS = {
@@ -80,7 +80,7 @@ class UNetLayout(DenoiserLayout[UNetConfig]):
         return ALWAYS | {
             "_class_name": self.classes[0],
             "_diffusers_version": VERSION,
-            # The number of heads, whatever diffusers calls it.
+            # The number of heads, despite its name in diffusers.
             "attention_head_dim": list(config.heads) if isinstance(config.heads, tuple) else config.heads,
             "block_out_channels": list(config.block_out_channels),
             "cross_attention_dim": around.context_width,
@@ -95,7 +95,7 @@ class UNetLayout(DenoiserLayout[UNetConfig]):
         }
 
     def from_json(self, content: dict[str, Any], *, source: Path) -> tuple[UNetConfig, Surroundings]:
-        """Raises ValueError for blocks that Stable Diffusion 1 and 2 do not have."""
+        """Parse config.json. Raises ValueError for blocks that Stable Diffusion 1 and 2 do not have."""
         config = unet_config(content, source=source)
         channels, outputs = content["in_channels"], content["out_channels"]
         learned = outputs == 2 * channels
@@ -116,7 +116,7 @@ class UNetLayout(DenoiserLayout[UNetConfig]):
 
 
 def unet_config(content: dict[str, Any], *, source: Path) -> UNetConfig:
-    """Our config from diffusers' keys. Raises ValueError for blocks that Stable Diffusion 1 and 2 do not have."""
+    """Convert diffusers' keys to our config. Raises ValueError for blocks that Stable Diffusion 1 and 2 do not have."""
     check_whole_numbers(content, LIMITS, source=source)
     refuse_other(content, ALWAYS | OF_OTHERS, source=source)
     check_known(content, (*ALWAYS, *OF_OTHERS, *LIMITS, *REST), source=source)
@@ -127,7 +127,7 @@ def unet_config(content: dict[str, Any], *, source: Path) -> UNetConfig:
     mirrored = [name.replace("Down", "Up") for name in reversed(content["down_block_types"])]
     if content.get("up_block_types", mirrored) != mirrored:
         raise ValueError(f"{source} has up_block_types {content['up_block_types']}, expected {mirrored}")
-    heads = content.get("attention_head_dim") or 8  # diffusers' defaults, of before it wrote them down
+    heads = content.get("attention_head_dim") or 8  # diffusers' default in files that do not state it
     return UNetConfig(
         block_out_channels=tuple(content["block_out_channels"]),
         layers_per_block=content["layers_per_block"],

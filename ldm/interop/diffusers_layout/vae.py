@@ -36,12 +36,12 @@ ALWAYS = {
 REST = ("down_block_types", "force_upcast", "latents_mean", "latents_std", "sample_size", "scaling_factor",
         "shift_factor", "up_block_types")  # fmt: skip
 LIMITS = {"block_out_channels": 8192, "layers_per_block": MAX_LAYERS, "latent_channels": 256, "norm_num_groups": 1024}
-# Older files, Stable Diffusion 1.5's among them, call the attention's layers by these names.
+# Older files, such as Stable Diffusion 1.5's, use these names for the attention's layers.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 def save_vae(vae: AutoencoderKL, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write the autoencoder; its latents' statistics go into config.json as they are."""
+    """Write the autoencoder; config.json gets the statistics of its latents unchanged."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(vae_config_json(vae.config), folder / "config.json")
     write_weights(
@@ -57,7 +57,7 @@ def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> Autoencoder
 
 
 def open_vae(folder: Path) -> AutoencoderKL:
-    """The same of meta tensors, to be filled: only the config is read."""
+    """Build the autoencoder of meta tensors, from config.json alone; its weights are loaded later."""
     source = folder / "config.json"
     content = read_json(source)
     check_no_code(content, source=source)
@@ -76,11 +76,11 @@ def with_new_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def folded(vae: AutoencoderKL) -> AutoencoderKL:
-    """The same autoencoder with its latents' statistics inside its 1x1 convolutions, and the scale 0.18215 left.
+    """Fold the statistics of the latents into the 1x1 convolutions, so that only the scale 0.18215 remains.
 
-    Stable Diffusion's pipelines multiply z by a scale and know nothing of a mean, so for them z' must be
-    z' = (z - mean) / (0.18215 std): the last encoder layer takes that in, the first decoder layer its inverse. Where a
-    scale is all there is, nothing needs to be folded, and the weights stay as they are.
+    Stable Diffusion's pipelines multiply z by a scale and do not subtract a mean, so for them z' must be
+    z' = (z - mean) / (0.18215 std): this is folded into the last encoder layer, its inverse into the first decoder
+    layer. If there is only a scale, nothing needs to be folded, and the weights stay as they are.
     """
     if scale_of(vae.config) is not None:
         return vae
@@ -103,7 +103,7 @@ def folded(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def scale_of(config: AutoencoderKLConfig) -> float | None:
-    """The scale by which z becomes latents, if that is all that happens to it."""
+    """Return the factor from z to latents; None if more than a scale is applied."""
     if config.latent_std is None:
         return None if config.latent_mean and any(config.latent_mean) else STABLE_DIFFUSION_SCALE
     if any(config.latent_mean or ()) or len(set(config.latent_std)) > 1:
@@ -112,7 +112,8 @@ def scale_of(config: AutoencoderKLConfig) -> float | None:
 
 
 def vae_config_json(config: AutoencoderKLConfig) -> dict[str, Any]:
-    """As diffusers' AutoencoderKL writes it: latents = (z - latents_mean) * scaling_factor / latents_std."""
+    """Build config.json, as diffusers' AutoencoderKL writes it: latents = (z - latents_mean) * scaling_factor /
+    latents_std."""
     levels, scale = len(config.block_out_channels), scale_of(config)
     return {
         "_class_name": "AutoencoderKL",
@@ -139,7 +140,7 @@ def vae_config_json(config: AutoencoderKLConfig) -> dict[str, Any]:
 
 
 def vae_config(content: dict[str, Any], *, source: Path) -> AutoencoderKLConfig:
-    """Our config from diffusers' keys. Raises ValueError if it describes another kind of network."""
+    """Convert diffusers' keys to our config. Raises ValueError if it describes another kind of network."""
     if content.get("_class_name") != "AutoencoderKL":
         raise ValueError(
             f"{source} describes {content.get('_class_name')!r}, expected 'AutoencoderKL': give a VAE's folder"
@@ -166,7 +167,7 @@ def vae_config(content: dict[str, Any], *, source: Path) -> AutoencoderKLConfig:
         block_out_channels=tuple(content["block_out_channels"]),
         layers_per_block=content["layers_per_block"],
         latent_channels=channels,
-        norm_num_groups=content.get("norm_num_groups") or 32,  # diffusers' default, of before it wrote it down
+        norm_num_groups=content.get("norm_num_groups") or 32,  # diffusers' default in files that do not state it
         latent_mean=tuple(mean),
         latent_std=tuple(std),
     )

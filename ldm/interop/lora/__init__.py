@@ -1,4 +1,4 @@
-"""LoRA files for Stable Diffusion: read in the forms that users have, merged into weights, written for other programs.
+"""LoRA files for Stable Diffusion: read the common formats, merge them into weights, write them for other programs.
 
 Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685), section 4.1.
 """

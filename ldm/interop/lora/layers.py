@@ -1,4 +1,4 @@
-"""What a LoRA is, and how it is added to the weights. Shapes: r rank, i inputs, o outputs, k kernel."""
+"""The layers of a LoRA, and their merging into weights. Shapes: r rank, i inputs, o outputs, k kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LoraLayer:
     """A change of one layer's weight: alpha / rank * up @ down.
 
     For a linear layer down is r x i, up o x r; for a convolution r x i x k x k and o x r x 1 x 1. Raises ValueError,
-    naming the layer, if the two are not of one rank or alpha is not finite.
+    naming the layer, if the ranks differ or alpha is not finite.
     """
 
     part: Part
@@ -33,7 +33,7 @@ class LoraLayer:
         if min(self.down.ndim, self.up.ndim) < 2 or self.down.shape[0] != self.up.shape[1] or self.rank < 1:
             raise ValueError(
                 f"layer {self.name} has a down of shape {tuple(self.down.shape)} and an up of {tuple(self.up.shape)}, "
-                "expected rank x inputs and outputs x rank, of one rank: get the file again"
+                "expected rank x inputs and outputs x rank, of the same rank: get the file again"
             )
         if not math.isfinite(self.alpha):
             raise ValueError(f"layer {self.name} has alpha {self.alpha}, expected a finite number: get the file again")
@@ -43,18 +43,18 @@ class LoraLayer:
         return self.down.shape[0]
 
     def change(self, device: torch.device | None = None) -> Tensor:
-        """What is added to the weight at strength 1, in its shape, float32."""
+        """Compute the change of the weight at strength 1, in the weight's shape, float32."""
         down = self.down.to(device, torch.float32).flatten(1)  # r, i * k * k
         up = self.up.to(device, torch.float32).flatten(1)  # o, r
         return (up @ down).mul_(self.alpha / self.rank).unflatten(1, self.down.shape[1:])
 
     def largest(self) -> float:
-        """No number of the change is farther from 0. Infinite, or not a number, if a factor is."""
+        """Return an upper bound on the absolute values of the change; infinity or NaN if a factor has them."""
         return abs(self.alpha) * self.up.abs().max().item() * self.down.abs().max().item()
 
 
 def adaptable_layers(denoiser: nn.Module, text_encoder: nn.Module) -> dict[tuple[Part, str], Adaptable]:
-    """The linear and convolutional layers of a denoiser and of a TransformersTextEncoder, by part and name."""
+    """Collect the linear and convolutional layers of a denoiser and a TransformersTextEncoder, by part and name."""
     parts: dict[Part, nn.Module] = {"denoiser": denoiser, "text_encoder": text_encoder.get_submodule("model")}
     return {
         (part, name.removeprefix(OLD_TEXT_PREFIX) if part == "text_encoder" else name): module
@@ -65,17 +65,17 @@ def adaptable_layers(denoiser: nn.Module, text_encoder: nn.Module) -> dict[tuple
 
 
 def factor_shapes(weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of down and up, for a layer's weight o x i or o x i x k x k."""
+    """Return the shapes of down and up, for a layer's weight o x i or o x i x k x k."""
     outputs, *others = weight.shape
     return (rank, *others), (outputs, rank, *[1] * (len(others) - 1))
 
 
 @torch.no_grad()
 def merge_lora(layers: Sequence[LoraLayer], *, denoiser: nn.Module, text_encoder: nn.Module, strength: float) -> int:
-    """W <- W + strength * alpha / rank * up @ down, computed in float32 and rounded once. -> how many layers.
+    """Add the LoRA: W <- W + strength * alpha / rank * up @ down, in float32, rounded once. Returns the layer count.
 
-    Raises ValueError, before a weight is touched, if the strength is not finite, a layer does not belong to the model,
-    or its weight could grow beyond what its precision holds.
+    Raises ValueError, before any weight is changed, if the strength is not finite, a layer does not belong to the
+    model, or its weight could overflow its precision.
     """
     if not math.isfinite(strength):
         raise ValueError(f"the strength of a LoRA is {strength}, expected a finite number")
@@ -87,22 +87,24 @@ def merge_lora(layers: Sequence[LoraLayer], *, denoiser: nn.Module, text_encoder
 
 
 def _weight(layer: LoraLayer, modules: Mapping[tuple[Part, str], Adaptable], strength: float) -> Tensor:
-    """The weight that a layer changes, checked."""
+    """Find the weight that a layer changes, and check that it fits."""
     module = modules.get((layer.part, layer.name))
     if module is None:
-        raise ValueError(f"the {layer.part} has no linear or convolutional layer {layer.name}: give the LoRA's model")
+        raise ValueError(
+            f"the {layer.part} has no linear or convolutional layer {layer.name}: give the model of this LoRA"
+        )
     weight = module.weight
     if (layer.down.shape, layer.up.shape) != factor_shapes(weight, layer.rank):
-        raise ValueError(misfit(layer.name, layer.down, layer.up, weight) + ": give the LoRA's model")
+        raise ValueError(misfit(layer.name, layer.down, layer.up, weight) + ": give the model of this LoRA")
     largest = abs(strength) * layer.largest()
     if not largest <= torch.finfo(weight.dtype).max:
         raise ValueError(
-            f"a LoRA by {strength:g} changes {layer.name} by up to {largest:g}, more than "
+            f"a LoRA of strength {strength:g} changes {layer.name} by up to {largest:g}, more than "
             f"{str(weight.dtype).removeprefix('torch.')} holds: lower the strength, or get the file again"
         )
     return weight
 
 
 def misfit(name: str, down: Tensor, up: Tensor, weight: Tensor) -> str:
-    """The words for it."""
+    """Return the error message for a mismatch of shapes."""
     return f"{name} has factors {tuple(down.shape)} and {tuple(up.shape)} for a weight of {tuple(weight.shape)}"

@@ -1,7 +1,7 @@
-"""The names that LoRA files give to layers, whole, so that a name is looked up and never guessed at.
+"""All full names that LoRA files use for layers, so that a name is looked up and never guessed.
 
-Kohya's scripts write the path with `_` in place of dots, after diffusers or after CompVis; peft and diffusers write it
-with dots. Below a name stand the factors, and alpha.
+Kohya's scripts write diffusers' or CompVis's module path with `_` in place of dots; peft and diffusers write it with
+dots. The factors and alpha are stored under the name of a layer.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from ldm.interop.lora.layers import OLD_TEXT_PREFIX, Part
 
 Role = Literal["down", "up", "alpha"]
 
-ROLES: dict[str, Role] = {  # none of them is the end of another
+ROLES: dict[str, Role] = {  # none is a suffix of another
     ".lora_down.weight": "down",  # kohya
     ".lora_up.weight": "up",
     ".lora_A.weight": "down",  # peft
     ".lora_B.weight": "up",
     ".lora.down.weight": "down",  # diffusers
     ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",  # the same, of text encoders
+    ".lora_linear_layer.down.weight": "down",  # diffusers, for text encoders
     ".lora_linear_layer.up.weight": "up",
     "_lora.down.weight": "down",  # diffusers' attention processors
     "_lora.up.weight": "up",
     ".alpha": "alpha",
 }
-DENOISER_PREFIXES = ("unet", "transformer", "")  # "": what a network alone wrote
+DENOISER_PREFIXES = ("unet", "transformer", "")  # "": files saved from a single network
 TEXT_PREFIX = "text_encoder"
 KOHYA_DENOISER, KOHYA_TEXT = "lora_unet_", ("lora_te_", "lora_te1_")
 
 
 class Place(NamedTuple):
-    """The layer that a name in a file means."""
+    """The layer to which a name in a file refers."""
 
     part: Part
     name: str
-    prefix: str | None  # under which the file's metadata may tell of alpha; None: nowhere
+    prefix: str | None  # under which the file's metadata may state alpha; None: nowhere
 
 
-# What is a change of weights too, but another one: how it is called, and how its tensors' names end.
+# Other kinds of weight changes: their names, and the endings of their tensors' names.
 OTHER_KINDS = {
     "DoRA": re.compile(r"\.dora_scale$|\.lora_magnitude_vector(\.weight)?$"),
     "LoHa": re.compile(r"\.hada_(w|t)\w+$"),
@@ -49,7 +49,7 @@ OTHER_KINDS = {
     "OFT": re.compile(r"\.b?oft_\w+(\.weight)?$"),
     "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
     "a LoRA with CP-decomposed convolutions (lora_mid)": re.compile(r"\.lora_mid\.weight$"),
-    "a LoRA with whole differences of weights (diff)": re.compile(r"\.diff(_b)?$"),
+    "a LoRA with full weight differences (diff)": re.compile(r"\.diff(_b)?$"),
     "a LoRA with normalisation layers": re.compile(r"\.[wb]_norm$"),
     "a LoRA in peft's own form, whose alpha lies in another file": re.compile(r"^base_model\.model\."),
 }
@@ -64,7 +64,7 @@ CONTEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "
 
 
 def split_name(key: str) -> tuple[str, Role] | None:
-    """A tensor's name -> its layer's, and what it is; None for what no LoRA holds."""
+    """Split a tensor's name into its layer's name and its role; None for a tensor that no LoRA has."""
     for ending, role in ROLES.items():
         if key.endswith(ending):
             return key.removesuffix(ending), role
@@ -72,7 +72,7 @@ def split_name(key: str) -> tuple[str, Role] | None:
 
 
 def refuse_other_kinds(keys: Iterable[str]) -> None:
-    """Raise ValueError, by its name, for a change of weights that is no LoRA."""
+    """Raise ValueError, naming the kind, for a weight change that is not a LoRA."""
     for key in keys:
         for kind, ending in OTHER_KINDS.items():
             if ending.search(key):
@@ -80,13 +80,13 @@ def refuse_other_kinds(keys: Iterable[str]) -> None:
 
 
 def likely_model(paths: Iterable[str]) -> str | None:
-    """Whose layers these are."""
+    """Return the model that layers with these names probably belong to; None if unknown."""
     named = (model for path in paths for model, mark in OTHER_MODELS.items() if mark.search(path))
     return next(named, None)
 
 
 def known_names(layers: Iterable[tuple[Part, str]], compvis_names: Mapping[str, str]) -> dict[str, Place]:
-    """Every name under which a file may speak of these layers. compvis_names: CompVis's module path -> ours."""
+    """List every name that a file may use for these layers. compvis_names: CompVis's module path -> ours."""
     ours = set(layers)
     places = {
         spelled: Place(part, name, prefix)
@@ -102,7 +102,7 @@ def known_names(layers: Iterable[tuple[Part, str]], compvis_names: Mapping[str, 
 
 
 def kohya_name(part: Part, name: str) -> str:
-    """As kohya's scripts write it, for Stable Diffusion 1 and 2."""
+    """Return the name that kohya's scripts write, for Stable Diffusion 1 and 2."""
     return KOHYA_DENOISER + _flat(name) if part == "denoiser" else KOHYA_TEXT[0] + _flat(OLD_TEXT_PREFIX + name)
 
 

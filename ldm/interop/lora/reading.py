@@ -1,4 +1,4 @@
-"""LoRA files, by the names of their tensors. Each tensor is used, or the file is refused."""
+"""Read LoRA files, by the names of their tensors. A file with a tensor that cannot be used is refused."""
 
 from __future__ import annotations
 
@@ -35,12 +35,11 @@ def read_lora(
     source: Path,
     compvis_names: Mapping[str, str] | None = None,
 ) -> list[LoraLayer]:
-    """The layers of a LoRA for this denoiser and this TransformersTextEncoder, from what a file holds.
+    """Read a LoRA's layers for this denoiser and this TransformersTextEncoder from the content of a file.
 
-    compvis_names: CompVis's module path -> ours, for files that name the U-Net's layers so. The factors stay in their
-    precision, and get the layer's shape where a matrix was trained for a 1 x 1 convolution or the reverse. Raises
-    ValueError of one line, naming the file, for what is no LoRA, is another kind of one, was made for another model,
-    or is damaged.
+    compvis_names: CompVis's module path -> ours, for files that use CompVis's names. The factors keep their precision,
+    and get the layer's shape if a matrix was trained for a 1 x 1 convolution or the reverse. Raises ValueError of one
+    line, naming the file, if it is not a LoRA, is another kind of one, was made for another model, or is damaged.
     """
     modules = adaptable_layers(denoiser, text_encoder)
     try:
@@ -73,11 +72,11 @@ def _by_layer(weights: Mapping[str, Tensor]) -> Tensors:
 
 
 def _what_it_is(weights: Mapping[str, Tensor]) -> str:
-    """The words for a file without a factor in it."""
+    """Return the error message for a file without factors."""
     shapes = shapes_of(weights)
     foreign = looks_like(shapes)
-    known = foreign.name if foreign else "a whole model" if is_single_file(shapes) else ""
-    return f"this is no LoRA, {_some(list(weights), 'tensors')}{known and f', looks like {known}'}: give a LoRA's file"
+    known = foreign.name if foreign else "a complete model" if is_single_file(shapes) else ""
+    return f"this is not a LoRA, {_some(list(weights), 'tensors')}{known and f', looks like {known}'}: give a LoRA file"
 
 
 def _check_numbers(key: str, tensor: Tensor, role: Role) -> None:
@@ -91,7 +90,7 @@ def _check_numbers(key: str, tensor: Tensor, role: Role) -> None:
 
 
 def _check_places(tensors: Tensors, places: Mapping[str, Place]) -> None:
-    """Raise ValueError for layers that the model lacks, that are not whole, or that are there twice."""
+    """Raise ValueError for layers that the model lacks, that are incomplete, or that occur twice."""
     if foreign := [path for path in tensors if path not in places]:
         model = likely_model(foreign)
         raise ValueError(
@@ -118,12 +117,12 @@ def _layer(path: str, found: dict[Role, Tensor], place: Place, settings: Mapping
     elif place.prefix is not None and place.prefix in settings:
         alpha = alpha_by_settings(settings[place.prefix], place.name, rank)
     else:
-        raise ValueError(f"its metadata tells the alpha of some layers, but not of {path}: get the file again")
+        raise ValueError(f"its metadata states the alpha of some layers, but not of {path}: get the file again")
     return LoraLayer(place.part, place.name, down, up, alpha)
 
 
 def _fitted(layers: list[LoraLayer], modules: Mapping[tuple[Part, str], Adaptable]) -> list[LoraLayer]:
-    """The layers with factors of the modules' own shapes. Raises ValueError that counts those of others."""
+    """Reshape the factors to the modules' shapes. Raises ValueError with the number of layers that do not fit."""
     fitted: list[LoraLayer] = []
     misfits: list[LoraLayer] = []
     for layer in layers:
@@ -136,18 +135,18 @@ def _fitted(layers: list[LoraLayer], modules: Mapping[tuple[Part, str], Adaptabl
             misfits.append(layer)
     if misfits:
         first = misfits[0]
-        told = misfit(first.name, first.down, first.up, modules[first.part, first.name].weight)
+        reason = misfit(first.name, first.down, first.up, modules[first.part, first.name].weight)
         widths = {layer.down.shape[1] for layer in misfits if layer.name.endswith("attn2.to_k")}
         model = CONTEXT_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
         raise ValueError(
             f"this LoRA was made for another model{f' (looks like {model})' if model else ''}: {len(misfits)} of its "
-            f"{len(layers)} layers do not fit, as {told}: give a LoRA for this model"
+            f"{len(layers)} layers do not fit, as {reason}: give a LoRA for this model"
         )
     return fitted
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1 x 1 convolution's shape as a matrix's."""
+    """Return the shape of a 1 x 1 convolution as that of a matrix."""
     return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 

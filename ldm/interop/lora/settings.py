@@ -1,6 +1,7 @@
-"""peft's settings of a LoRA, which diffusers keeps as JSON in a safetensors file's metadata: alpha, and its exceptions.
+"""Read and write peft's settings of a LoRA, which diffusers stores as JSON in a safetensors file's metadata.
 
-A setting stands under its part's prefix, `unet.lora_alpha`. Exceptions are by the end of a module's path.
+Keys have the prefix of their part, as in `unet.lora_alpha`. Exceptions for rank and alpha match the end of a module's
+path.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from ldm.interop.lora.names import DENOISER_PREFIXES, TEXT_PREFIX
 
 METADATA_KEY = "lora_adapter_metadata"
 PREFIXES = {*DENOISER_PREFIXES, TEXT_PREFIX} - {""}
-# Others change the weights that a LoRA is trained over, and thereby what it means for those of the model.
+# Other initialisations change the base weights that a LoRA is trained on, so that it does not fit the model's weights.
 INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 Settings = Mapping[str, Any]
 
 
 def read_settings(metadata: Mapping[str, str]) -> dict[str, Settings]:
-    """A file's settings by their prefix, "" for those that have none. Raises ValueError for what is not supported."""
+    """Read a file's settings by prefix; "": without one. Raises ValueError for settings that are not supported."""
     if METADATA_KEY not in metadata:
         return {}
     try:
@@ -46,22 +47,24 @@ def read_settings(metadata: Mapping[str, str]) -> dict[str, Settings]:
 
 
 def alpha_by_settings(settings: Settings, name: str, rank: int) -> float:
-    """The alpha that, over the rank, is peft's scale.
+    """Return the alpha for which alpha / rank is peft's scale.
 
     With use_rslora that scale is lora_alpha / sqrt(rank): Kalajdzievski 2023 (arXiv 2312.03732), theorem 3.2. Raises
-    ValueError if the settings are of another rank, or say nothing of alpha.
+    ValueError if the settings have another rank, or no alpha.
     """
-    said = _setting(settings, "r", "rank_pattern", name)
-    if said not in (None, rank):
-        raise ValueError(f"layer {name} has rank {rank}, but metadata {METADATA_KEY} says {said!r}: get the file again")
+    stated = _setting(settings, "r", "rank_pattern", name)
+    if stated not in (None, rank):
+        raise ValueError(
+            f"layer {name} has rank {rank}, but metadata {METADATA_KEY} says {stated!r}: get the file again"
+        )
     alpha = _setting(settings, "lora_alpha", "alpha_pattern", name)
-    if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:  # JSON has larger whole numbers
+    if type(alpha) not in (int, float) or not abs(alpha) <= sys.float_info.max:  # JSON allows larger integers
         raise ValueError(f"metadata {METADATA_KEY} gives {name} the alpha {alpha!r}, expected a number")
     return alpha * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)
 
 
 def settings_of(layers: Sequence[LoraLayer]) -> dict[str, Any]:
-    """What peft must be told of these layers, which are one part's: their commonest rank and alpha, and exceptions."""
+    """Build peft's settings for the layers of one part: the commonest rank and alpha, and exceptions."""
     ranks = {layer.name: layer.rank for layer in layers}
     alphas = {layer.name: int(layer.alpha) if layer.alpha.is_integer() else layer.alpha for layer in layers}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
@@ -75,7 +78,7 @@ def settings_of(layers: Sequence[LoraLayer]) -> dict[str, Any]:
 
 
 def _commonest(numbers: Iterable[float]) -> float:
-    """Of several, the least."""
+    """Return the commonest number; if there are several, the smallest."""
     counts = Counter(numbers)
     return min(counts, key=lambda number: (-counts[number], number))
 
@@ -95,7 +98,8 @@ def _check(settings: Settings) -> None:
 
 
 def _setting(settings: Settings, key: str, pattern_key: str, name: str) -> Any:
-    """The first exception that the module's path ends with, or the rule; a pattern with ^ is the whole path."""
+    """Return the value of the first exception that matches the end of the module's path, otherwise the default. A
+    pattern with ^ must match the full path."""
     for pattern, value in (settings.get(pattern_key) or {}).items():
         path = pattern.removeprefix("^").removeprefix(OLD_TEXT_PREFIX)
         if name == path or (pattern[0] != "^" and name.endswith(f".{path}")):

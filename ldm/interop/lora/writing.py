@@ -1,4 +1,4 @@
-"""LoRA files for other programs: kohya's form, which most of them read, and diffusers'. Both keep alpha."""
+"""Write LoRA files for other programs: in kohya's format, which most of them read, and diffusers'. Both keep alpha."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ldm.interop.network_files import write_weights
 
 
 def write_lora_kohya(layers: Sequence[LoraLayer], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file as kohya's scripts write it, for Stable Diffusion 1 and 2.
+    """Write a safetensors file as kohya's scripts do, for Stable Diffusion 1 and 2.
 
-    metadata: more of it, or other words for it. Raises ValueError for no layers, or one that is there twice.
+    metadata: added to the file's own, which it may override. Raises ValueError for no layers, or a repeated layer.
     """
     _check_distinct(layers)
     tensors: dict[str, Tensor] = {}
@@ -38,11 +38,11 @@ def write_lora_kohya(layers: Sequence[LoraLayer], path: Path, *, metadata: Mappi
 def write_lora_diffusers(
     layers: Sequence[LoraLayer], path: Path, *, denoiser_prefix: Literal["unet", "transformer"] = "unet"
 ) -> None:
-    """A safetensors file for diffusers' load_lora_weights (0.34 and newer, where they read alpha), in peft's form.
+    """Write a safetensors file for diffusers' load_lora_weights (0.34 and newer, which read alpha), in peft's format.
 
-    denoiser_prefix: the folder of the denoiser in diffusers' layout. The text encoder's weights carry `text_model.`,
-    which new versions take off and old ones need; its settings do not, since they are compared with a path's end.
-    Raises ValueError for no layers, or one that is there twice.
+    denoiser_prefix: the folder of the denoiser in diffusers' layout. The text encoder's weights have the prefix
+    `text_model.`, which new versions remove and old ones need; its settings do not, since they match a path's end.
+    Raises ValueError for no layers, or a repeated layer.
     """
     _check_distinct(layers)
     tensors: dict[str, Tensor] = {}
@@ -64,5 +64,5 @@ def _check_distinct(layers: Sequence[LoraLayer]) -> None:
     if twice := {place for place in places if places.count(place) > 1}:
         part, name = min(twice)
         raise ValueError(
-            f"layer {name} of the {part} is there {places.count((part, name))} times: write each LoRA alone"
+            f"layer {name} of the {part} occurs {places.count((part, name))} times: write each LoRA to its own file"
         )

@@ -206,7 +206,7 @@ def test_latents_that_are_no_whole_patches_are_refused(size):
         ({"patch_size": 0}, "patch_size=0"),
         ({"heads": 5}, "width=32 must be a multiple of heads=5"),
         ({"width": 30, "heads": 3}, "width=30 must be a multiple of heads=3, and of 4"),
-        ({"sample_size": 9}, "sample_size=9 is no multiple of patch_size=2"),
+        ({"sample_size": 9}, "sample_size=9 is not a multiple of patch_size=2"),
         ({"interpolation_scale": 0.0}, "interpolation_scale=0.0 must be positive"),
     ],
 )

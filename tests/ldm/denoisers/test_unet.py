@@ -182,10 +182,10 @@ def test_bfloat16_stays_close_and_returns_the_latents_dtype():
         ({"layers_per_block": 0}, "layers_per_block=0"),
         ({"norm_num_groups": 0}, "norm_num_groups=0"),
         ({"norm_num_groups": 3, "block_out_channels": (33,) * 4}, "=33 must be even"),
-        ({"block_out_channels": (320, 650, 1280, 1280)}, "=650 is no multiple of norm_num_groups=32"),
-        ({"block_out_channels": (320, 0, 1280, 1280)}, "=0 is no multiple of norm_num_groups=32"),
-        ({"heads": 7}, r"block_out_channels\[0\]=320 is no multiple of its 7 heads"),
-        ({"heads": (5, 10, 20, 7)}, r"block_out_channels\[3\]=1280 is no multiple of its 7 heads"),
+        ({"block_out_channels": (320, 650, 1280, 1280)}, "=650 is not a multiple of norm_num_groups=32"),
+        ({"block_out_channels": (320, 0, 1280, 1280)}, "=0 is not a multiple of norm_num_groups=32"),
+        ({"heads": 7}, r"block_out_channels\[0\]=320 is not a multiple of its 7 heads"),
+        ({"heads": (5, 10, 20, 7)}, r"block_out_channels\[3\]=1280 is not a multiple of its 7 heads"),
     ],
 )
 def test_impossible_shapes_are_refused_by_name(fields, message):

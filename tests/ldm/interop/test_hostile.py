@@ -60,7 +60,7 @@ def zipped(**members: bytes) -> bytes:
     return buffer.getvalue()
 
 
-DAMAGED = "is not a whole safetensors file"
+DAMAGED = "is not a complete safetensors file"
 NO_FILE_OF_WEIGHTS = {
     "nothing": (b"", "it is empty"),
     "one byte": (b"\x80", "neither a safetensors file nor"),
@@ -72,12 +72,12 @@ NO_FILE_OF_WEIGHTS = {
     "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "neither a safetensors file nor"),
     "gzip": (b"\x1f\x8b\x08" + bytes(100), "neither a safetensors file nor"),
     "an empty zip": (zipped(), "neither a safetensors file nor"),
-    "a zip of something else": (zipped(readme=b"hello"), "is not a whole PyTorch checkpoint"),
-    "an empty header": (raw_safetensors({}), "is not a whole model"),
+    "a zip of something else": (zipped(readme=b"hello"), "is not a complete PyTorch checkpoint"),
+    "an empty header": (raw_safetensors({}), "is not a complete model"),
     "a header of garbage": (raw_safetensors(b"{garbage"), DAMAGED),
     "a header of nothing": (raw_safetensors(b"{"), DAMAGED),
     "a header without end": (struct.pack("<Q", 2**62) + b"{}", "neither a safetensors file nor"),
-    "a header beyond the end": (struct.pack("<Q", 10**6) + b"{}", "or was cut short"),
+    "a header beyond the end": (struct.pack("<Q", 10**6) + b"{}", "or it is truncated"),
     "data beyond the end": (raw_safetensors(entry(data_offsets=[0, 800]), bytes(8)), DAMAGED),
     "data before the start": (raw_safetensors(entry(data_offsets=[-8, 0]), bytes(8)), DAMAGED),
     "a shape of more": (raw_safetensors(entry(shape=[2**40]), bytes(8)), DAMAGED),
@@ -98,7 +98,7 @@ def test_bytes_that_are_no_weights(name, suffix, tmp_path, capsys):
     path = tmp_path / f"m{suffix}"
     path.write_bytes(content)
     if content.startswith(b"PK\x03\x04") and suffix == ".safetensors":
-        told = "is a pickle under the name of a safetensors file"
+        told = "is a pickle with the suffix of a safetensors file"
     assert_refused(lambda: TextToImage.load(path), told, capsys)
     assert_refused(lambda: TextToImage.load(path), path.name, capsys)
 
@@ -161,7 +161,7 @@ def test_what_lightning_and_numpy_left_is_harmless_and_needs_neither(tensors, tm
 
 def test_a_pickle_under_the_name_of_a_safetensors_file(tensors, tmp_path, capsys):
     torch.save(tensors, tmp_path / "m.safetensors")
-    told = "is a pickle under the name of a safetensors file"
+    told = "is a pickle with the suffix of a safetensors file"
     assert_refused(lambda: TextToImage.load(tmp_path / "m.safetensors"), told, capsys)
 
 
@@ -226,16 +226,17 @@ FOREIGN: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "a new word": (lambda t: {"<cat-toy>": torch.ones(768)}, "textual inversion"),
     "an autoencoder": (lambda t: only(t, "first_stage_model.", strip=True), "give it with --vae"),
     "an autoencoder in its place": (lambda t: only(t, "first_stage_model."), "give it with --vae"),
-    "a text encoder": (lambda t: only(t, "cond_stage_model."), "looks like a text encoder alone"),
+    "a text encoder": (lambda t: only(t, "cond_stage_model."), "looks like only a text encoder"),
     "averages alone": (
         lambda t: {ema_name(n.removeprefix(UNET)): v for n, v in only(t, UNET).items()}, "give the file that has both"),
     "a denoiser in diffusers' layout": (
-        lambda t: dict(stable_diffusion(1).denoiser.state_dict()), "looks like a denoiser alone"),
-    "a denoiser alone": (lambda t: only(t, UNET), "it holds no autoencoder"),
-    "without a text encoder": (lambda t: only(t, UNET) | only(t, "first_stage_model."), "its text encoder is no CLIP"),
+        lambda t: dict(stable_diffusion(1).denoiser.state_dict()), "looks like only a denoiser"),
+    "a denoiser alone": (lambda t: only(t, UNET), "it has no autoencoder"),
+    "without a text encoder": (
+        lambda t: only(t, UNET) | only(t, "first_stage_model."), "its text encoder is not a CLIP"),
     "latent diffusion's BERT": (
         lambda t: renamed(t, "cond_stage_model.transformer.text_model.encoder.", "cond_stage_model.transformer.attn_"),
-        "its text encoder is no CLIP"),
+        "its text encoder is not a CLIP"),
     "a depth model": (lambda t: t | {f"{UNET}input_blocks.0.0.weight": torch.ones(32, 5, 3, 3)}, "a depth model"),
     "an upscaler": (lambda t: t | {f"{UNET}input_blocks.0.0.weight": torch.ones(32, 7, 3, 3)}, "an upscaler"),
     "InstructPix2Pix": (lambda t: t | {f"{UNET}input_blocks.0.0.weight": torch.ones(32, 8, 3, 3)}, "InstructPix2Pix"),
@@ -255,8 +256,8 @@ def test_models_of_another_kind_are_named(name, tensors, tmp_path, capsys):
 
 
 OUTLANDISH = {
-    "a name as long as a book": ({"a" * 10**6: torch.ones(1)}, "which is no name"),
-    "a name that paints the terminal": ({"\x1b[31mred\n": torch.ones(1)}, "which is no name"),
+    "a name as long as a book": ({"a" * 10**6: torch.ones(1)}, "with the invalid name"),
+    "a name that paints the terminal": ({"\x1b[31mred\n": torch.ones(1)}, "with the invalid name"),
     "a block far away": (
         {"first_stage_model.encoder.down.0.block.20000.conv2.weight": torch.ones(32)}, "levels of 20001 layers"),
     "a level far away": (
@@ -264,7 +265,7 @@ OUTLANDISH = {
     "many levels": (
         {f"{UNET}input_blocks.{i}.0.op.weight": torch.ones(1) for i in range(2, 150)}, "which no Stable Diffusion has"),
     "sides that cost nothing": (
-        {"first_stage_model.post_quant_conv.weight": torch.ones(2**26, 0)}, "expected numbers in it"),
+        {"first_stage_model.post_quant_conv.weight": torch.ones(2**26, 0)}, "expected no empty dimension"),
     "a number for a convolution": ({f"{UNET}input_blocks.0.0.weight": torch.ones(())}, "of another kind than expected"),
     "a row for a matrix": (
         {f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(4)},

@@ -23,23 +23,23 @@ from ldm.interop.diffusers_layout.folder import write_folder
 
 YAMLS = {
     "not YAML": ("model: [", "is not YAML"),
-    "another document": ("hello: world", "is no configuration of a Stable Diffusion"),
-    "a list": ("- 1\n- 2", "is no configuration of a Stable Diffusion"),
+    "another document": ("hello: world", "is not a configuration of Stable Diffusion"),
+    "a list": ("- 1\n- 2", "is not a configuration of Stable Diffusion"),
     "an object": ("model: !!python/object/apply:os.system ['touch canary']", "is not YAML"),
-    "a billion laughs": (f"{LAUGHS}model: *i", "is no configuration of a Stable Diffusion"),
+    "a billion laughs": (f"{LAUGHS}model: *i", "is not a configuration of Stable Diffusion"),
     "a billion laughs where a word is expected": (
-        f"{LAUGHS}model: {{params: {{parameterization: *i, unet_config: {{params: {{}}}}}}}}", "is no word"),
+        f"{LAUGHS}model: {{params: {{parameterization: *i, unet_config: {{params: {{}}}}}}}}", "is not a string"),
     "another prediction": (
-        "model: {params: {parameterization: magic, unet_config: {params: {}}}}", "says parameterization 'magic'"),
+        "model: {params: {parameterization: magic, unet_config: {params: {}}}}", "its parameterization is 'magic'"),
     "a schedule of nothing": ("model: {params: {linear_start: 0, unet_config: {params: {}}}}", "is out of range"),
-    "no number": ("model: {params: {timesteps: soon, unet_config: {params: {}}}}", "is no configuration"),
+    "no number": ("model: {params: {timesteps: soon, unet_config: {params: {}}}}", "is not a configuration"),
     "a million steps": ("model: {params: {timesteps: 1000000, unet_config: {params: {}}}}", "is out of range"),
-    "endless steps": ("model: {params: {timesteps: .inf, unet_config: {params: {}}}}", "is no configuration"),
-    "endless heads": ("model: {params: {unet_config: {params: {num_heads: .inf}}}}", "is no configuration"),
+    "endless steps": ("model: {params: {timesteps: .inf, unet_config: {params: {}}}}", "is not a configuration"),
+    "endless heads": ("model: {params: {unet_config: {params: {num_heads: .inf}}}}", "is not a configuration"),
     "no bool": ("a: !!bool x", "is not YAML"),
     "no time": ("a: !!timestamp x", "is not YAML"),
     "no integer": ("a: !!int ''", "is not YAML"),
-    "too many heads": ("model: {params: {unet_config: {params: {num_heads: 5}}}}", "is no multiple of its 5 heads"),
+    "too many heads": ("model: {params: {unet_config: {params: {num_heads: 5}}}}", "is not a multiple of its 5 heads"),
     "too long": ("#" * 2**20 + "\n# and on", "expected at most"),
     "not text": ("\x00\ufffe", "is not YAML"),
 }  # fmt: skip
@@ -81,7 +81,7 @@ def test_a_header_of_ours_that_is_damaged(name, tensors, tmp_path, capsys):
         ("unet", {"auto_map": {"x": "y.Z"}}, "auto_map"),
         ("unet", {"attention_type": "gated"}, "has attention_type 'gated'"),
         ("unet", {"sample_size": [8, 8]}, "holds a value of another kind than expected"),
-        ("unet", {"shortcuts": 7}, "has shortcuts 7, which is not known here"),
+        ("unet", {"shortcuts": 7}, "has the unknown key shortcuts 7"),
         ("unet", {"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "has up_block_types"),
         ("vae", {"mid_block_add_attention": False}, "has mid_block_add_attention False"),
         ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "has a AttnDownEncoderBlock2D"),
@@ -134,12 +134,12 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another norm": (lambda f: edit(f / "unet/config.json", act_fn="gelu"), "has act_fn 'gelu'"),
     "another size": (lambda f: edit(f / "unet/config.json", cross_attention_dim=32), "wide a context, the text enc"),
     "a pipeline of its own": (lambda f: edit(f / "model_index.json", custom_pipeline="x"), "refused"),
-    "a class by its module": (lambda f: edit(f / "model_index.json", _class_name=["my", "Pipe"]), "asks for a"),
+    "a class by its module": (lambda f: edit(f / "model_index.json", _class_name=["my", "Pipe"]), "names a"),
     "classes in lists": (lambda f: edit(f / "model_index.json", unet=[["a"], "b"]), "refused"),
     "code for the text encoder": (lambda f: edit(f / "text_encoder/config.json", auto_map={"a": "b.C"}), "refused"),
     "a class of its own": (lambda f: edit(f / "model_index.json", unet=["evil", "UNet"]), "refused"),
     "another pipeline": (
-        lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), "asks for a 'FluxPipeline'"),
+        lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), "names a 'FluxPipeline'"),
     "a page instead of weights": (
         lambda f: replaced(f / "vae/diffusion_pytorch_model.safetensors", b"<html>"), "it is a web page"),
     "a pointer instead of weights": (
@@ -205,7 +205,7 @@ def test_what_lies_elsewhere_is_not_published(name, folder, tmp_path, capsys):
     (copy / name).unlink(missing_ok=True)
     (copy / name).symlink_to(tmp_path / "secret")
     assert run_command(main, arguments(), [str(copy), str(tmp_path / "out")]) == 2
-    assert "is no plain file in its folder" in capsys.readouterr().err
+    assert "is not a plain file of at most" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -75,10 +75,10 @@ def test_missing_files_are_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("keep", "told"),
     [
-        (0, "holds no weights: it is empty"),
-        (4, "holds no weights: it is neither"),
-        (40, "holds no weights: it is neither .* or was cut short"),
-        (-1, "is not a whole safetensors file"),
+        (0, "does not contain weights: it is empty"),
+        (4, "does not contain weights: it is neither"),
+        (40, "does not contain weights: it is neither .* or it is truncated"),
+        (-1, "is not a complete safetensors file"),
     ],
 )
 def test_a_truncated_file_is_named(tmp_path: Path, keep: int, told: str):
@@ -91,7 +91,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, keep: int, told: str):
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path):
     torch.save(network().state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=named(tmp_path / "w.safetensors", "is a pickle under the name of a safet")):
+    with pytest.raises(ValueError, match=named(tmp_path / "w.safetensors", "is a pickle with the suffix of a safet")):
         open_weights(tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=named(tmp_path, "is not a plain file")):
         open_weights(tmp_path)

@@ -38,7 +38,7 @@ def test_two_towers_are_joined_along_their_width():
 
 
 def test_towers_of_different_lengths_are_refused():
-    with pytest.raises(ValueError, match=r"the text encoders read \[16, 8\] tokens, expected one length"):
+    with pytest.raises(ValueError, match=r"the text encoders read \[16, 8\] tokens, expected the same length"):
         Conditioner(tower(8), tower(8, length=8))
 
 

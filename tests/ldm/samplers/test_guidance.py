@@ -109,7 +109,7 @@ def test_rescaling_brings_the_deviation_back():
     assert torch.allclose(rescaled(cond, uncond, 6.0, 0.0)(X, T), guided, rtol=1e-6)
     assert torch.allclose(rescaled(cond, uncond, 6.0, 0.7)(X, T), 0.7 * whole + 0.3 * guided, atol=1e-5)
     assert torch.equal(rescaled(cond, never, 1.0, 0.7)(X, T), plain)
-    with pytest.raises(ValueError, match="share of rescaling is 1.5"):
+    with pytest.raises(ValueError, match="fraction of rescaling is 1.5"):
         rescaled(cond, uncond, 6.0, 1.5)
 
 

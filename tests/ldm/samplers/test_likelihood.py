@@ -83,5 +83,5 @@ def test_bits():
 def test_times_that_cannot_be_are_refused():
     path = RectifiedFlowPath()
     for times in (torch.tensor([1.0, 0.0]), torch.tensor([0.1, 0.9]), torch.tensor([0.9, 0.1])):
-        with pytest.raises(ValueError, match="must fall strictly from 1 to above 0"):
+        with pytest.raises(ValueError, match="must decrease strictly from 1 to above 0"):
             log_likelihood(lambda x, t: x, torch.zeros(1, 1), path, times, torch.ones(1, 1))

@@ -117,7 +117,7 @@ def test_ten_aligned_steps_are_those_published():
     [
         (0, "linear", "steps must be 1 or more, not 0"),
         (1001, "linear", "grid linear has no 1001 different times on path scaled_linear_beta: use fewer"),
-        (1000, "leading", "steps 1000 is more than the path has noise levels"),
+        (1000, "leading", "steps is 1000, more than the path has noise levels"),
         (10, "karas", "no time grid 'karas', did you mean karras. There are trailing, .*karras"),
         (10, "zzz", "no time grid 'zzz': There are trailing, .*karras"),
         (120, "quadratic", "grid quadratic has no 120 different times on path scaled_linear_beta: use fewer"),

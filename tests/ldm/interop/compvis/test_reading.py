@@ -208,12 +208,12 @@ def test_what_is_predicted_is_found_in_this_order(tmp_path):
     marked = tensors | {"v_pred": torch.tensor([])}
     path = tmp_path / "m.safetensors"
     cases = [
-        (tensors, {}, None, None, "v", "found by asking it"),
+        (tensors, {}, None, None, "v", "found by a test"),
         (marked, {}, None, None, "v", None),
         (marked, {"modelspec.prediction_type": "epsilon"}, None, None, "eps", None),
         (tensors, {"modelspec.prediction_type": "v"}, yaml_saying(parameterization="eps"), None, "eps", None),
         (tensors, {}, yaml_saying(), None, "eps", None),  # CompVis's own default
-        (tensors, {}, yaml_saying(parameterization="eps"), "v", "v", "as asked for"),
+        (tensors, {}, yaml_saying(parameterization="eps"), "v", "v", "as requested"),
     ]
     for content, header, beside, asked, expected, remark in cases:
         save_file(content, path, metadata=header)
@@ -231,7 +231,7 @@ def test_a_network_that_answers_with_the_noise_predicts_eps(inpainting, tmp_path
     answering_with_the_noise(parts.denoiser)
     found = read_single_file(as_safetensors(foreign(parts), tmp_path / "m"), **FP32)
     assert found.model.prediction == "eps"
-    assert "noise in its answer: 1.00" in found.describe()
+    assert "noise in its output: 1.00" in found.describe()
     assert found.sample_size == 64  # of eps; of v it is 96
 
 
@@ -291,7 +291,7 @@ def test_a_prediction_that_the_path_does_not_have(prediction, tmp_path):
 
 def test_asking_for_other_weights_than_the_averages_is_answered_where_there_are_none(tmp_path):
     path = as_safetensors(foreign(stable_diffusion(1)), tmp_path / "m")
-    assert "averaged weights (EMA) are not in it" in read_single_file(path, **FP32, ema=False).describe()
+    assert "it has no averaged weights (EMA)" in read_single_file(path, **FP32, ema=False).describe()
     assert "EMA" not in read_single_file(path, **FP32).describe()
 
 
@@ -303,7 +303,7 @@ def test_a_network_that_answers_with_a_picture_predicts_v(tmp_path):
         parts.denoiser.get_parameter("conv_out.weight").mul_(0.068)
         parts.denoiser.get_parameter("conv_out.bias").copy_(torch.tensor([1.0, -1.0, 0.5, -0.5]))
     found = read_single_file(as_safetensors(foreign(parts), tmp_path / "m"), **FP32)
-    assert found.model.prediction == "v" and "noise in its answer: 0.0" in found.describe()
+    assert found.model.prediction == "v" and "noise in its output: 0.0" in found.describe()
 
 
 def test_the_native_size_is_in_the_header(tmp_path):

@@ -92,8 +92,8 @@ def test_latents_of_another_shape_are_refused(change, message, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"lora_unet_a.lora_down.weight": torch.ones(2, 2)}, "looks like a LoRA, which goes onto a model"),
-        ({"conv_in.weight": torch.ones(2, 4, 3, 3)}, "is no autoencoder"),
+        ({"lora_unet_a.lora_down.weight": torch.ones(2, 2)}, "looks like a LoRA, which is added to a model"),
+        ({"conv_in.weight": torch.ones(2, 4, 3, 3)}, "is not an autoencoder"),
         ({"decoder.conv_in.weight": torch.ones(2, 4, 3, 3)}, "lacks the key 'post_quant_conv.weight'"),
     ],
 )

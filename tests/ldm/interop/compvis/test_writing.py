@@ -69,12 +69,12 @@ def test_the_yaml_beside_it_describes_the_network(tmp_path):
     ("parts", "name", "message"),
     [
         ({"transformer": True}, "m.safetensors", "a DiT has no single-file layout"),
-        ({"path": CosinePath()}, "m.safetensors", "eps on path cosine has no words in a single file"),
-        ({"prediction": "x0"}, "m.safetensors", "x0 on path scaled_linear_beta has no words"),
-        ({"wide": True}, "m.safetensors", r"the U-Net's widths \(64, 96\) are no multiples of the first"),
+        ({"path": CosinePath()}, "m.safetensors", "a single file cannot express eps on path cosine"),
+        ({"prediction": "x0"}, "m.safetensors", "cannot express x0 on path scaled_linear_beta"),
+        ({"wide": True}, "m.safetensors", r"the U-Net's widths \(64, 96\) are not multiples of the first"),
         ({}, "m.ckpt", "m.ckpt does not end in .safetensors"),
-        ({}, "taken.safetensors", "taken.safetensors exists and is no export of this program"),
-        ({}, "letter.safetensors", "letter.yaml exists and is no export of this program"),
+        ({}, "taken.safetensors", "taken.safetensors exists and is not an export of this program"),
+        ({}, "letter.safetensors", "letter.yaml exists and is not an export of this program"),
     ],
 )
 def test_what_a_single_file_cannot_hold_or_replace(parts, name, message, tmp_path):

@@ -134,21 +134,21 @@ def test_an_index_without_one_of_its_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"2\.safetensors is missing"):
         find_weights(tmp_path, "model")
     shutil.copy(tmp_path / "1.safetensors", tmp_path / "2.safetensors")
-    with pytest.raises(ValueError, match=r"2\.safetensors holds a a second time"):
+    with pytest.raises(ValueError, match=r"2\.safetensors contains a a second time"):
         find_weights(tmp_path, "model")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "StableDiffusionXLPipeline"}, "asks for a 'StableDiffusionXLPipeline', expected one of"),
-        ({"_class_name": "MyPipeline"}, "asks for a 'MyPipeline'"),
+        ({"_class_name": "StableDiffusionXLPipeline"}, "names a 'StableDiffusionXLPipeline', expected one of"),
+        ({"_class_name": "MyPipeline"}, "names a 'MyPipeline'"),
         (
             {"unet": ["my_module", "MyUNet"]},
-            r"asks for unet of \['my_module', 'MyUNet'\]: refused; only diffusers.UNet2D",
+            r"names the class \['my_module', 'MyUNet'\] for unet: refused; only diffusers.UNet2D",
         ),
-        ({"custom_pipeline": "evil"}, r"asks for code of its own \(custom_pipeline\): refused"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, r"asks for code of its own \(auto_map\): refused"),
+        ({"custom_pipeline": "evil"}, r"asks to run its own code \(custom_pipeline\): refused"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, r"asks to run its own code \(auto_map\): refused"),
     ],
 )
 def test_a_folder_that_asks_for_other_classes(change, message, tmp_path):
@@ -181,7 +181,7 @@ def test_configs_of_before_diffusers_wrote_its_defaults_down(tmp_path):
 def test_a_folder_that_was_downloaded_is_no_older_export(tmp_path):
     write_folder(stable_diffusion(1), tmp_path / "a", **FP32)
     (tmp_path / "a" / "foundry.yaml").unlink()  # which nobody else writes
-    with pytest.raises(ValueError, match="a exists and is no export of this program"):
+    with pytest.raises(ValueError, match="a exists and is not an export of this program"):
         write_folder(stable_diffusion(1), tmp_path / "a", **FP32)
 
 
@@ -189,7 +189,7 @@ def test_nothing_is_written_that_overflows(tmp_path):
     parts = stable_diffusion(1)
     with torch.no_grad():
         parts.denoiser.get_parameter("conv_in.weight")[0, 0, 0, 0] = 1e5
-    with pytest.raises(FloatingPointError, match=r"conv_in\.weight holds NaN, or more than float16 can"):
+    with pytest.raises(FloatingPointError, match=r"conv_in\.weight contains NaN, or exceeds the range of float16"):
         write_folder(parts, tmp_path / "a", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
 

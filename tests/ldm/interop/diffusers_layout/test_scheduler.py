@@ -77,7 +77,7 @@ def test_diffusers_reads_the_same_edm():
     ("path", "prediction"), [(RectifiedFlowPath(), "eps"), (LinearBetaPath(), "velocity"), (EDMPath(), "v")]
 )
 def test_a_pair_without_words_in_diffusers_is_refused(path, prediction):
-    with pytest.raises(ValueError, match=f"'{prediction}' on path '{path.kind}' is nothing that diffusers could open"):
+    with pytest.raises(ValueError, match=f"'{prediction}' on path '{path.kind}' cannot be opened by diffusers"):
         scheduler_config_json(path, prediction)
 
 

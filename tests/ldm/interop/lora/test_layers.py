@@ -101,7 +101,7 @@ def test_a_strength_that_is_no_number_is_refused(strength: float, unet: Model):
         ),
         (
             lambda m: layer(m, "denoiser", TO_K, alpha=1e39),
-            r"by 1 changes .*to_k by up to .*e\+\d\d, more than float32",
+            r"of strength 1 changes .*to_k by up to .*e\+\d\d, more than float32",
         ),
         (
             lambda m: LoraLayer("denoiser", TO_K, torch.full((1, 16), math.nan), torch.ones(16, 1), 1),
@@ -120,8 +120,8 @@ def test_a_merge_that_fails_has_changed_nothing(last: Callable[[Model], LoraLaye
     ("down", "up", "alpha", "message"),
     [
         ((4, 8), (8, 2), 1.0, r"down of shape \(4, 8\) and an up of \(8, 2\)"),
-        ((0, 8), (8, 0), 1.0, "of one rank"),
-        ((4,), (8, 4), 1.0, "of one rank"),
+        ((0, 8), (8, 0), 1.0, "of the same rank"),
+        ((4,), (8, 4), 1.0, "of the same rank"),
         ((4, 8), (8, 4), math.inf, "layer a has alpha inf, expected a finite number"),
     ],
 )

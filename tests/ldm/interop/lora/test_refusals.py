@@ -41,8 +41,8 @@ REFUSED: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "OFT": ({f"{K}.oft_blocks": torch.ones(1)}, "this is OFT"),
     "CP": ({f"{K}.lora_mid.weight": torch.ones(4, 4, 3, 3)}, "CP-decomposed convolutions"),
     "GLoRA": ({f"{K}.a1.weight": torch.ones(4, 4)}, "this is GLoRA"),
-    "diff": ({f"{K}.diff": torch.ones(16, 16)}, r"whole differences of weights \(diff\)"),
-    "diff_b": ({f"{K}.diff_b": torch.ones(16)}, "whole differences of weights"),
+    "diff": ({f"{K}.diff": torch.ones(16, 16)}, r"full weight differences \(diff\)"),
+    "diff_b": ({f"{K}.diff_b": torch.ones(16)}, "full weight differences"),
     "norms": ({"lora_unet_conv_norm_out.w_norm": torch.ones(16)}, "with normalisation layers"),
     "peft's own": ({f"base_model.model.{TO_K}{PEFT[0]}": torch.ones(4, 16)}, "in peft's own form, whose alpha lies in"),
     "bias": ({f"{K}.lora_up.bias": torch.ones(16)}, rf"1 tensors \({K}.lora_up.bias\) belong to no layer of a LoRA"),
@@ -127,11 +127,14 @@ def test_what_is_no_lora_for_this_model_is_refused_by_name(case: str, unet: Mode
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({}, "this is no LoRA, 0 tensors"),
-        ({"model.diffusion_model.out.2.weight": torch.ones(4, 4)}, "no LoRA, 1 tensors .*, looks like a whole model:"),
+        ({}, "this is not a LoRA, 0 tensors"),
+        (
+            {"model.diffusion_model.out.2.weight": torch.ones(4, 4)},
+            "not a LoRA, 1 tensors .*, looks like a complete model:",
+        ),
         ({"emb_params": torch.ones(2, 768)}, "looks like words for a model"),
         ({"control_model.out.weight": torch.ones(4, 4)}, "looks like a ControlNet"),
-        ({f"{TO_K}.weight": torch.ones(16, 16)}, rf"this is no LoRA, 1 tensors \({TO_K}.weight\): give a LoRA's file"),
+        ({f"{TO_K}.weight": torch.ones(16, 16)}, rf"this is not a LoRA, 1 tensors \({TO_K}.weight\): give a LoRA file"),
     ],
 )
 def test_what_is_no_lora_at_all_is_refused(weights: dict[str, Tensor], message: str, unet: Model):
@@ -156,8 +159,8 @@ def test_what_is_no_lora_at_all_is_refused(weights: dict[str, Tensor], message: 
         (settings(unet__lora_alpha=8, unet__use_dora=True), "this is DoRA, by its metadata use_dora"),
         (settings(unet__lora_alpha=8, unet__peft_type="LOHA"), "peft_type 'LOHA', expected"),
         (settings(unet__lora_alpha=8, unet__init_lora_weights="pissa"), "init_lora_weights 'pissa', expected"),
-        (settings(lora_alpha=8), f"tells the alpha of some layers, but not of unet.{TO_K}"),
-        (settings(text_encoder__lora_alpha=8), f"tells the alpha of some layers, but not of unet.{TO_K}"),
+        (settings(lora_alpha=8), f"states the alpha of some layers, but not of unet.{TO_K}"),
+        (settings(text_encoder__lora_alpha=8), f"states the alpha of some layers, but not of unet.{TO_K}"),
     ],
 )
 def test_settings_that_cannot_be_followed_are_refused(metadata: dict[str, str], message: str, unet: Model):

@@ -110,6 +110,6 @@ def test_a_transformers_lora_is_written_under_its_folders_name(dit: Model, tmp_p
 def test_what_cannot_be_written_leaves_no_file(write: Callable[..., None], unet: Model, tmp_path: Path):
     with pytest.raises(ValueError, match="a LoRA of no layers cannot be written"):
         write([], tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=rf"layer {FC1} of the text_encoder is there 2 times"):
+    with pytest.raises(ValueError, match=rf"layer {FC1} of the text_encoder occurs 2 times"):
         write([*some_layers(unet), layer(unet, "text_encoder", FC1)], tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
