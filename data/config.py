@@ -48,7 +48,9 @@ class DataConfig(ReadingConfig):
     sets: tuple[ShardSet, ...] = ()  # instead of shards: several sets, mixed by weight
     image_size: int = 64  # pixels per side
     batch_size: int = 64  # over all ranks
-    lanes: int = 1  # shards read in parallel: more mix better; multiple of the ranks, at most the shards (of a set)
+    # Shards read in parallel: more mix better. A multiple of the ranks, at most the shards (of a set). None: the
+    # largest divisor of batch_size up to 32 that the shards can serve.
+    lanes: int | None = None
     captions: Literal["best", "any"] = "any"  # of several: the first, or a random one at each visit
     prefetch: int = 2  # batches decoded ahead, in threads
 

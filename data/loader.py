@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.config import DataConfig, HeldOutConfig
 from data.ledger import FEWEST_BAD, BadShare, Ledger
-from data.order import SampleOrder, SetSpan, Visit
+from data.order import SampleOrder, SetSpan, Visit, default_lanes
 from data.quarantine import LONGEST, BadSample, BadSampleError, MissingSampleError, Quarantine
 from data.readers import Column, ImageCaptionReader, Reader
 from data.sources import Source, expand
@@ -112,8 +112,10 @@ class CaptionedImages:
         self.reader = reader if reader is not None else ImageCaptionReader(config, seed=seed)
         self.on_bad, self.quarantine = on_bad, quarantine
         found = [expand(patterns, allow_pipe=config.allow_pipe) for patterns in config.patterns]
+        self._spans = _spans(config, found)
+        lanes = config.lanes if config.lanes is not None else default_lanes(config.batch_size, min(map(len, found)))
         # Two shards per lane and set: the current one and the next.
-        open_at_once = 2 * config.lanes * len(found)
+        open_at_once = 2 * lanes * len(found)
         self.store = ShardStore(
             [source for own in found for source in own],
             config,
@@ -121,13 +123,18 @@ class CaptionedImages:
             keep_copies=open_at_once,
             on_damage=lambda line: print(f"damaged: {line}", flush=True),
         )
-        self.order = SampleOrder(
-            self.store.sizes, batch_size=config.batch_size, lanes=config.lanes, seed=seed, sets=_spans(config, found)
-        )
-        self.order.batch(0, rank=rank, ranks=ranks)  # fail here, not in a thread, if the ranks do not divide the lanes
+        self.deal(lanes)
         self.bad_samples: dict[tuple[int, int], BadSample] = {}
         self._missing: set[tuple[int, int]] = set()  # the bad samples that are absent from their shards
         self.ledger, self._bad_fraction = Ledger(self.store.sizes), BadShare()
+
+    def deal(self, lanes: int) -> None:
+        """Deal the shards to this number of lanes, before the first batch: a resumed run keeps its number."""
+        self.order = SampleOrder(
+            self.store.sizes, batch_size=self.config.batch_size, lanes=lanes, seed=self.seed, sets=self._spans
+        )
+        # Fail here, not in a thread, if the ranks do not divide the lanes.
+        self.order.batch(0, rank=self.rank, ranks=self.ranks)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -278,7 +285,8 @@ class CaptionedImages:
 def held_out(config: HeldOutConfig, *, image_size: int, reader: Reader | None = None) -> CaptionedImages:
     """Open the held-out images, for `once(config.batch_size)`. Raises the same errors as CaptionedImages."""
     reading = {entry.name: getattr(config, entry.name) for entry in fields(HeldOutConfig)}
-    return CaptionedImages(DataConfig(**reading, image_size=image_size, captions="best"), seed=0, reader=reader)
+    in_order = DataConfig(**reading, image_size=image_size, lanes=1, captions="best")
+    return CaptionedImages(in_order, seed=0, reader=reader)
 
 
 def _spans(config: DataConfig, found: list[list[Source]]) -> list[SetSpan]:

@@ -19,6 +19,16 @@ from fractions import Fraction
 from data.keyed import permutation
 from data.mixture import Mixture
 
+MOST_LANES = 32  # by default
+
+
+def default_lanes(batch_size: int, shards: int) -> int:
+    """Return the largest divisor of the global batch size up to 32 for which there are enough shards.
+
+    shards: of the smallest set. The number of ranks has no part in it: it may change when a run is resumed.
+    """
+    return max(lanes for lanes in range(1, min(MOST_LANES, shards) + 1) if batch_size % lanes == 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Visit:
@@ -53,7 +63,10 @@ class SampleOrder:
         self, shard_sizes: Sequence[int], *, batch_size: int, lanes: int, seed: int, sets: Sequence[SetSpan] = ()
     ) -> None:
         if lanes >= 1 and batch_size % lanes:
-            raise ValueError(f"the batch of {batch_size} is not a multiple of data.lanes ({lanes}): change either")
+            raise ValueError(
+                f"data.batch_size is {batch_size}, expected a multiple of data.lanes ({lanes}): give another, or leave "
+                "data.lanes out"
+            )
         self.shard_sizes = tuple(shard_sizes)
         self.batch_size, self.lanes, self.seed = batch_size, lanes, seed
         self.per_lane = batch_size // max(lanes, 1)
@@ -69,7 +82,9 @@ class SampleOrder:
     def batch(self, number: int, *, rank: int = 0, ranks: int = 1) -> list[Visit]:
         """List this rank's visits of global batch `number`, ordered by position."""
         if self.lanes % ranks:
-            raise ValueError(f"data.lanes ({self.lanes}) is not a multiple of the {ranks} ranks: choose one that is")
+            raise ValueError(
+                f"data.lanes is {self.lanes}, expected a multiple of the {ranks} ranks: {self._lanes_for(ranks)}"
+            )
         own = self.lanes // ranks
         return [
             self._visit(lane, number * self.per_lane + place, number * self.batch_size + lane * self.per_lane + place)
@@ -82,6 +97,15 @@ class SampleOrder:
         own = next(own for own in self._sets if visit.shard < own.first + len(own.sizes))
         return own.shards_from(visit)
 
+    def _lanes_for(self, ranks: int) -> str:
+        """Say what to change so that every rank gets as many lanes."""
+        shards = min(len(own.sizes) for own in self._sets)
+        if shards < ranks:
+            return f"split the data into at least {ranks} shards, or start fewer ranks"
+        if fitting := [lanes for lanes in range(ranks, shards + 1, ranks) if self.batch_size % lanes == 0]:
+            return f"give data.lanes={max(fitting)}"
+        return f"give data.lanes={ranks} and data.batch_size={-(-self.batch_size // ranks) * ranks}"
+
     def _visit(self, lane: int, lane_position: int, position: int) -> Visit:
         which, set_position = self._mixture.place(lane, lane_position)
         return self._sets[which].visit(lane, set_position, position)
@@ -93,7 +117,10 @@ class SetOrder:
     def __init__(self, sizes: Sequence[int], *, lanes: int, seed: int, first: int = 0, name: str | None = None) -> None:
         if not 1 <= lanes <= len(sizes):
             of = "" if name is None else f" in set {name}"
-            raise ValueError(f"data.lanes is {lanes} but there are {len(sizes)} shards{of}: need 1 <= lanes <= shards")
+            raise ValueError(
+                f"data.lanes is {lanes} but there are {len(sizes)} shards{of}: leave data.lanes out, or give 1 to "
+                f"{len(sizes)}"
+            )
         if min(sizes) < 1:
             raise ValueError("a shard is empty: remove it from the list of shards")
         self.sizes, self.lanes, self.first = tuple(sizes), lanes, first

@@ -188,7 +188,7 @@ def train(session: Session[Any], task: Task[Any]) -> None:
     engine = session.engine(task)
     for line in task.describe():
         run.log(line)
-    state = resume(run, engine, world, config=session.config, data=session.images.fingerprint)
+    state = resume(run, engine, world, config=session.config, images=session.images)
     if state is not None and state.state:
         task.load_state_dict(state.state)
     with stop.deferred(), in_training(engine, session.watch):

@@ -214,9 +214,9 @@ def test_what_does_not_fit_fails_at_once(tiny_shards: Callable[..., str]):
     shards = tiny_shards(SIZES)
     with pytest.raises(ValueError, match="there are 4 shards"):
         images(shards, lanes=8)
-    with pytest.raises(ValueError, match="not a multiple of data.lanes"):
+    with pytest.raises(ValueError, match="expected a multiple of data.lanes"):
         images(shards, batch_size=6)
-    with pytest.raises(ValueError, match="not a multiple of the 3 ranks"):
+    with pytest.raises(ValueError, match="expected a multiple of the 3 ranks"):
         images(shards, ranks=3)
     with pytest.raises(DataError, match="no shard matches"):
         images(shards + ".nothing")

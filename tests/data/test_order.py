@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.keyed import keyed_hash, permutation
-from data.order import SampleOrder, SetOrder, Visit
+from data.order import SampleOrder, SetOrder, Visit, default_lanes
 
 
 @st.composite
@@ -162,7 +162,7 @@ def test_the_order_never_changes_between_versions():
         ([3, 3], 9, 3, "data.lanes is 3 but there are 2 shards"),
         ([3, 3], 4, 0, "data.lanes is 0"),
         ([], 4, 1, "0 shards"),
-        ([3, 3], 5, 2, r"batch of 5 is not a multiple of data.lanes \(2\)"),
+        ([3, 3], 5, 2, r"data.batch_size is 5, expected a multiple of data.lanes \(2\)"),
         ([3, 0], 4, 2, "a shard is empty"),
     ],
 )
@@ -174,7 +174,7 @@ def test_what_cannot_be_dealt_is_refused(sizes: list[int], batch_size: int, lane
 @pytest.mark.parametrize("ranks", [3, 8])
 def test_ranks_that_do_not_divide_the_lanes_are_refused(ranks: int):
     order = SampleOrder([2] * 4, batch_size=8, lanes=4, seed=0)
-    with pytest.raises(ValueError, match=rf"data.lanes \(4\) is not a multiple of the {ranks} ranks"):
+    with pytest.raises(ValueError, match=f"data.lanes is 4, expected a multiple of the {ranks} ranks"):
         order.batch(0, rank=0, ranks=ranks)
 
 
@@ -202,3 +202,31 @@ def test_the_shards_from_a_visit_on_are_those_that_its_lane_reads(order: SampleO
         first = next(visit for visit in stream if visit.epoch == 1)
         read = [shard for _, shard in dict.fromkeys((v.epoch, v.shard) for v in stream if v.epoch >= 1)]
         assert list(itertools.islice(order.shards_from(first), len(read))) == read
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "shards", "lanes"),
+    [(64, 8, 8), (64, 100, 32), (48, 100, 24), (4, 8, 4), (64, 1, 1), (67, 50, 1), (60, 7, 6), (1, 9, 1)],
+)
+def test_by_default_there_are_as_many_lanes_as_batch_and_shards_allow(batch_size: int, shards: int, lanes: int):
+    assert default_lanes(batch_size, shards) == lanes
+    SampleOrder([3] * shards, batch_size=batch_size, lanes=lanes, seed=0).batch(0)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "shards", "ranks", "remedy", "then"),
+    [
+        (48, 8, 3, "give data.lanes=6", (48, 6, 8, 3)),
+        (64, 8, 3, "give data.lanes=3 and data.batch_size=66", (66, 3, 8, 3)),
+        (64, 1, 2, "split the data into at least 2 shards, or start fewer ranks", (64, 2, 2, 2)),
+    ],
+)
+def test_what_ranks_are_told_to_change_lets_them_start(
+    batch_size: int, shards: int, ranks: int, remedy: str, then: tuple[int, int, int, int]
+):
+    def start(batch_size: int, lanes: int, shards: int, ranks: int) -> None:
+        SampleOrder([3] * shards, batch_size=batch_size, lanes=lanes, seed=0).batch(0, ranks=ranks)
+
+    with pytest.raises(ValueError, match=f"expected a multiple of the {ranks} ranks: {remedy}$"):
+        start(batch_size, default_lanes(batch_size, shards), shards, ranks)
+    start(*then)

@@ -34,6 +34,8 @@ def check_continues(then: str, now: Any, *, same_shards: bool = False) -> list[s
     began = parse(type(now), tree, source="the configuration that this run began with")
     trees = [read_tree(dump(config)) for config in (began, now)]
     before, after = (_leaves(_placeless(tree) if same_shards else tree) for tree in trees)
+    if now.data.lanes is None:
+        after["data.lanes"] = before["data.lanes"]  # the number of lanes that was chosen stays
     changed = [key for key in sorted(before) if before[key] != after.get(key) and not _is_free(key)]
     for key in changed:
         if key not in now.run.allow:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.loader import CaptionedImages
+from ldm.config import dump, read_tree
 from ldm.errors import CheckpointError
 from ldm.training.checkpoints import NAME, STATE, Checkpoints, fault, step_of
 from ldm.training.checkpoints.continuity import check_continues
@@ -15,10 +18,10 @@ from ldm.training.engine.engine import Engine
 from ldm.training.run import Run
 
 
-def resume(run: Run, engine: Engine, world: Ranks, *, config: Any, data: dict[str, Any]) -> TrainState | None:
+def resume(run: Run, engine: Engine, world: Ranks, *, config: Any, images: CaptionedImages) -> TrainState | None:
     """Load the checkpoint that run.resume selects, if any, and create the run's folder; returns its state.
 
-    data: the shards' fingerprint. Raises CheckpointError if there are checkpoints, but none is valid: a run never
+    Raises CheckpointError if there are checkpoints, but none is valid: a run never
     starts over by itself. Raises ValueError if the configuration or the data have changed since the run began.
     """
     run.lock()
@@ -26,7 +29,7 @@ def resume(run: Run, engine: Engine, world: Ranks, *, config: Any, data: dict[st
     state = None
     if chosen is not None:
         # First: its errors say more than one about a tensor's size.
-        changes = check_state(read_train_state(chosen), config, data)
+        changes = check_state(read_train_state(chosen), config, images.fingerprint)
         state = engine.load(chosen)
         run.checkpoints.trust(chosen)
         ranks = "" if state.ranks == world.ranks else f", written by {state.ranks} ranks"
@@ -41,8 +44,21 @@ def resume(run: Run, engine: Engine, world: Ranks, *, config: Any, data: dict[st
                 f"run.steps is {run.config.steps}, but {chosen} is already at step {engine.step}: "
                 f"set run.steps={engine.step} or more, or another run.name"
             )
+    settle_lanes(run, config, images, None if state is None else state.config)
     run.begin(None if chosen is None else engine.step)
     return state
+
+
+def settle_lanes(run: Run, config: Any, images: CaptionedImages, then: str | None) -> None:
+    """Record the number of lanes in the run's configuration; if data.lanes is not given, a resumed run keeps its own.
+
+    then: the configuration of the checkpoint that is resumed, if any.
+    """
+    if config.data.lanes is None:
+        if then is not None:
+            images.deal(read_tree(then)["data"]["lanes"])
+        run.log(f"data.lanes is {images.order.lanes}{' by default' if then is None else ', as when this run began'}")
+    run.config_text = dump(replace(config, data=replace(config.data, lanes=images.order.lanes)))
 
 
 def check_state(state: TrainState, config: Any, data: dict[str, Any]) -> list[str]:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ldm.config import dump, load_config
+from data.loader import CaptionedImages
+from ldm.config import dump, load_config, read_tree
 from ldm.training.checkpoints import Digest, fault, step_of
-from ldm.training.checkpoints.select import check_state, choose, rewound_to
+from ldm.training.checkpoints.select import check_state, choose, rewound_to, settle_lanes
 from ldm.training.checkpoints.train_state import CheckpointError, TrainState
 from ldm.training.denoiser_config import TrainConfig
 from ldm.training.engine.distributed import Ranks
 from ldm.training.run import Run, RunConfig
 
+ROOT = Path(__file__).parents[4]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -265,13 +268,37 @@ def test_what_run_allow_names_may_change_and_is_logged():
         config_of_a_run("run.allow=[data.batch_size]")
 
 
+@pytest.mark.parametrize(
+    ("given", "then", "lanes", "logged"),
+    [
+        ("null", None, 8, "data.lanes is 8 by default"),
+        ("4", None, 4, ""),
+        ("null", 1, 1, "data.lanes is 1, as when this run began"),  # the default of version 0.1
+        ("4", 4, 4, ""),
+    ],
+)
+def test_the_number_of_lanes_is_recorded_and_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, then: int | None, lanes: int, logged: str
+):
+    config = config_of_a_run(f"data.lanes={given}", f"data.shards={ROOT}/data/emoji64/train/*.tar.gz")
+    began = None if then is None else dump(replace(config, data=replace(config.data, lanes=then)))
+    if began is not None:
+        assert check_state(state_of_a_run(data=FEW, config=began), config, FEW) == []
+    run, images = make_run(tmp_path), CaptionedImages(config.data, seed=0)
+    settle_lanes(run, config, images, began)
+    assert images.order.lanes == lanes and capsys.readouterr().out.strip() == logged
+    assert read_tree(run.config_text)["data"]["lanes"] == lanes
+    with pytest.raises(ValueError, match="data.lanes was .* when this run began and is 16 now: set it back"):
+        check_state(state_of_a_run(data=FEW, config=run.config_text), config_of_a_run("data.lanes=16"), FEW)
+
+
 def test_another_kind_of_training_is_refused():
     with pytest.raises(ValueError, match="this run is a training of kind vae, the configuration is of kind denoiser"):
         check_state(state_of_a_run(data=FEW, config="kind: vae\n"), config_of_a_run(), FEW)
 
 
 def config_of_a_run(*words: str) -> TrainConfig:
-    return load_config(TrainConfig, Path(__file__).parents[4] / "configs/demo.yaml", words)
+    return load_config(TrainConfig, ROOT / "configs/demo.yaml", words)
 
 
 def state_of_a_run(**changes: Any) -> TrainState:
