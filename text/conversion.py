@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.files.messages import describe_misfit, some
-from ldm.files.strict_json import read_json, write_json
+from ldm.files.strict_json import write_json
 from text.encoder import (
     LAYER_NORM_EPS,
     Hidden,
     OpenClipTextEncoder,
+    TextEncoder,
     TextEncoderConfig,
     TransformersTextEncoder,
 )
@@ -147,7 +147,7 @@ def text_encoder_config_json(config: TextEncoderConfig, *, whole: bool = False) 
         "intermediate_size": saved.intermediate_size,
         "layer_norm_eps": LAYER_NORM_EPS,
         "max_position_embeddings": saved.context_length,
-        "model_type": "clip_text_model",
+        "model_type": TextEncoder.kind,
         "num_attention_heads": saved.heads,
         "num_hidden_layers": saved.layers,
         "pad_token_id": saved.pad_id,
@@ -160,10 +160,8 @@ def read_text_encoder_config(content: Mapping[str, Any], hidden: Hidden = "last"
     """Read the configuration from a text_encoder/config.json; keys that do not change the network are ignored.
 
     Old files give eos 2, bos 0 and pad 1, ids that CLIP never used. They are read as CLIP's own; the padding id is then
-    the one in the tokenizer's files. Raises ValueError for anything but a CLIP text encoder.
+    the one in the tokenizer's files. Raises ValueError for a value that CLIP does not have.
     """
-    if content.get("model_type") != "clip_text_model":
-        raise ValueError(f"model_type is {content.get('model_type')!r}, not 'clip_text_model'")
     activation, eps = content.get("hidden_act", "quick_gelu"), content.get("layer_norm_eps", LAYER_NORM_EPS)
     if eps != LAYER_NORM_EPS:
         raise ValueError(f"layer_norm_eps={eps} is not supported; CLIP's is {LAYER_NORM_EPS}")
@@ -215,27 +213,6 @@ def prefixed_weights(encoder: TransformersTextEncoder | OpenClipTextEncoder) -> 
     if isinstance(encoder, OpenClipTextEncoder):
         return open_clip_to_transformers(encoder.state_dict())
     return {PREFIX + key: value for key, value in encoder.model.state_dict().items()}
-
-
-def load_text_encoder(folder: str | Path, hidden: Hidden = "last") -> TransformersTextEncoder:
-    """Load a diffusers `text_encoder/` folder on the CPU in float32; nothing in it is executed.
-
-    Leave `hidden` at "last" for Stable Diffusion 1 and for Stable Diffusion 2, whose folders lack the last layer;
-    "penultimate" is for a complete OpenCLIP tower. Raises FileNotFoundError for a missing file; ValueError if the
-    folder does not hold a CLIP text encoder, or if weights and configuration disagree.
-    """
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is missing; a text encoder's folder has config.json and model.safetensors"
-            )
-    content = read_json(folder / "config.json")
-    try:
-        config = read_text_encoder_config(content, hidden)
-        return text_encoder_from_weights(config, load_file(folder / "model.safetensors"))
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: {error}") from error
 
 
 def _saved_config(config: TextEncoderConfig) -> TextEncoderConfig:

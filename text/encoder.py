@@ -6,7 +6,7 @@ section 2.4. Shapes: B captions, L tokens (at most `context_length`), D width.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,8 @@ class TextEncoderConfig:
 
 class TextEncoder(nn.Module, ABC):
     """Token ids B x L (int64) -> TextCondition; both backends compute the same for the same weights."""
+
+    kind: ClassVar[str] = "clip_text_model"  # its entry in text.kinds.TEXT_ENCODERS
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()

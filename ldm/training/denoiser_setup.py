@@ -17,7 +17,7 @@ from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.training.denoiser_config import TrainConfig
 from ldm.training.engine.distributed import Ranks
-from text.conversion import load_text_encoder
+from text.kinds import load_text_encoder
 from text.tokenizer import load_tokenizer
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from text.conversion import (
     flattened,
-    load_text_encoder,
     open_clip_to_transformers,
     read_text_encoder_config,
     save_text_encoder,
@@ -22,6 +21,7 @@ from text.conversion import (
     transformers_to_open_clip,
 )
 from text.encoder import OpenClipTextEncoder, TextEncoderConfig, TransformersTextEncoder, open_clip_text_cfg
+from text.kinds import kind_of, load_text_encoder
 
 TINY = TextEncoderConfig(
     width=32,
@@ -335,4 +335,5 @@ def test_config_of_stable_diffusion_1_and_2() -> None:
 )
 def test_config_json_of_other_networks_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_text_encoder_config({**SD1_JSON, **change})
+        content = {**SD1_JSON, **change}
+        kind_of(content).read_config(content)

@@ -47,8 +47,9 @@ from ldm.interop.weight_reader import Weights, describe, open_weights
 from ldm.model.components import LoadedDenoiser, ModelComponents, Origin, check_components_fit, inpainting_channels
 from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
-from text.conversion import read_text_encoder_config, text_encoder_from_weights
+from text.conversion import text_encoder_from_weights
 from text.encoder import TransformersTextEncoder
+from text.kinds import kind_of
 from text.tokenizer import Tokenizer
 from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL
 
@@ -162,7 +163,7 @@ def make_plan(shapes: Shapes, sidecar: Sidecar, *, source: Path) -> Plan:
         config, around = UNetLayout().from_json(sidecar.own["unet"], source=source)
         context_width = around.context_width
         vae, text = vae_config(sidecar.own["vae"], source=source), sidecar.own["text_encoder"]
-        text = read_text_encoder_config(text, hidden=text.get(HIDDEN_KEY, "last"))
+        text = kind_of(text).read_config(text, hidden=text.get(HIDDEN_KEY, "last"))
     else:
         config, context_width = unet_from_shapes(below[DENOISER])
         config, text = with_heads(config, sidecar), None

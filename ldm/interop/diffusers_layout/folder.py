@@ -14,16 +14,19 @@ from ldm.files.strict_json import read_json, write_json
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, OWN, layout_of, open_denoiser, save_denoiser
 from ldm.interop.diffusers_layout.layout import VERSION, DenoiserLayout
 from ldm.interop.diffusers_layout.scheduler import read_scheduler, scheduler_config_json
+from ldm.interop.diffusers_layout.text_part import (
+    known_text_classes,
+    open_text_parts,
+    save_text_parts,
+    text_classes,
+)
 from ldm.interop.diffusers_layout.vae import folded, open_vae, save_vae, vae_weights
-from ldm.interop.network_files import check_no_code, described_by, fill
-from ldm.interop.weight_files import TEXT_STEM, WEIGHTS_STEM, find_weights
+from ldm.interop.network_files import check_no_code, fill
+from ldm.interop.weight_files import WEIGHTS_STEM, find_weights
 from ldm.interop.weight_reader import Weights, describe
 from ldm.model.components import ModelComponents, Origin, check_components_fit
-from ldm.model.conditioner import Conditioner, TextTower
+from ldm.model.conditioner import Conditioner
 from ldm.model.latent_diffusion import LatentDiffusion
-from text.conversion import flattened, read_text_encoder_config, save_text_encoder, text_encoder_from_weights
-from text.encoder import OpenClipTextEncoder, TextEncoderConfig, TransformersTextEncoder
-from text.tokenizer import load_tokenizer, save_tokenizer
 
 NOTES = "foundry.yaml"
 INDEX = "model_index.json"
@@ -36,14 +39,7 @@ PIPELINES = {
 KNOWN_CLASSES = {
     **{layout.folder: [[layout.library, name] for name in layout.classes] for layout in ALL_LAYOUTS},
     "vae": [["diffusers", "AutoencoderKL"]],
-    **{part: [["transformers", "CLIPTextModel"]] for part in ("text_encoder", "text_encoder_2")},
-    **{
-        part: [["transformers", "CLIPTokenizer"], ["transformers", "CLIPTokenizerFast"]]
-        for part in ("tokenizer", "tokenizer_2")
-    },
 }
-PARTS_READ = KNOWN_CLASSES.keys()
-SUFFIXES = ("", "_2")  # of the folders of text encoders and their tokenizers
 
 
 def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | None = None) -> ModelComponents:
@@ -56,18 +52,11 @@ def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | No
     part = folder / _denoiser_part(folder)
     path, stated = read_scheduler(folder / "scheduler" / "scheduler_config.json")
     scheduler_config_json(path, prediction or stated)  # raises for a prediction that this path does not have
-    tokenizers = [load_tokenizer(folder / f"tokenizer{suffix}") for suffix in _text_suffixes(folder)]
-    loaded, vae = open_denoiser(part), open_vae(folder / "vae")
-    text_folders = [folder / f"text_encoder{suffix}" for suffix in _text_suffixes(folder)]
-    text_configs = [_text_config(place / "config.json") for place in text_folders]
-    check_components_fit(loaded, vae, list(zip(text_configs, tokenizers, strict=True)), source=folder)
-    text_weights = [_text_weights(place) for place in text_folders]
+    loaded, vae, texts = open_denoiser(part), open_vae(folder / "vae"), open_text_parts(folder)
+    check_components_fit(loaded, vae, [(text.config, text.tokenizer) for text in texts], source=folder)
     weights, of_vae = find_weights(part, WEIGHTS_STEM), vae_weights(folder / "vae")
     # The text encoders first, so that their mapped pages are released before the larger parts are read.
-    towers = [
-        TextTower(_text_encoder(place, config, found, dtype=dtype), tokenizer)
-        for place, config, found, tokenizer in zip(text_folders, text_configs, text_weights, tokenizers, strict=True)
-    ]
+    towers = [text.read(dtype) for text in texts]
     fill(vae, of_vae, dtype=dtype)
     fill(loaded.network, weights, dtype=dtype)
     model = LatentDiffusion(vae=vae, conditioner=Conditioner(*towers), path=path, prediction=prediction or stated)
@@ -78,32 +67,8 @@ def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | No
         config=loaded.config,
         sample_size=loaded.sample_size,
         notes=notes.decode(errors="replace"),
-        origin=Origin(files=weights.files, precision=_precision([weights, *text_weights, of_vae])),
+        origin=Origin(files=weights.files, precision=_precision([weights, *(text.weights for text in texts), of_vae])),
     )
-
-
-def _text_suffixes(folder: Path) -> Sequence[str]:
-    return SUFFIXES if (folder / f"text_encoder{SUFFIXES[1]}").is_dir() else SUFFIXES[:1]
-
-
-def _text_encoder(
-    folder: Path, config: TextEncoderConfig, weights: Weights, *, dtype: torch.dtype
-) -> TransformersTextEncoder:
-    with described_by(folder):
-        return text_encoder_from_weights(config, weights.read(dtype), dtype=dtype)
-
-
-def _text_config(source: Path) -> TextEncoderConfig:
-    content = read_json(source)
-    check_no_code(content, source=source)
-    with described_by(source):
-        return read_text_encoder_config(content)
-
-
-def _text_weights(folder: Path) -> Weights:
-    found = find_weights(folder, TEXT_STEM)
-    with described_by(found.source):
-        return found.changed(flattened)
 
 
 def own_file(folder: Path, file: Path, *, most: int) -> bytes:
@@ -131,11 +96,11 @@ def check_index(folder: Path) -> None:
     pipeline = str(content.get("_class_name", "StableDiffusionPipeline"))
     if pipeline not in PIPELINES:
         raise ValueError(f"{index} names a {pipeline[:60]!r}, expected one of {', '.join(sorted(PIPELINES))}")
-    for name in PARTS_READ & content.keys():
-        if content[name] not in KNOWN_CLASSES[name]:
+    for name, known in (KNOWN_CLASSES | known_text_classes()).items():
+        if name in content and content[name] not in known:
             raise ValueError(
                 f"{index} names the class {str(content[name])[:60]} for {name}: refused; only "
-                f"{' or '.join('.'.join(pair) for pair in KNOWN_CLASSES[name])} is read"
+                f"{' or '.join('.'.join(pair) for pair in known)} is read"
             )
 
 
@@ -180,13 +145,11 @@ def write_parts(parts: ModelComponents, folder: Path, *, dtype: torch.dtype) -> 
         dtype=dtype,
     )
     save_vae(folded(model.vae), folder / "vae", dtype=dtype)
-    for suffix, (encoder, tokenizer) in zip(SUFFIXES[: len(towers)], towers, strict=True):
-        assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
-        save_text_encoder(encoder, folder / f"text_encoder{suffix}", dtype=dtype)
-        save_tokenizer(tokenizer, folder / f"tokenizer{suffix}")
+    save_text_parts(towers, folder, dtype=dtype)
     (folder / "scheduler").mkdir()
     write_json(scheduler_config_json(model.path, model.prediction), folder / "scheduler" / "scheduler_config.json")
-    write_json(model_index(layout, text_encoders=len(towers), for_inpainting=parts.for_inpainting), folder / INDEX)
+    kinds = [tower.encoder.kind for tower in towers]
+    write_json(model_index(layout, text_encoders=kinds, for_inpainting=parts.for_inpainting), folder / INDEX)
     (folder / NOTES).write_text(parts.notes, encoding="utf-8")
 
 
@@ -197,18 +160,19 @@ def check_target(folder: Path) -> None:
         raise ValueError(f"{folder} exists and is not an export of this program: give a new folder, or an older export")
 
 
-def model_index(layout: DenoiserLayout[Any], *, text_encoders: int = 1, for_inpainting: bool = False) -> dict[str, Any]:
-    """Build model_index.json: the pipeline that opens the folder, and the class of each subfolder."""
-    texts: dict[str, Any] = {}
-    for suffix in SUFFIXES[:text_encoders]:
-        texts[f"text_encoder{suffix}"] = ["transformers", "CLIPTextModel"]
-        texts[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+def model_index(
+    layout: DenoiserLayout[Any], *, text_encoders: Sequence[str], for_inpainting: bool = False
+) -> dict[str, Any]:
+    """Build model_index.json: the pipeline that opens the folder, and the class of each subfolder.
+
+    text_encoders: their kinds.
+    """
     return {
         "_class_name": layout.pipeline(for_inpainting=for_inpainting),
         layout.folder: [layout.library, layout.classes[0]],
         "_diffusers_version": VERSION,
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-        **texts,
+        **text_classes(text_encoders),
         "vae": ["diffusers", "AutoencoderKL"],
         **layout.further_parts,
     }
