@@ -133,11 +133,11 @@ def copy(source: Source, path: Path, timeout: float) -> None:
 
 def _download(source: Source, path: Path, timeout: float) -> None:
     failed: list[Exception] = []
-    files = file_system(source, timeout=timeout)
+    files, remote = file_system(source, timeout=timeout)
 
     def work() -> None:
         try:
-            files.get_file(files._strip_protocol(source.location), str(path))
+            files.get_file(remote, str(path))
         except Exception as error:
             failed.append(error)
 

@@ -84,7 +84,7 @@ def read_captions(raw: RawSample) -> list[str]:
             found.append(raw.members["txt"].decode("utf-8-sig"))  # without a byte-order mark
         if "json" in raw.members:
             record = json.loads(raw.members["json"].decode("utf-8-sig"))
-            more = record.get("captions") or []
+            more: Any = record.get("captions") or []
             found += [record.get("caption") or "", *(more if isinstance(more, list) else [more])]
     except (ValueError, AttributeError, RecursionError) as error:
         raise BadSampleError(f"its caption or json does not parse ({error})") from error

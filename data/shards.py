@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data.quarantine import BadSampleError, MissingSampleError
-from data.tar import Damage, Member, read_members
+from data.tar import Damage, Kind, Member, read_members
 from ldm.errors import DataError
 
 # KEY.EXTENSION as webdataset splits it: folders belong to the key, all after the first dot of the file name to the
@@ -41,7 +41,8 @@ class RawSample:
 @dataclass(slots=True)
 class _Entry:
     key: str
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension -> offset and size
+    # extension -> offset and size
+    places: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     problem: str = ""
 
     @property
@@ -50,8 +51,8 @@ class _Entry:
 
     def add(self, extension: str, member: Member) -> None:
         most = LARGEST_MEMBER.get(extension, LARGEST_IMAGE)
-        if member.irregular:
-            self.problem = f"its {extension} is {member.irregular}"
+        if member.kind is not Kind.PLAIN:
+            self.problem = f"its {extension} is {member.kind.value}"
         elif extension in self.places:
             self.problem = f"its {extension} occurs twice"
         elif member.size > most:
@@ -134,11 +135,11 @@ class Shard:
 
     def _add(self, member: Member, numbers: dict[str, int]) -> None:
         name = MEMBER_NAME.fullmatch(member.name)
-        if name is None or member.irregular == "not a plain file":
+        if name is None or member.kind is Kind.OTHER:
             return
         key, extension = name[1], name[2].lower()
         if key not in numbers:
-            if member.irregular:
+            if member.kind is not Kind.PLAIN:
                 return  # alone it is not a sample
             numbers[key] = len(self._table)
             self._table.append(_Entry(key))

@@ -7,19 +7,24 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from ldm.errors import DataError
 from ldm.files.messages import one_line
 
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
-
 PIPE = "pipe:"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 WEB = ("http", "https")
 PACKAGES = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
+
+
+class FileSystem(Protocol):
+    """What is used of fsspec's file systems, which have no types."""
+
+    def glob(self, path: str) -> list[str]: ...
+    def unstrip_protocol(self, name: str) -> str: ...
+    def get_file(self, rpath: str, lpath: str) -> None: ...
 
 
 class MissingPackageError(ValueError):
@@ -115,18 +120,21 @@ def _matching(source: Source, *, allow_pipe: bool) -> list[Source]:
     if source.is_local:
         return [Source(path) for path in sorted(glob.glob(source.location))]
     wild = r"[*\[]" if source.protocol in WEB else r"[*?\[]"  # in HTTP URLs ? begins the query
-    files = file_system(source)
+    files, path = file_system(source)
     if not re.search(wild, source.location):
         return [source]
     try:
-        return [Source(files.unstrip_protocol(str(path))) for path in sorted(files.glob(source.location))]
+        return [Source(files.unstrip_protocol(found)) for found in sorted(files.glob(path))]
     except Exception as error:  # each protocol raises its own errors
         raise DataError(f"{source.shown} cannot be listed ({short(error)}): give a brace range instead") from error
 
 
-def file_system(source: Source, *, timeout: float = 30.0) -> AbstractFileSystem:
-    """Open fsspec's file system for the protocol. Raises ValueError if it is unknown or its package is missing."""
-    import fsspec
+def file_system(source: Source, *, timeout: float = 30.0) -> tuple[FileSystem, str]:
+    """Open fsspec's file system for the protocol; returns it, and the path in it.
+
+    Raises ValueError if the protocol is unknown or its package is missing.
+    """
+    from fsspec.core import url_to_fs  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
     options: dict[str, Any] = {}
     try:
@@ -136,7 +144,7 @@ def file_system(source: Source, *, timeout: float = 30.0) -> AbstractFileSystem:
             # aiohttp's default limit is five minutes per file, regardless of its speed.
             limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
             options = {"client_kwargs": {"timeout": limits}}
-        return fsspec.filesystem(source.protocol, **options)
+        return cast(tuple[FileSystem, str], url_to_fs(source.location, **options))
     except ImportError as error:
         package = PACKAGES.get(source.protocol, "fsspec's for it")
         raise MissingPackageError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import BinaryIO
 
 BLOCK = tarfile.BLOCKSIZE
@@ -22,12 +23,19 @@ PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 RECORD_TYPES = (*PAX_TYPES, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
+class Kind(Enum):
+    PLAIN = "a plain file"
+    LINK = "a link"
+    SPARSE = "a sparse file"
+    OTHER = "not a plain file"  # a folder, a device
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     name: str
     offset: int  # of its data
     size: int
-    irregular: str = ""  # kind, if it is not a plain file: "a link"
+    kind: Kind = Kind.PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,7 @@ def _read_header(file: BinaryIO, at: int, length: int, given: _Given) -> tuple[M
     else:
         if header.type == tarfile.GNUTYPE_SPARSE:
             data = _after_sparse_map(file, block, data)
-        member = Member(given.name or header.name, data, stored, _irregular(header))
+        member = Member(given.name or header.name, data, stored, _kind(header))
         given = NOTHING_GIVEN
     return member, given, data + -(-stored // BLOCK) * BLOCK
 
@@ -113,12 +121,12 @@ def _parse(block: bytes) -> tarfile.TarInfo:
         raise _Damaged("truncated" if len(block) < BLOCK else f"not a valid header ({error})") from error
 
 
-def _irregular(header: tarfile.TarInfo) -> str:
+def _kind(header: tarfile.TarInfo) -> Kind:
     if header.type in FILE_TYPES:
-        return ""
+        return Kind.PLAIN
     if header.type in LINK_TYPES:
-        return "a link"
-    return "a sparse file" if header.type == tarfile.GNUTYPE_SPARSE else "not a plain file"
+        return Kind.LINK
+    return Kind.SPARSE if header.type == tarfile.GNUTYPE_SPARSE else Kind.OTHER
 
 
 def _record(file: BinaryIO, header: tarfile.TarInfo, data: int, given: _Given) -> _Given:

@@ -225,7 +225,9 @@ def test_complete_tower_is_read_as_penultimate(tmp_path: Path) -> None:
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     encoder = random_encoder(TINY)
     save_text_encoder(encoder, tmp_path / "a")
-    save_text_encoder(load_text_encoder(tmp_path / "a"), tmp_path / "b")
+    again = load_text_encoder(tmp_path / "a")
+    assert isinstance(again, TransformersTextEncoder)
+    save_text_encoder(again, tmp_path / "b")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -234,6 +236,7 @@ def test_half_precision_files_are_loaded_as_float32(tmp_path: Path) -> None:
     encoder = random_encoder(TINY)
     save_text_encoder(encoder.half(), tmp_path)
     loaded = load_text_encoder(tmp_path)
+    assert isinstance(loaded, TransformersTextEncoder)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert equal(dict(loaded.model.state_dict()), {k: v.float() for k, v in encoder.model.state_dict().items()})
 
