@@ -1,4 +1,4 @@
-"""Compare a step of the engine with one of bare DeepSpeed on the same network, and time how long a step waits for a save.
+"""Time the engine's steps against bare DeepSpeed's on the same network, and how long a step waits for a save.
 
     python benchmarks/engine_overhead.py [--zero-stage 2] [--rounds 15]
 

@@ -9,8 +9,8 @@ equal: a product is scaled as one, not each factor; of sqrt(e) and e^2 the value
 reshape(e) and .to(...) only e. Of a sum the terms are scaled, and the sum itself only if it is a factor.
 
 Left alone, because they are positions, choices or counts, not amounts: subscripts and slices; the definitions of names
-that occur in them, or in range and arange; shapes, axes and integers as arguments or defaults; integer exponents; // and %;
-tests of if and while; comparisons (tolerances too); finfo's eps; asserts and raised errors; zeros.
+that occur in them, or in range and arange; shapes, axes and integers as arguments or defaults; integer exponents; //
+and %; tests of if and while; comparisons (tolerances too); finfo's eps; asserts and raised errors; zeros.
 
 Nothing is written to the working tree: each mutant runs in a forked process, where it is loaded in its module's place.
 """
@@ -221,7 +221,7 @@ class Verdict(NamedTuple):
 
 
 def run_tests(root: Path, tests: Sequence[str], trees: dict[str, ast.Module], answer: Connection) -> None:
-    """Run the tests in a separate process, file after file until one fails, with these trees in place of the modules."""
+    """Run the tests in a separate process, file after file until one fails, with these trees as the modules."""
     os.chdir(root)
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -296,7 +296,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="only mutants whose id contains it")
     parser.add_argument("--list", action="store_true", help="list the mutants and stop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there")
-    parser.add_argument("--at-least", type=float, default=0.95, help="the fraction to catch; below it the exit code is 1")
+    parser.add_argument("--at-least", type=float, default=0.95, help="fraction to catch; below it the exit code is 1")
     parser.add_argument("--preload", nargs="*", default=PRELOAD, help="what is imported once, before all processes")
     return parser.parse_args()
 

@@ -4,11 +4,11 @@
     python benchmarks/reliability_data.py --plans 100 --shards 100 --seed 7
 
 A plan draws shards of uneven sizes, one to three sets, lanes, ranks, threads, and where the run is stopped and
-resumed with how many ranks. It holds if each set's samples come once per epoch, all ranks' batches are equally large, and the
-order is the same on any number of ranks, by any number of threads and from any position. A damaged shard, read next
-to a sound one, holds if each sample of its manifest is delivered or rejected and listed, no more are lost than the damage
-can have hit, none of the sound one are; if nothing is raised, in time, and nothing is written. Exits with 1 where one
-does not hold, and prints the seed that repeats it.
+resumed with how many ranks. It holds if each set's samples come once per epoch, all ranks' batches are equally large,
+and the order is the same on any number of ranks, by any number of threads and from any position. A damaged shard,
+read next to a sound one, holds if each sample of its manifest is delivered or rejected and listed, no more are lost
+than the damage can have hit, none of the sound one are; if nothing is raised, in time, and nothing is written. Exits
+with 1 where one does not hold, and prints the seed that repeats it.
 """
 
 from __future__ import annotations
