@@ -119,18 +119,18 @@ def files_of(pattern: str) -> list[Path]:
 
 
 def prose(page: Path) -> str:
-    """A page without its code, in which brackets are no links."""
+    """Return a page without its code, in which brackets are not links."""
     return re.sub(r"`[^`\n]+`", "", BLOCK.sub("", page.read_text(encoding="utf-8")))
 
 
 def links(page: Path) -> list[tuple[Path, str]]:
-    """The files of this repository that a page links to, each with the part of it, "" for all."""
+    """Return the files of this repository that a page links to, each with its anchor, "" if there is none."""
     found = [link.partition("#") for link in re.findall(r"\]\(([^()\s]+)\)", prose(page)) if ":" not in link]
     return [((page.parent / name).resolve() if name else page, anchor) for name, _, anchor in found]
 
 
 def anchors(page: Path) -> set[str]:
-    """The names that GitHub and GitLab give to the headings of a page."""
+    """Return the anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text(encoding="utf-8")), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

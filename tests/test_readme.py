@@ -33,7 +33,7 @@ BIN = ".venv/bin/"
 
 
 def blocks(page: str, language: str = "") -> list[str]:
-    """The blocks of a page in this language, "" for commands."""
+    """Return the blocks of a page in this language, "" for commands."""
     found = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
     return [text for shown, text in found if shown == language]
 
@@ -194,7 +194,7 @@ def test_the_python_examples_run(page, tmp_path, monkeypatch):
 
 
 def make_pictures(folder: Path) -> None:
-    """A folder of captioned pictures, as docs/training.md asks for one."""
+    """Write a folder of captioned pictures, as docs/training.md expects it."""
     folder.mkdir()
     for number in range(20):
         Image.new("RGB", (80 + number, 96), (12 * number, 90, 200)).save(folder / f"{number:04d}.png")
@@ -242,7 +242,7 @@ def test_the_options_that_are_explained_exist(page):
 
 
 def settings_of(config: Any) -> set[str]:
-    """Names of all fields of a configuration and of those within it: "run.steps"."""
+    """Return the names of the settings in all sections of a configuration: "run.steps"."""
     sections = {field.name: get_type_hints(config)[field.name] for field in dataclasses.fields(config)}
     return {
         f"{section}.{field.name}"
