@@ -55,7 +55,7 @@ class OptimConfig(LRConfig):
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of the weights of linear layers and convolutions
     muon_momentum: float = 0.95  # used only by muon
     ema_decay: float = 0.999
     # Relative lengths of averages to keep snapshots of, from which any other length can be reconstructed (usually 0.05
