@@ -96,7 +96,8 @@ class Session(Generic[Config]):
 def open_session(config: Config, stop: StopSignal, *, reader: Reader) -> Session[Config]:
     """Join the other processes and open the shards."""
     world = start_process()
-    watch = Watchdog(world, meeting_store(world), hang_seconds=config.engine.hang_seconds, stop=stop)
+    engine = config.engine
+    watch = Watchdog(world, meeting_store(world), hang_seconds=engine.hang_seconds, compiles=engine.compile, stop=stop)
     run = Run(config.run, is_main=world.is_main, config_text=dump(config))
     images = CaptionedImages(
         config.data,
