@@ -100,6 +100,9 @@ class Task(ABC, Generic[Config]):
     def export(self, step: int, network: Any) -> None:
         """Export the network, on the main rank, each time that it is shown."""
 
+    def complete(self, network: Any) -> None:
+        """Measure what a complete run's network lacks before finish(). Every rank calls it."""
+
     def finish(self, network: Any) -> None:
         """Write the results of a complete run, on the main rank."""
 
