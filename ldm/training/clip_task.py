@@ -64,10 +64,10 @@ class CLIPTask(Task[TextTrainConfig]):
 
     def __init__(self, session: Session[TextTrainConfig]) -> None:
         super().__init__(session)
-        self.device, world = session.world.device, session.world
         session.seed()
         self.network = self.build()
-        self.loss_function = ClipLoss(local_loss=True, gather_with_grad=True, rank=world.rank, world_size=world.ranks)
+        rank, ranks = session.world.rank, session.world.ranks
+        self.loss_function = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=ranks)
 
     @classmethod
     def reader(cls, config: TextTrainConfig) -> ImageCaptionReader:

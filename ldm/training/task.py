@@ -50,7 +50,7 @@ class Task(ABC, Generic[Config]):
 
     def __init__(self, session: Session[Config]) -> None:
         """Subclasses set `network`, by build(), after session.seed()."""
-        self.session, self.config = session, session.config
+        self.session, self.config, self.device = session, session.config, session.world.device
 
     @classmethod
     def reader(cls, config: Config) -> Reader:
@@ -78,7 +78,7 @@ class Task(ABC, Generic[Config]):
 
     def averaged_network(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """Build a network with averaged weights, for evaluation and export."""
-        network = self.build().to(self.session.world.device).eval().requires_grad_(False)
+        network = self.build().to(self.device).eval().requires_grad_(False)
         network.load_state_dict(weights)
         return network
 

@@ -50,7 +50,7 @@ class VAETask(Task[VAETrainConfig]):
 
     def __init__(self, session: Session[VAETrainConfig]) -> None:
         super().__init__(session)
-        config, self.device = session.config, session.world.device
+        config = session.config
         side = config.data.image_size // config.vae.factor
         self.shape = (config.vae.latent_channels, side, side)
         session.seed()

@@ -14,7 +14,8 @@ import torch
 
 from ldm.config import dump, load_config
 from ldm.errors import NonFiniteError
-from ldm.training.checkpoints import Digest, fault, step_of
+from ldm.training.checkpoints.folders import step_of
+from ldm.training.checkpoints.manifest import Digest, fault
 from ldm.training.checkpoints.select import check_state, choose, rewound_to
 from ldm.training.checkpoints.train_state import CheckpointError, TrainState
 from ldm.training.denoiser_config import TrainConfig
