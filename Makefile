@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all the set-up by themselves; a second call installs nothing.
+# `make demo` and `make test` include all the set-up; a second call installs nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,14 +31,14 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-# Two processes of one thread each: for tensors as small as these, one process of two threads takes twice the time. First
-# come the files that start processes, which take longest. A part of the suite: make suite TESTS="tests/data tests/vae"
+# Two processes of one thread each: for tensors as small as these, one process of two threads takes twice the time. The
+# files that start processes come first, because they take longest. A part: make suite TESTS="tests/data tests/vae"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 TESTS := tests/test_*.py tests/[a-z]*/
 suite: $(VENV)/installed-dev
 	$(PYTEST) $(TESTS)
 
-# What answers quickly, in most of the folders: for a look while writing.
+# Fast tests from most of the folders, to run while writing.
 FAST := tests/test_structure.py tests/test_mathematics.py tests/test_project_files.py tests/ldm/files tests/ldm/diffusion \
 	tests/ldm/denoisers tests/ldm/test_config.py tests/ldm/test_config_data.py \
 	$(foreach name,guidance single_step time_grids,tests/ldm/samplers/test_$(name).py) \
@@ -48,12 +48,12 @@ test-fast: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(PYTEST) $(FAST)
 
-# Those of docs/mathematics.md and docs/interchange.md: seconds.
+# The pictures of docs/mathematics.md and docs/drawing.md: seconds.
 pictures: $(VENV)/installed-dev
 	$(BIN)/python docs/mathematics_pictures.py
 	$(BIN)/python docs/editing_picture.py
 
-# Breaks each coefficient of the mathematics, one at a time, and tells which of these mistakes no test finds: half an hour.
+# Change each coefficient of the mathematics, one at a time, and list the changes that no test notices: half an hour.
 MUTATE := $(BIN)/python benchmarks/mutation.py
 mutation: $(VENV)/installed-dev
 	$(MUTATE) --target ldm/samplers/guidance.py ldm/samplers/likelihood.py --tests tests/ldm/samplers/test_guidance.py \
@@ -65,7 +65,7 @@ mutation: $(VENV)/installed-dev
 	$(MUTATE) --target ldm/samplers --tests tests/ldm/samplers tests/ldm/diffusion/test_derivation.py \
 		tests/ldm/diffusion/test_learned_variance.py
 
-# What docs/reliability.md tells of, in full: two hours.
+# All measurements of docs/reliability.md: two hours.
 reliability: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/reliability_data.py --plans 10000 --shards 2000

@@ -1,13 +1,13 @@
-"""Draw what a split's captions ask for, beside the true pictures, and count how often the right one is recognised.
+"""Draw the captions of a split, next to the true pictures, and count how often the right one is recognised.
 
     python benchmarks/drawings.py --split val --out docs/drawings_val.png
     python benchmarks/drawings.py --ckpt runs/emoji64_dit/model --split val --count 379 --clip runs/emoji64_clip/clip
 
-The captions are the first ones of the split's shards, which a hash has shuffled: nobody picks them. Each drawing is
+The captions are the first ones of the split's shards, which a hash has shuffled: nothing is picked. Each drawing is
 compared with all the true pictures of its style among those that were counted, by the cosine of their features; "top_5"
-is the share of drawings whose own true picture is among the five nearest. The features are EfficientNet-Lite0's, of
-ImageNet, and with --clip also those of a CLIP that text/train.py trained. Both figures compare models, no more: the
-autoencoder's loss looked at the first, and the second has seen the training pictures.
+is the fraction of drawings whose own true picture is among the five nearest. The features are EfficientNet-Lite0's, of
+ImageNet, and with --clip also those of a CLIP that text/train.py trained. Use both figures only to compare
+models: the autoencoder's loss contains the first, and the second was trained on the training pictures.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOPS = (1, 5, 10)
 
 
 def read_split(split: str, count: int) -> tuple[Tensor, list[str]]:
-    """Pixels and best captions of the first `count` pictures."""
+    """Read pixels and best captions of the first `count` pictures."""
     config = DataConfig(shards=(f"data/emoji64/{split}/*.tar.gz",), lanes=1, captions="best")
     pixels, captions = [], []
     for batch in CaptionedImages(config, seed=0).once(64):
@@ -45,7 +45,7 @@ def read_split(split: str, count: int) -> tuple[Tensor, list[str]]:
 
 @torch.no_grad()
 def imagenet_features(pixels: Tensor) -> Tensor:
-    """EfficientNet-Lite0's map at 1/16 of the side, one unit vector a picture, N x D: where things are counts too."""
+    """Compute EfficientNet-Lite0's map at 1/16 of the side, a unit vector per picture, N x D: positions count too."""
     network = EfficientNetDistance()
     maps = torch.cat([network.features(part.clamp(-1, 1))[-1] for part in pixels.split(128)])
     return F.normalize(maps.flatten(1), dim=1)
@@ -53,7 +53,7 @@ def imagenet_features(pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def clip_features(clip: Path, pixels: Tensor) -> Tensor:
-    """Unit features of an open_clip folder's image tower, N x D."""
+    """Compute unit features of an open_clip folder's image tower, N x D."""
     import open_clip
 
     model: Any = open_clip.create_model(f"local-dir:{clip}").eval()
@@ -61,7 +61,7 @@ def clip_features(clip: Path, pixels: Tensor) -> Tensor:
 
 
 def recognised(drawn: Tensor, true: Tensor, captions: list[str]) -> dict[str, float]:
-    """Share of drawings whose true picture is among the nearest of its style; features N x D."""
+    """Compute the fraction of drawings whose true picture is among the nearest of its style; features N x D."""
     noto = torch.tensor(["noto" in caption for caption in captions])
     similarity = drawn @ true.T
     similarity[noto[:, None] != noto[None, :]] = -2.0

@@ -1,9 +1,9 @@
-"""What the engine costs: a step beside one of bare DeepSpeed's on the same network, and what a step waits for a save.
+"""Time the engine's steps against bare DeepSpeed's on the same network, and how long a step waits for a save.
 
     python benchmarks/engine_overhead.py [--zero-stage 2] [--rounds 15]
 
 Steps are timed in turns, a few of ours and a few of DeepSpeed's, in one process; ratios are medians over the rounds.
-DeepSpeed keeps no average of the weights: its column with one adds what its users write, a loop over parameters.
+DeepSpeed keeps no average of the weights: its column with one adds a loop over parameters, as its users write it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def batch(size: int) -> tuple[Any, ...]:
 
 
 def our_step(world: Any, args: Any, folder: Path) -> tuple[Callable[[], Any], Any]:
-    from ldm.training.checkpoints import Checkpoints
+    from ldm.training.checkpoints.folders import Checkpoints
     from ldm.training.engine.config import EngineConfig, OptimConfig
     from ldm.training.engine.engine import Engine
 
@@ -120,7 +120,7 @@ def bare_step(args: Any, *, average: bool) -> Callable[[], Any]:
 
 
 def saves(engine: Any, step: Callable[[], Any], count: int) -> None:
-    """How long training waits for a save in the background, beside one that it waits for to the end."""
+    """Time how long training waits for a save in the background, and for one in the foreground."""
     waited, whole, beside = [], [], []
     for number in range(count + 1):
         step()

@@ -1,6 +1,6 @@
-"""Trainings of a tiny model in processes that are forked from one that has everything imported, to hurt them.
+"""Start trainings of a tiny model, in processes forked from one that has everything imported, to inject faults.
 
-A start takes two seconds instead of fifteen, so that hundreds of faults fit into an hour on two cores. What runs is
+A start takes two seconds instead of fifteen, so that hundreds of faults fit into an hour on two cores. They run
 ldm/train.py's own main, on DeepSpeed, on the embedded pictures.
 """
 
@@ -30,7 +30,7 @@ engine.precision=fp32 engine.hang_seconds=6
 
 
 def import_everything() -> None:
-    """All that a training imports, and no thread: those of the parent would be missing in its children."""
+    """Import all that a training imports, without starting threads, which a fork would not copy."""
     import torch
 
     torch.set_num_threads(1)
@@ -45,7 +45,7 @@ def import_everything() -> None:
 
 
 def few_pictures(folder: Path) -> None:
-    """A small validation set, so that a run spends its time on training and saving."""
+    """Write a small validation set, so that a run spends its time on training and saving."""
     from data.shards import Shard
     from data.write import write_shards
 
@@ -71,7 +71,7 @@ class Job:
             pass
 
     def wait(self, seconds: float) -> list[int | None]:
-        """Each rank's exit code, -9 for one that was killed; None for one that still runs after so long."""
+        """Return each rank's exit code, -9 for one that was killed; None for one that still runs after so long."""
         end = time.monotonic() + seconds
         while True:
             for rank, pid in enumerate(self.pids):
@@ -83,7 +83,7 @@ class Job:
             time.sleep(0.01)
 
     def end(self) -> None:
-        """Leave nothing behind."""
+        """End the processes that are left."""
         for rank, code in enumerate(self.wait(0)):
             if code is None:
                 self.kill(rank, signal.SIGKILL)
@@ -97,7 +97,7 @@ def free_port() -> str:
 
 
 def start(folder: Path, name: str, *, ranks: int, words: list[str], before: Any = None) -> Job:
-    """Fork a training. before(rank): called in each child first, to put a fault in its way."""
+    """Fork a training. before(rank): called in each child first, to inject a fault."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "few").exists():
         few_pictures(folder)
@@ -140,7 +140,7 @@ def _child(rank: int, ranks: int, port: str, log: Path, words: list[str], before
 
 
 def note_order() -> None:
-    """Let each rank write down which samples its steps use, before they do."""
+    """Let each rank record which samples its steps use, before it uses them."""
     from ldm.training.loop import Training
 
     plain = Training._parts
@@ -155,7 +155,7 @@ def note_order() -> None:
 
 
 def order(run: Path, ranks: int) -> dict[int, list[str]]:
-    """The samples of each global batch, as they were last used."""
+    """Return the samples of each global batch, as they were last used."""
     found: dict[int, list[str]] = {}
     for rank in range(ranks):
         own: dict[int, list[str]] = {}
@@ -170,7 +170,9 @@ def order(run: Path, ranks: int) -> dict[int, list[str]]:
 def final_state(run: Path) -> dict[str, str]:
     """Everything that a run ends with, as one sha256 each: weights, optimiser and averages; generators; counters and
     learning rate's position; the exported model."""
-    from ldm.training.checkpoints import Checkpoints, Fragments, fault
+    from ldm.training.checkpoints.folders import Checkpoints
+    from ldm.training.checkpoints.fragments import Fragments
+    from ldm.training.checkpoints.manifest import fault
 
     newest = Checkpoints(run / "checkpoints", keep=1).all()[-1]
     assert fault(newest) is None, fault(newest)

@@ -1,10 +1,10 @@
-"""Stable Diffusion at full size, with random weights: what loading costs, and whether diffusers draws the same picture.
+"""Load Stable Diffusion at full size, with random weights: time it, and compare its pictures with diffusers'.
 
     python benchmarks/interchange.py --version 1          writes 9 GB at most below --scratch, and removes them
     python benchmarks/interchange.py --version 2 --only loading
 
-Loading is measured side by side with safetensors alone, in turns: the time until every number has been read, from the
-disk and from the system's cache, the quickest of some rounds; and the largest memory beyond what the imports take, in a
+Loading is measured in turns with safetensors alone: the time until every number has been read, from the disk and from
+the system's cache, the quickest of several rounds; and the peak memory in addition to what the imports take, in a
 process of its own. Drawing is 512 x 512: the same weights, seed, steps and scale here, from the single file, and in
 diffusers' pipeline, from the folder, in float32 on the CPU.
 """
@@ -36,7 +36,7 @@ ROUNDS = 5  # of loading, of which the quickest counts
 
 
 def random_model(version: int) -> Any:
-    """Stable Diffusion 1.5, or 2.1 with v-prediction, as to sizes."""
+    """Build a network of the sizes of Stable Diffusion 1.5, or of 2.1 with v-prediction."""
     from ldm.denoisers import UNet, UNetConfig
     from ldm.diffusion import ScaledLinearBetaPath
     from ldm.model.components import ModelComponents
@@ -62,7 +62,7 @@ def random_model(version: int) -> Any:
 
 
 def write(version: int, scratch: Path, name: str) -> None:
-    """The model as a folder and as a single file, in "fp32" or "fp16"."""
+    """Write the model as a folder and as a single file, in "fp32" or "fp16"."""
     from ldm.interop.compvis.writing import write_single_file
     from ldm.interop.diffusers_layout.folder import write_folder
 
@@ -72,7 +72,7 @@ def write(version: int, scratch: Path, name: str) -> None:
 
 
 def read_by_safetensors(path: Path, dtype: torch.dtype) -> list[Any]:
-    """Every tensor of a file, or of a folder's files, in this precision, and each number of it read."""
+    """Read every number of every tensor of a file, or of a folder's files, in this precision."""
     from safetensors.torch import load_file
 
     files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
@@ -96,7 +96,7 @@ def imported() -> None:
 
 
 def measure_times(path: Path, dtype: torch.dtype, place: str) -> dict[str, float]:
-    """The quickest of some rounds, in seconds, of safetensors and of us in turns."""
+    """Measure the quickest of several rounds, in seconds, of safetensors and of our reader in turns."""
     imported()
     best = dict.fromkeys(READERS, float("inf"))
     for _ in range(ROUNDS):
@@ -111,7 +111,7 @@ def measure_times(path: Path, dtype: torch.dtype, place: str) -> dict[str, float
 
 
 def measure_memory(path: Path, dtype: torch.dtype) -> dict[str, float]:
-    """MB beyond the imports, at the most, of our reading."""
+    """Measure the peak memory of our reader, in MB in addition to the imports."""
     imported()
     before = memory("VmRSS")
     kept = read_here(path, dtype)
@@ -124,7 +124,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def bring(file: Path, place: str) -> None:
-    """A file into the system's cache, or out of it, onto the disk."""
+    """Bring a file into the system's cache, or drop it from there."""
     if place == "cache":
         with file.open("rb", buffering=0) as stream:
             while stream.read(2**24):
@@ -140,7 +140,7 @@ READERS = {"safetensors": read_by_safetensors, "here": read_here}
 
 
 def memory(kind: str) -> float:
-    """VmRSS (now) or VmHWM (the most so far) of this process, in MB."""
+    """Return VmRSS (now) or VmHWM (peak) of this process, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(kind)).split()[1]) / 1024
 

@@ -1,16 +1,16 @@
-"""Break the mathematics one coefficient at a time, and see which breaks the tests do not notice.
+"""Change the mathematics one coefficient at a time, and list the changes that the tests do not notice.
 
     python benchmarks/mutation.py --jobs 2 --json outputs/mutation.json
     python benchmarks/mutation.py --only ldm/samplers/steps.py --factor 1.01
 
 A mutant has one sub-expression e of a formula replaced by e * 1.03: a number, a term of a sum, a product or quotient, a
 power, a value of exp, log, sqrt and their like. It is caught if a test fails. One mutant is made where several would be
-the same: of a product the whole is scaled, not each factor; of sqrt(e) and e^2 the value, not e; of -e, sum(e, axis),
-reshape(e) and .to(...) only e. Of a sum its terms are scaled, and the whole only as a factor.
+equal: a product is scaled as one, not each factor; of sqrt(e) and e^2 the value, not e; of -e, sum(e, axis),
+reshape(e) and .to(...) only e. Of a sum the terms are scaled, and the sum itself only if it is a factor.
 
-Left alone, for they say where, which or how many, not how much: subscripts and slices; what names that stand in them,
-or in range and arange, are made of; shapes, axes and whole numbers as arguments or defaults; whole exponents; // and %;
-tests of if and while; comparisons (tolerances too); finfo's eps; asserts and raised errors; zeros.
+Left alone, because they are positions, choices or counts, not amounts: subscripts and slices; the definitions of names
+that occur in them, or in range and arange; shapes, axes and integers as arguments or defaults; integer exponents; //
+and %; tests of if and while; comparisons (tolerances too); finfo's eps; asserts and raised errors; zeros.
 
 Nothing is written to the working tree: each mutant runs in a forked process, where it is loaded in its module's place.
 """
@@ -59,7 +59,7 @@ Role = Literal["alone", "term", "scaled"]
 
 
 class Formulas:
-    """Collects the expressions to scale, in `found`."""
+    """Collect the expressions to scale, in `found`."""
 
     def __init__(self, tree: ast.Module) -> None:
         self.found: list[ast.expr] = []
@@ -135,7 +135,7 @@ class Formulas:
 
 
 def called(node: ast.Call) -> tuple[str, list[ast.expr]]:
-    """The function's last name, and its operands: what a method is called on comes first."""
+    """Return the function's last name, and its operands: the object of a method comes first."""
     if not isinstance(node.func, ast.Attribute):
         return ast.unparse(node.func), node.args
     owner = ast.unparse(node.func.value)
@@ -148,7 +148,7 @@ def whole_number(node: ast.expr) -> bool:
 
 
 def counting_names(function: ast.AST) -> set[str]:
-    """Names that stand in subscripts, or say how many to range, arange and the like; in len(x), x does not."""
+    """Return names that occur in subscripts, or as counts in range, arange and the like; in len(x), x does not."""
     calls = [called(node) for node in ast.walk(function) if isinstance(node, ast.Call)]
     places = [node.slice for node in ast.walk(function) if isinstance(node, ast.Subscript)]
     places += [part for name, parts in calls if name in COUNTING for part in parts]
@@ -174,7 +174,7 @@ def mutants_of(file: str, source: str) -> list[Mutant]:
 
 
 class Scale(ast.NodeTransformer):
-    """Replaces one node e by e * factor."""
+    """Replace one node e by e * factor."""
 
     def __init__(self, node: ast.expr, factor: float) -> None:
         self.node, self.factor = node, factor
@@ -192,7 +192,7 @@ def mutated(source: str, place: int, factor: float) -> ast.Module:
 
 
 class Instead(SourceFileLoader):
-    """Finds and loads a tree as the module of a file, whatever the file and its cached bytecode hold."""
+    """Find and load a tree as the module of a file, whatever the file and its cached bytecode contain."""
 
     def __init__(self, root: Path, file: str, tree: ast.Module) -> None:
         super().__init__(file.removesuffix(".py").removesuffix("/__init__").replace("/", "."), str(root / file))
@@ -206,7 +206,7 @@ class Instead(SourceFileLoader):
 
 
 class FirstFailure:
-    """A pytest plugin that remembers what failed first, and how: a test, or a file that could not be read."""
+    """A pytest plugin that records the first failure: a test, or a file that could not be read."""
 
     shown = ""
 
@@ -221,7 +221,7 @@ class Verdict(NamedTuple):
 
 
 def run_tests(root: Path, tests: Sequence[str], trees: dict[str, ast.Module], answer: Connection) -> None:
-    """In a process of its own: the tests, file after file until one fails, with these trees in the modules' places."""
+    """Run the tests in a separate process, file after file until one fails, with these trees as the modules."""
     os.chdir(root)
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -259,14 +259,14 @@ def judge(root: Path, tests: Sequence[str], trees: dict[str, ast.Module], limit:
 
 
 def telling_first(tests: Sequence[str], file: str, seconds: dict[str, float]) -> list[str]:
-    """The file's own tests, then its neighbours', the quick ones first."""
+    """Sort the tests: the file's own, then its neighbours', the quick ones first."""
     path = Path("tests", file)
     mirrors = {str(path.with_name(f"test_{path.name}")), f"{path.parent.parent}/test_{path.parent.name}.py"}
     return sorted(tests, key=lambda t: (t not in mirrors, -len(os.path.commonpath([t, str(path)])), seconds[t]))
 
 
 def python_files(root: Path, names: Sequence[str], pattern: str) -> list[str]:
-    """These files, and those of folders. Raises SystemExit for what is not there."""
+    """Return these files, and those of these folders. Raises SystemExit for paths that do not exist."""
     for name in names:
         if not (root / name).exists():
             raise SystemExit(f"{name} is neither a file nor a folder of {root}")
@@ -275,7 +275,7 @@ def python_files(root: Path, names: Sequence[str], pattern: str) -> list[str]:
 
 
 def table(mutants: Sequence[Mutant], verdicts: Sequence[Verdict]) -> str:
-    """Mutants, caught and share of each file and of all, and then the survivors."""
+    """Format mutants, caught and fraction of each file and of all, and then the survivors."""
     rows = [f"{'file':40} {'mutants':>7} {'caught':>6} {'in time':>7} {'share':>6}"]
     for name in (*dict.fromkeys(mutant.file for mutant in mutants), "all"):
         found = [v.outcome for mutant, v in zip(mutants, verdicts, strict=True) if name in (mutant.file, "all")]
@@ -296,13 +296,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="only mutants whose id contains it")
     parser.add_argument("--list", action="store_true", help="list the mutants and stop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there")
-    parser.add_argument("--at-least", type=float, default=0.95, help="the share to catch; below it the exit code is 1")
+    parser.add_argument("--at-least", type=float, default=0.95, help="fraction to catch; below it the exit code is 1")
     parser.add_argument("--preload", nargs="*", default=PRELOAD, help="what is imported once, before all processes")
     return parser.parse_args()
 
 
 def survey(args: argparse.Namespace, mutants: list[Mutant], sources: dict[str, str]) -> list[Verdict]:
-    """A verdict for each mutant. The sources are those that were read at first: others may edit the files meanwhile."""
+    """Return a verdict for each mutant. The sources are read once, because others may edit the files meanwhile."""
     for name in args.preload:
         importlib.import_module(name)
     root, tests = args.root.resolve(), python_files(args.root, args.tests, "test_*.py")

@@ -1,8 +1,8 @@
-"""What a run survives, counted: real processes on real DeepSpeed, killed, stopped, asked to leave.
+"""Count what a run survives: real processes on real DeepSpeed, killed, stopped, interrupted.
 
     python benchmarks/reliability.py --kills 200 --points 200 --signals 50 --hangs 10 --ranks 2 --disks 10
 
-Each kind prints one line; the exit code is 1 if anything was lost. docs/reliability.md holds the figures.
+Each kind prints one line; the exit code is 1 if anything was lost. docs/reliability.md has the figures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # in this order: tests/ has fol
 from faults import PEER_ERROR, Job, final_state, import_everything, order, start  # noqa: E402
 from helpers.points import Calls, How, Point  # noqa: E402
 
-from ldm.training.checkpoints import Checkpoints, fault  # noqa: E402
+from ldm.training.checkpoints.folders import Checkpoints  # noqa: E402
+from ldm.training.checkpoints.manifest import fault  # noqa: E402
 
 SETTINGS = [(ranks, stage) for stage in (0, 2, 3) for ranks in (1, 2)]  # of the kills
 LONGEST = 120.0  # seconds for one start
@@ -41,7 +42,7 @@ def finish(job: Job) -> list[int | None]:
 
 
 def undisturbed(folder: Path, ranks: int, stage: int, words: list[str]) -> tuple[Path, float]:
-    """A run without faults, to compare with, and the seconds that it took."""
+    """Run without faults, to compare with. Returns the run and the seconds that it took."""
     began = time.monotonic()
     name = f"whole_{ranks}_{stage}"
     job = start(folder, name, ranks=ranks, words=[f"engine.zero_stage={stage}", *words])
@@ -52,14 +53,14 @@ def undisturbed(folder: Path, ranks: int, stage: int, words: list[str]) -> tuple
 
 
 def different(run: Path, whole: Path, ranks: int) -> list[str]:
-    """In what a run's end differs from that of the one without faults."""
+    """List how the end of a run differs from that of the one without faults."""
     found, expected = final_state(run), final_state(whole)
     wrong = [name for name in expected if found[name] != expected[name]]
     return wrong + (["order"] if order(run, ranks) != order(whole, ranks) else [])
 
 
 def kill_at_random(job: Job, draw: random.Random, seconds: float, told: Counter[str], survivors: list[float]) -> bool:
-    """Kill one rank or all within so many seconds, and see what becomes of the others. Returns whether it had ended."""
+    """Kill one rank or all within so many seconds, and check the others. Returns whether the run had ended."""
     time.sleep(draw.uniform(0.0, seconds))
     if all(code == 0 for code in job.wait(0.02)):
         return True
@@ -82,7 +83,7 @@ def kill_at_random(job: Job, draw: random.Random, seconds: float, told: Counter[
 
 
 def kills(count: int, folder: Path, seed: int) -> bool:
-    """kill -9 at random times, one rank or all; the same command again, until it has ended."""
+    """Kill one rank or all at random times (kill -9), and start the same command again until the run has ended."""
     draw, told, survivors = random.Random(seed), Counter(), []
     wholes: dict[tuple[int, int], tuple[Path, float]] = {}
     number = 0
@@ -114,7 +115,7 @@ def kills(count: int, folder: Path, seed: int) -> bool:
 
 
 def signals(count: int, folder: Path, seed: int) -> bool:
-    """SIGTERM or SIGINT at random times to one rank or all: saved, out within 10 s, code 0, no step lost."""
+    """Send SIGTERM or SIGINT at random times to one rank or all: saved, ended within 10 s, code 0, no step lost."""
     draw, told, slowest = random.Random(seed + 1), Counter(), 0.0
     whole, seconds = undisturbed(folder, 2, 2, ["run.steps=200", "run.checkpoint_every=100000"])
     for number in range(count):
@@ -153,7 +154,7 @@ def signals(count: int, folder: Path, seed: int) -> bool:
 
 
 def hangs(count: int, folder: Path, seed: int) -> bool:
-    """SIGSTOP: a rank that stands still is named, and all processes end, within the timeout of 6 s and 5 more."""
+    """Stop a rank (SIGSTOP): it is named, and all processes end, within the timeout of 6 s plus 5."""
     draw, told, slowest = random.Random(seed + 2), Counter(), 0.0
     for number in range(count):
         job = start(folder, f"hung_{number}", ranks=2, words=["engine.zero_stage=2", "run.steps=100000"])
@@ -174,7 +175,7 @@ def hangs(count: int, folder: Path, seed: int) -> bool:
 
 
 def ranks(count: int, folder: Path, seed: int) -> bool:
-    """1 -> 2 -> 1 ranks: the same samples in the same order, and after 50 steps more the same loss."""
+    """Change ranks, 1 -> 2 -> 1: the same samples in the same order, and after 50 more steps the same loss."""
     good = True
     for stage in (2, 3)[:count]:
         words = ["run.log_every=1", "run.checkpoint_every=20"]
@@ -223,7 +224,7 @@ def disks(count: int, folder: Path, seed: int) -> bool:
 
 
 def fill_disk(saves: set[int]) -> None:
-    """Let the numbered saves of this process, counted from 1, find no room."""
+    """Let the disk be full at the numbered saves of this process, counted from 1."""
     import ldm.training.checkpoints.saver as saver
 
     plain, counted = saver.write_fragments, iter(range(1, 10**6))
@@ -237,7 +238,7 @@ def fill_disk(saves: set[int]) -> None:
 
 
 class RealCalls(Calls):
-    """Death is the process's own; every call is written down at once."""
+    """Real calls: this process dies at them; every call is recorded at once."""
 
     def __init__(self, folder: Path, faults: dict[Point, How], listing: Path) -> None:
         super().__init__(folder, faults)
@@ -254,7 +255,7 @@ class RealCalls(Calls):
 
 
 def calls_of_second_save(listing: Path) -> list[Point]:
-    """Of one rank, whose saves each begin with the same call."""
+    """Return the calls of one rank, whose saves each begin with the same call."""
     found = [line.split("\t") for line in listing.read_text().splitlines()]
     listed = [Point(call, target, int(number)) for call, target, number in found]
     begins = [n for n, point in enumerate(listed) if point.call == "save_file"]

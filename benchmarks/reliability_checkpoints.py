@@ -1,15 +1,15 @@
-"""Damage checkpoints in every way that disks and people do, and count what is noticed.
+"""Damage checkpoints in the ways that disks and people do, and count what is detected.
 
     python benchmarks/reliability_checkpoints.py [--damages 1000] [--seed 0]
     python benchmarks/reliability_checkpoints.py --points
 
-Two ranks' savers write the checkpoints of two steps. Each damage is done to a copy of the newer one, at a place drawn
-at random; then a run is asked what it goes on from, which must be the older one. What becomes of `latest`, which is for
-people, must change nothing.
+Two ranks' savers write the checkpoints of two steps. A copy of the newer one is damaged at a random place;
+then the checkpoint from which a run would resume must be the older one. Damage to `latest`, which is for people, must
+change nothing.
 
---points: instead, every call of the file system that a save makes, on either rank, fails because the disk is full, or
-is the last before the process dies: before it, after it or, where it writes or removes much, half-way. The older
-checkpoint must be as it was, the new one whole or not there under its name, and the next save must go well.
+--points: instead, every file system call that a save makes, on either rank, fails because the disk is full, or is the
+last before the process dies: before it, after it or, if it writes or removes much, half-way. The older checkpoint must
+be unchanged, the new one complete or absent under its name, and the next save must succeed.
 
 The exit code is 0 if all of it holds, else 1.
 """
@@ -43,7 +43,7 @@ from helpers.points import (  # noqa: E402
     ways,
 )
 
-from ldm.training.checkpoints import fault  # noqa: E402
+from ldm.training.checkpoints.manifest import fault  # noqa: E402
 from ldm.training.checkpoints.select import choose  # noqa: E402
 from ldm.training.engine.distributed import Ranks  # noqa: E402
 from ldm.training.run import Run, RunConfig  # noqa: E402
@@ -53,7 +53,7 @@ OLDER, NEWER = f"step_{NEW - 2:07d}", f"step_{NEW - 1:07d}"
 
 
 class Outcome:
-    """How often a kind of damage was done, found, and fallen back from."""
+    """How often a kind of damage was done, detected, and recovered from."""
 
     def __init__(self) -> None:
         self.done = self.found = self.recovered = 0
@@ -67,7 +67,7 @@ class Outcome:
 
 
 def gone_on_from(folder: Path) -> str | None:
-    """The name of the checkpoint that the run which keeps this folder goes on from, as training finds it."""
+    """Return the name of the checkpoint from which the run in this folder resumes, as training finds it."""
     run = Run(
         RunConfig(name=folder.parent.name, folder=str(folder.parent.parent), steps=9), is_main=True, config_text=""
     )

@@ -1,14 +1,14 @@
-"""Proves, at length, that data lose nothing: random plans of order and resume, and damaged shards read to their end.
+"""Check at length that no data is lost: random plans of order and resumption, and damaged shards read to their end.
 
     python benchmarks/reliability_data.py                      10,000 plans and 2,000 shards: minutes
     python benchmarks/reliability_data.py --plans 100 --shards 100 --seed 7
 
-A plan draws shards of uneven sizes, one to three sets, lanes, ranks, threads, and where the run is stopped and goes on
-with how many ranks. It holds if each set's samples come once an epoch, all ranks' batches are equally large, and the
-order is the same on any number of ranks, by any number of threads and from any position. A damaged shard, read beside
-a sound one, holds if each sample of its manifest is delivered or rejected and listed, no more are lost than the damage
-can have hit, none of the sound one are; if nothing is raised, in time, and nothing is written. Exits with 1 where one
-does not hold, and prints the seed that repeats it.
+A plan draws shards of uneven sizes, one to three sets, lanes, ranks, threads, and where the run is stopped and
+resumed with how many ranks. It holds if each set's samples come once per epoch, all ranks' batches are equally large,
+and the order is the same on any number of ranks, by any number of threads and from any position. A damaged shard,
+read next to a sound one, holds if each sample of its manifest is delivered or rejected and listed, no more are lost
+than the damage can have hit, none of the sound one are; if nothing is raised, in time, and nothing is written. Exits
+with 1 where one does not hold, and prints the seed that repeats it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHECKS = Path(__file__).parents[1] / "tests"  # the suite runs the same, fewer o
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """TimeoutError if what stands within takes longer."""
+    """Raise TimeoutError if the block takes longer."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"it took more than {seconds:g} s")
@@ -48,12 +48,12 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds."""
+    """Return the bytes of memory that this process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def run(kind: str, seeds: range, check: Callable[[int], str], seconds: float) -> bool:
-    """Check each seed; tell each that does not hold, and a line about all. Returns whether all hold."""
+    """Check each seed; print each that does not hold, and a line about all. Returns whether all hold."""
     began, failed, found = time.monotonic(), 0, Counter[str]()
     for seed in tqdm(seeds, unit=kind, disable=None):
         try:

@@ -1,11 +1,11 @@
-"""Whether two checkouts draw the same pictures and train the same weights, bit for bit, on this CPU.
+"""Check whether two checkouts draw the same pictures and train the same weights, bit for bit, on this CPU.
 
     git worktree add ../before COMMIT
     python benchmarks/same_results.py ../before before.json
     python benchmarks/same_results.py . after.json --against before.json
 
-Everything goes through the commands that users type, so it also holds between versions whose modules differ. Compared
-are pixels (12 prompts x 4 samplers, guidance's variants, image to image, inpainting), losses and checkpointed weights
+Everything goes through the commands that users type, so versions with different modules can be compared. Compared are
+pixels (12 prompts x 4 samplers, guidance's variants, image to image, inpainting), losses and checkpointed weights
 (100 steps of a DiT and a U-Net under ZeRO 0 and 2, one of them on two ranks, one resumed; a VAE and a CLIP of 20 steps)
 and the weights of exports. About seven minutes on two cores.
 """
@@ -58,7 +58,7 @@ def pixels(path: Path) -> bytes:
 
 
 class Checkout:
-    """Runs a checkout's commands with this Python, in a folder that is thrown away."""
+    """Runs a checkout's commands with this Python, in a temporary folder."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.folder = root.resolve(), folder

@@ -1,9 +1,9 @@
-"""What a sampler itself takes of a step: everything but the network, beside a step of the shipped model at batch 1.
+"""Measure the fraction of a step that is a sampler's own: all but the network, for the shipped model at batch 1.
 
     python benchmarks/sampler_overhead.py [--ckpt weights/emoji64] [--steps 30]
 
-Each sampler draws one picture's latents twice, in turns: with the model, guided, and with a stand-in that answers at
-once. The second over the first is the sampler's share; the worst is printed last.
+Each sampler draws one picture's latents twice, in turns: with the model, guided, and with a stand-in that returns at
+once. The second over the first is the sampler's fraction; the largest is printed last.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def answers_at_once(x: Tensor, t: Tensor) -> Tensor:
 
 
 def share_of_a_step(pipe: TextToImage, name: str, *, steps: int, rounds: int) -> tuple[float, float]:
-    """Milliseconds of a guided step, and the share of it that is not the network's."""
+    """Measure the milliseconds of a guided step, and the fraction of it that is not the network's."""
     model, side = pipe.model, pipe.parts.sample_size
     texts = model.conditioner(["a noto emoji of red apple"]), model.conditioner([""])
     network = guided(*(model.denoise_with(pipe.denoiser, text) for text in texts), 5.0, DrawOptions())

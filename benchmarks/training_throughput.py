@@ -1,4 +1,4 @@
-"""What a training run reaches of this machine's matrix-product rate, in the model's own FLOPs.
+"""Measure which fraction of this machine's matrix-product rate training reaches, in the model's own FLOPs.
 
     python benchmarks/training_throughput.py --config configs/emoji64_dit.yaml
 

@@ -1,4 +1,4 @@
-"""Draws docs/editing.png: a picture, the same with other words, and with its upper half painted anew.
+"""Draw docs/editing.png: a picture, the same with other words, and with its upper half repainted.
 
 python docs/editing_picture.py
 """

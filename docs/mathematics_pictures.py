@@ -1,9 +1,9 @@
-"""Draw the pictures of docs/mathematics.md: each is made by the functions of this repository that the page derives.
+"""Draw the pictures of docs/mathematics.md, each with the functions that the page derives.
 
     python docs/mathematics_pictures.py
     python docs/mathematics_pictures.py --only trajectories --outdir outputs
 
-It needs matplotlib, which the dev extra brings. Nothing is trained or measured: the same pictures come every time.
+Needs matplotlib, which the dev extra installs. Nothing is trained or measured: the pictures are the same every time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ldm.diffusion.objective import Weighting
 
 ROOT = Path(__file__).resolve().parents[1]
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 BLACK, ORANGE, SKY, GREEN, BLUE = "#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2"
 RED, PINK, GREY, PALE = "#d55e00", "#cc79a7", "#b8b8b8", "#e0e0e0"
 
@@ -71,7 +71,7 @@ def paths() -> Figure:
 
 
 def forward() -> Figure:
-    """One picture on its way to noise along two paths. The noise is the same in all: only its share changes."""
+    """Draw one picture on its way to noise along two paths. The noise is the same in all: only its weight changes."""
     import torch
     from matplotlib.figure import Figure
 
@@ -166,7 +166,7 @@ def walk(sampler: str, start: Tensor, steps: int) -> Tensor:
 
 
 def grids() -> Figure:
-    """Where each time grid puts 12 steps, over log-SNR. Two names of one function share a row."""
+    """Draw where each time grid puts 12 steps, over log-SNR. Two names of one function have a common row."""
     import torch
 
     from ldm.diffusion import ScaledLinearBetaPath

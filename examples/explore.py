@@ -1,11 +1,11 @@
-"""What the shipped model knows, cell by cell: drawing, inversion, guidance, likelihood. Writes outputs/explore.png.
+"""Explore the shipped model, cell by cell: drawing, inversion, guidance, likelihood. Writes outputs/explore.png.
 
     .venv/bin/python examples/explore.py
 
-Fifty seconds on one CPU core. A number behind it replaces the 30 steps of each drawing: 8 take 18 seconds.
+Takes fifty seconds on one CPU core. An argument replaces the 30 steps of each drawing: 8 take 18 seconds.
 """
 
-# %% A pipeline, and what lies under it: the frozen model, its denoiser, and the times that a sampler visits.
+# %% Load a pipeline, and take out its parts: the frozen model, its denoiser, and the times that a sampler visits.
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ rows: list[tuple[list[Image.Image], list[str]]] = []  # of the sheet: pictures, 
 
 
 def denoise_for(captions: list[str]):
-    """denoise(x_t, t) -> x0_hat, which is all that samplers, inversion and likelihood know of the model."""
+    """Return denoise(x_t, t) -> x0_hat, the only function of the model that samplers, inversion and likelihood call."""
     return model.denoise_with(pipe.denoiser, model.conditioner(captions))
 
 
@@ -78,12 +78,12 @@ rows.append((drawings, list(variants)))
 # %% Likelihood: bits per dimension of the drawings' latents, a little noisy, under their own and under other words.
 falling = torch.linspace(1, 0.1, STEPS // 3 + 2, dtype=torch.float64)
 x_t = noise_sample(latents, torch.randn(latents.shape, generator=generators[1]), model.path, falling[-1])
-told = {"own": prompts, "none": [""] * 4, "other": prompts[1:] + prompts[:1]}
+captions_of = {"own": prompts, "none": [""] * 4, "other": prompts[1:] + prompts[:1]}
 bits = {
     name: bits_per_dimension(
         log_likelihood(denoise_for(captions), x_t, model.path, falling, signs(x_t, generators)), x_t[0].numel()
     )
-    for name, captions in told.items()
+    for name, captions in captions_of.items()
 }
 labels = ["bits " + ", ".join(f"{name} {one[i]:.2f}" for name, one in bits.items()) for i in range(4)]
 with torch.no_grad():

@@ -122,10 +122,10 @@ def test_diffusers_draws_the_same_picture_offline(pipe, monkeypatch):
     assert expected.std() > 0.1 and np.abs(found - expected).max() <= 1e-4
 
 
-def test_diffusers_draws_with_it_offline_as_the_readme_says(monkeypatch):
+def test_diffusers_draws_with_it_offline_as_the_documentation_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    readme = (ROOT / "README.md").read_text()
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "diffusers" in block]
+    page = (ROOT / "docs" / "interchange.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "diffusers" in block]
     scope: dict[str, Any] = {}
     exec(code.replace("num_inference_steps=30", "num_inference_steps=12"), scope)
     picture = torch.from_numpy(np.array(scope["image"])).float() / 255

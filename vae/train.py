@@ -2,8 +2,8 @@
 
     deepspeed vae/train.py --config configs/emoji64_vae.yaml [section.key=value ...]
 
-Plain `python` and torchrun start it too. At the end the latents' mean and standard deviation are measured over the
-training set, and the averaged weights are written to RUN/vae, which ldm/train.py reads.
+Plain `python` and torchrun start it too. At the end the latents' mean and standard deviation are measured over up to
+4,096 training images, and the averaged weights are written to RUN/vae, which ldm/train.py reads.
 
 The algorithm is ldm/training/vae_task.py, the loop around it ldm/training/loop.py.
 """

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from ldm.files.lock import Taken, lock_folder
+
 PARTIAL = ".partial"  # suffix of files and folders being written
+NEW, OLDER = "new", "older"  # in a folder of its own that each writer of a folder has
 
 
 @contextmanager
@@ -28,21 +34,48 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to fill; on success it replaces `folder`."""
-    partial, older = (folder.with_name(folder.name + suffix) for suffix in (PARTIAL, f".older{PARTIAL}"))
-    if older.exists() and not folder.exists():  # the last attempt was interrupted between its two renames
-        older.rename(folder)
-    for leftover in (partial, older):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            folder.rename(older)
-        partial.rename(folder)
-    finally:
-        for leftover in (partial, older):
-            shutil.rmtree(leftover, ignore_errors=True)
+    """Yield a folder to fill; on success it replaces `folder`. Of several writers, the last one's remains.
+
+    It lies in a folder that no other writer uses, locked while it is in use: leftovers of killed writers are removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*{PARTIAL}"):
+        if (leftover / NEW).exists() or (leftover / OLDER).exists():  # before, its writer may not have locked it yet
+            with suppress(Taken, OSError), ExitStack() as stack:  # it is in use, or the file system has no locks
+                stack.callback(os.close, lock_folder(leftover))
+                _discard(leftover, folder)
+    own = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PARTIAL, dir=folder.parent))
+    with ExitStack() as stack:
+        with suppress(OSError):  # without locks, only its own writer removes it
+            stack.callback(os.close, lock_folder(own))
+        try:
+            (own / NEW).mkdir()
+            yield own / NEW
+            _replace(folder, own)
+        finally:
+            _discard(own, folder)
+
+
+def _replace(folder: Path, own: Path) -> None:
+    """Rename OWN/new to `folder`, whose older content goes to OWN/older. Another writer may do the same meanwhile."""
+    while True:
+        try:
+            (own / NEW).rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        shutil.rmtree(own / OLDER, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            folder.rename(own / OLDER)
+
+
+def _discard(own: Path, folder: Path) -> None:
+    """Remove a writer's own folder. If it was interrupted between its two renames, first put the older content back."""
+    if not folder.exists():
+        with suppress(OSError):  # there is none, or another writer has just completed its own
+            (own / OLDER).rename(folder)
+    shutil.rmtree(own, ignore_errors=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data.loader import Batch
 from data.readers import ImageCaptionReader
-from ldm.diffusion import sample_randomness
+from ldm.diffusion.randomness import keyed_uniform
 from ldm.files.atomic import atomic_folder
 from ldm.files.strict_json import write_json
 from ldm.interop.network_files import write_weights
@@ -64,10 +64,10 @@ class CLIPTask(Task[TextTrainConfig]):
 
     def __init__(self, session: Session[TextTrainConfig]) -> None:
         super().__init__(session)
-        self.device, world = session.world.device, session.world
         session.seed()
         self.network = self.build()
-        self.loss_function = ClipLoss(local_loss=True, gather_with_grad=True, rank=world.rank, world_size=world.ranks)
+        rank, ranks = session.world.rank, session.world.ranks
+        self.loss_function = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=ranks)
 
     @classmethod
     def reader(cls, config: TextTrainConfig) -> ImageCaptionReader:
@@ -77,8 +77,10 @@ class CLIPTask(Task[TextTrainConfig]):
         return build_clip(self.config.text, self.config.image)
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int) -> dict[str, Tensor]:
-        offsets = sample_randomness(self.config.run.seed, batch.positions, (2,)).eps.erf().add(1).div(2)
-        pixels = shifted(batch.pixels, offsets.clamp(0, 0.999), self.config.shift).to(self.device)
+        seed = self.config.run.seed
+        offsets = [[keyed_uniform("shift", seed, position, axis) for axis in "yx"] for position in batch.positions]
+        # In float64: in float32, an offset just below 1 would round to 1, a place too far.
+        pixels = shifted(batch.pixels, torch.tensor(offsets, dtype=torch.float64), self.config.shift).to(self.device)
         image, text, scale = network(pixels, batch.tensor("tokens").to(self.device))
         # Features in float32: at a scale of 100, bfloat16 would round the logits to integers.
         loss = self.loss_function(image.float(), text.float(), scale.float().clamp(max=MAX_LOGIT_SCALE))

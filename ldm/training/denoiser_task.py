@@ -5,7 +5,7 @@ B batch, C latent channels, h x w latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,20 @@ from ldm.diffusion import (
 )
 from ldm.inference.contact_sheet import save_image, sheet
 from ldm.inference.pipeline import TextToImage
+from ldm.interop.diffusers_layout.denoiser import denoiser_folder, load_denoiser
 from ldm.interop.diffusers_layout.folder import write_folder
-from ldm.interop.network_files import RUN_MODEL
+from ldm.interop.diffusers_layout.vae import load_vae
+from ldm.interop.network_files import RUN_MODEL, load_strictly, model_folder
 from ldm.model.components import ModelComponents
+from ldm.model.conditioner import Conditioner, TextTower
+from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.training.denoiser_config import TrainConfig
-from ldm.training.denoiser_setup import by_importance, frozen_half, latent_side, start_from
+from ldm.training.engine.distributed import Ranks
 from ldm.training.latent_cache import LatentEncoder
 from ldm.training.session import Session
 from ldm.training.task import Task
+from text.kinds import load_text_encoder
+from text.tokenizer import load_tokenizer
 
 NOISE, POSTERIOR = 0, 1  # streams of random numbers, each a function of (seed, position) alone
 HELD_OUT_SEED = 1_000_003  # noise and times of the held-out loss, the same for every run and step
@@ -46,9 +52,12 @@ class DenoiserTask(Task[TrainConfig]):
 
     def __init__(self, session: Session[TrainConfig]) -> None:
         super().__init__(session)
-        config, self.device = session.config, session.world.device
+        config = session.config
         self.model = frozen_half(config, self.device)
-        self.side = latent_side(config, self.model)
+        size, factor = config.data.image_size, self.model.vae.config.factor
+        if size % factor:
+            raise ValueError(f"data.image_size is {size}, not a multiple of {factor}, the factor of {config.model.vae}")
+        self.side = size // factor
         self.shape = (self.model.vae.config.latent_channels, self.side, self.side)
         session.seed()
         self.network = self.build()
@@ -157,3 +166,35 @@ class DenoiserTask(Task[TrainConfig]):
             sample_size=self.side,
             notes=self.session.run.config_text,
         )
+
+
+def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
+    """Load the frozen autoencoder and text encoder from the folders named in the configuration."""
+    text = Path(config.model.text)
+    encoder = load_text_encoder(text / "text_encoder").eval().requires_grad_(False).to(device)
+    return LatentDiffusion(
+        vae=load_vae(Path(config.model.vae) / "vae").eval().requires_grad_(False).to(device),
+        conditioner=Conditioner(TextTower(encoder, load_tokenizer(text / "tokenizer"))),
+        path=config.model.path,
+        prediction=config.model.objective.prediction,
+    )
+
+
+def start_from(denoiser: Denoiser, config: TrainConfig, folder: str) -> None:
+    """Load the weights of a model or run into a fresh denoiser. Raises ValueError if they are of another network."""
+    source = model_folder(Path(folder)) / denoiser_folder(config.model.denoiser)
+    load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)
+
+
+def by_importance(
+    losses: Tensor, numbers: Tensor, positions: Sequence[int], history: LossHistory, world: Ranks
+) -> Tensor:
+    """Divide the losses, B, by the density of their times; then record the losses of all ranks in the history."""
+    weighted = losses / history.density(numbers).to(losses)
+    columns = torch.tensor(positions), numbers, losses.detach().cpu()
+    rows = torch.stack([column.double() for column in columns], dim=1)  # float32 counts only to 2^24
+    everywhere = world.gather(rows.to(world.device)).cpu()
+    _, seen, found = everywhere[everywhere[:, 0].argsort()].T
+    if found.isfinite().all():  # otherwise the engine skips this batch
+        history.record(seen, found)
+    return weighted

@@ -195,8 +195,10 @@ def train(session: Session[Any], task: Task[Any]) -> None:
         Training(session, engine, task).go()
         if complete := engine.step == run.config.steps:
             with session.watch.elsewhere():
-                weights = engine.averaged_weights()
-                complete = not world.is_main or stop.interruptible(lambda: task.finish(task.averaged_network(weights)))
+                network = task.averaged_network(engine.averaged_weights(everywhere=True))
+                task.complete(network)
+                complete = not world.any_rank(stop.requested)
+                complete &= not world.is_main or stop.interruptible(lambda: task.finish(network))
         session.watch.done()  # before the watchdog's signals end this process at once
     if not complete:
         by = f" by {stop.name}" if stop.requested else ""

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files.atomic import atomic_file
+from ldm.files.lock import Taken, lock_folder
 from ldm.files.messages import one_line
-from ldm.training.checkpoints import Checkpoints
-from ldm.training.faults.file_lock import Taken, lock_folder
+from ldm.training.checkpoints.folders import Checkpoints
 
 DATA_WAIT = "data_wait"  # fraction of the time that training spent waiting for data
 MIN_LOGGED_WAIT = 0.02

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -26,6 +28,8 @@ from ldm.training.task import TrainingConfig
 if TYPE_CHECKING:
     from ldm.training.engine.engine import Engine
     from ldm.training.task import Task
+
+PROGRESS_SECONDS = 2.0
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -79,6 +83,23 @@ class Session(Generic[Config]):
             if self.stop.requested:
                 return
 
+    def training_sample(self, most: int) -> Iterator[Batch]:
+        """Yield this rank's batches of all training images or, if there are more than `most`, of the first `most` in
+        the order of training; fewer if a stop signal arrives. Logs how far it is every two seconds."""
+        size, total, seen, logged = self.config.data.batch_size, min(most, len(self.images)), 0, time.monotonic()
+        if len(self.images) <= most:
+            batches = self.images.once(size, part=self.world.rank, parts=self.world.ranks)
+        else:
+            batches = islice(self.images.stream(), max(1, most // size))
+        for batch in batches:
+            yield batch
+            if self.stop.requested:
+                return
+            seen += len(batch) * self.world.ranks
+            if time.monotonic() - logged > PROGRESS_SECONDS:
+                logged = time.monotonic()
+                self.run.log(f"{min(seen, total):,} of {total:,} images are measured")
+
     def collect(self, batches: list[tuple[Batch, Tensor]]) -> Tensor:
         """Gather the measures of all held-out samples, N x ..., in the order of the samples, on every rank.
 
@@ -96,7 +117,8 @@ class Session(Generic[Config]):
 def open_session(config: Config, stop: StopSignal, *, reader: Reader) -> Session[Config]:
     """Join the other processes and open the shards."""
     world = start_process()
-    watch = Watchdog(world, meeting_store(world), hang_seconds=config.engine.hang_seconds, stop=stop)
+    engine = config.engine
+    watch = Watchdog(world, meeting_store(world), hang_seconds=engine.hang_seconds, compiles=engine.compile, stop=stop)
     run = Run(config.run, is_main=world.is_main, config_text=dump(config))
     images = CaptionedImages(
         config.data,

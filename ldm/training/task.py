@@ -50,7 +50,7 @@ class Task(ABC, Generic[Config]):
 
     def __init__(self, session: Session[Config]) -> None:
         """Subclasses set `network`, by build(), after session.seed()."""
-        self.session, self.config = session, session.config
+        self.session, self.config, self.device = session, session.config, session.world.device
 
     @classmethod
     def reader(cls, config: Config) -> Reader:
@@ -78,7 +78,7 @@ class Task(ABC, Generic[Config]):
 
     def averaged_network(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """Build a network with averaged weights, for evaluation and export."""
-        network = self.build().to(self.session.world.device).eval().requires_grad_(False)
+        network = self.build().to(self.device).eval().requires_grad_(False)
         network.load_state_dict(weights)
         return network
 
@@ -99,6 +99,9 @@ class Task(ABC, Generic[Config]):
 
     def export(self, step: int, network: Any) -> None:
         """Export the network, on the main rank, each time that it is shown."""
+
+    def complete(self, network: Any) -> None:
+        """Measure what a complete run's network lacks before finish(). Every rank calls it."""
 
     def finish(self, network: Any) -> None:
         """Write the results of a complete run, on the main rank."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 GRID_PICTURES, GRID_COLUMNS = 32, 16
+STATISTICS_PICTURES = 4096  # training images over which latents are measured, each of hundreds of numbers a channel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class VAETask(Task[VAETrainConfig]):
 
     def __init__(self, session: Session[VAETrainConfig]) -> None:
         super().__init__(session)
-        config, self.device = session.config, session.world.device
+        config = session.config
         side = config.data.image_size // config.vae.factor
         self.shape = (config.vae.latent_channels, side, side)
         session.seed()
@@ -92,17 +93,20 @@ class VAETask(Task[VAETrainConfig]):
             cells += originals[start : start + columns] + reconstructions[start : start + columns]
         save_image(sheet(cells, columns=columns), path)
 
+    def complete(self, network: AutoencoderKL) -> None:
+        """Measure the mean and standard deviation of the latents, and store them in the network's configuration."""
+        session = self.session
+        pixels = (batch.pixels.to(self.device) for batch in session.training_sample(STATISTICS_PICTURES))
+        mean, std = latent_statistics(network, pixels, session.world.all_reduce)
+        network.config = dataclasses.replace(self.config.vae, latent_mean=mean, latent_std=std)
+        session.run.log(f"latents: mean {[round(m, 3) for m in mean]}, standard deviation {[round(s, 3) for s in std]}")
+
     def finish(self, network: AutoencoderKL) -> None:
-        """Measure the mean and standard deviation of the latents, and write the averaged weights to RUN/vae."""
-        config, run = self.config, self.session.run
-        run.log(f"measuring the latents of {len(self.session.images)} pictures")
-        batches = self.session.images.once(config.data.batch_size)
-        mean, std = latent_statistics(network, (batch.pixels.to(self.device) for batch in batches))
-        network.config = dataclasses.replace(config.vae, latent_mean=mean, latent_std=std)
-        with atomic_folder(config.run.path / "vae") as folder:
+        """Write the averaged weights to RUN/vae."""
+        path = self.config.run.path / "vae"
+        with atomic_folder(path) as folder:
             save_vae(network, folder)
-        run.log(f"latents: mean {[round(m, 3) for m in mean]}, standard deviation {[round(s, 3) for s in std]}")
-        run.log(f"wrote {config.run.path / 'vae'}")
+        self.session.run.log(f"wrote {path}")
 
 
 def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:

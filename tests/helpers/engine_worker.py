@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import ldm.training.engine.engine
-from ldm.training.checkpoints import Checkpoints, Fragments
+from ldm.training.checkpoints.folders import Checkpoints
+from ldm.training.checkpoints.fragments import Fragments
 from ldm.training.checkpoints.train_state import CheckpointError, RunFacts
 from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_settings
 from ldm.training.engine.distributed import Ranks
@@ -118,6 +119,12 @@ def outcome(engine: Engine, folder: Path | None) -> dict[str, Any]:
     return found
 
 
+def in_order(world: Ranks, own: list[int]) -> list[list[float]]:
+    """Rows of this rank, perhaps none, among those of all ranks."""
+    order = torch.tensor(own, dtype=torch.int64)
+    return world.gather_in_order(order, torch.stack([order, -order], dim=1).float() if own else None).tolist()
+
+
 def told(world: Ranks) -> dict[str, Any]:
     uneven = torch.arange(3.0)[: 1 + 2 * world.rank]  # [0] on rank 0, [0, 1, 2] on rank 1
     return {
@@ -125,6 +132,8 @@ def told(world: Ranks) -> dict[str, Any]:
         "gathered": world.gather(torch.tensor([[world.rank, 1.0]], dtype=torch.float64)).tolist(),
         "agreed": [world.any_rank(world.rank == wishing) for wishing in range(2)],
         "total": world.all_reduce_int(world.rank + 2),
+        "uneven_in_order": in_order(world, [[2, 0], [1]][world.rank]),
+        "the_last_ranks": in_order(world, [2, 0] if world.rank == world.ranks - 1 else []),
     }
 
 

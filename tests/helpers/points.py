@@ -22,7 +22,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ldm.training.checkpoints import Checkpoints, Fragments, Saver, Span, Status, fault
+from ldm.training.checkpoints.folders import Checkpoints
+from ldm.training.checkpoints.fragments import Fragments, Span
+from ldm.training.checkpoints.manifest import fault
+from ldm.training.checkpoints.saver import Saver, Status
 
 
 class Point(NamedTuple):

@@ -10,8 +10,10 @@ from typing import Any
 from data.loader import CaptionedImages
 from ldm.config import dump, read_tree
 from ldm.errors import CheckpointError
-from ldm.training.checkpoints import NAME, STATE, Checkpoints, fault, step_of
 from ldm.training.checkpoints.continuity import check_continues
+from ldm.training.checkpoints.folders import NAME, Checkpoints, step_of
+from ldm.training.checkpoints.manifest import fault
+from ldm.training.checkpoints.saver import STATE
 from ldm.training.checkpoints.train_state import TrainState, read_train_state
 from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.engine import Engine

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ldm.errors import CheckpointError
 from ldm.files.messages import one_line
-from ldm.training.checkpoints import STATE, Checkpoints, Fragments, Saver, Span, Status
+from ldm.training.checkpoints.folders import Checkpoints
+from ldm.training.checkpoints.fragments import Fragments, Span
 from ldm.training.checkpoints.rng_state import generator_states, restore_generators
-from ldm.training.checkpoints.saver import POLL_SECONDS
+from ldm.training.checkpoints.saver import POLL_SECONDS, STATE, Saver, Status
 from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.zero_partition import Partition
 from ldm.training.optim.ema import EMA

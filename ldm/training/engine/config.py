@@ -24,7 +24,7 @@ class EngineConfig:
     accumulation: int = 1  # gradient accumulation: number of parts of a rank's batch, to need less memory
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to CPU memory; parameters: optimiser state as well
     recompute: bool = False  # activation checkpointing of each block: a third more time, far less memory
-    compile: bool = False  # the network by torch.compile
+    compile: bool = False  # the network by torch.compile; the first two steps may then take half an hour each
     save_in_background: bool = True  # write checkpoints from a staging buffer while training continues
     hang_seconds: float = 300.0  # a rank without progress or heartbeat for this long has hung: all ranks end
 
@@ -55,7 +55,7 @@ class OptimConfig(LRConfig):
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of the weights of linear layers and convolutions
     muon_momentum: float = 0.95  # used only by muon
     ema_decay: float = 0.999
     # Relative lengths of averages to keep snapshots of, from which any other length can be reconstructed (usually 0.05

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,30 +59,15 @@ class Ranks:
 
         rows: N x ..., float32; None: this rank has none. Raises ValueError if no rank has any.
         """
-        counts = [0.0] * self.ranks
-        counts[self.rank] = len(order)
-        most = round(max(self.all_reduce(counts)))
-        if most == 0:
+        found: list[Any] = [(order.cpu(), None if rows is None else rows.cpu())]
+        if self.ranks > 1:
+            found = found * self.ranks
+            dist.all_gather_object(found, found[self.rank])
+        some = [(own_order, own) for own_order, own in found if own is not None]
+        if not some:
             raise ValueError("no rank has any rows to gather")
-        shape = self._row_shape(rows)
-        padded_order = torch.full((most,), -1, dtype=torch.int64, device=self.device)
-        padded = torch.zeros((most, *shape), device=self.device)
-        if rows is not None:
-            padded_order[: len(order)], padded[: len(order)] = order, rows
-        orders, gathered = self.gather(padded_order), self.gather(padded)
-        real = orders >= 0
-        return gathered[real][orders[real].argsort()]
-
-    def _row_shape(self, rows: Tensor | None) -> tuple[int, ...]:
-        """The shape of one row, from the first rank that has any."""
-        sizes = [0.0] * self.ranks
-        sizes[self.rank] = 0 if rows is None else rows.ndim
-        dimensions = self.all_reduce(sizes)
-        first = next(rank for rank, ndim in enumerate(dimensions) if ndim)
-        own = [0.0] * (round(dimensions[first]) - 1)
-        if rows is not None and self.rank == first:
-            own = [float(size) for size in rows.shape[1:]]
-        return tuple(round(size) for size in self.all_reduce(own)) if own else ()
+        orders, gathered = (torch.cat(parts) for parts in zip(*some, strict=True))
+        return gathered[orders.argsort()].to(self.device)
 
     def all_reduce_int(self, count: int) -> int:
         """Sum one integer over all ranks."""

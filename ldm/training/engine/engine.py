@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import NonFiniteError
-from ldm.training.checkpoints import Checkpoints
+from ldm.training.checkpoints.folders import Checkpoints
 from ldm.training.checkpoints.train_state import RunFacts, Saved, StateCheckpointer, TrainState, versions
 from ldm.training.engine.activation_checkpointing import recompute_blocks
 from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_settings, resolved_precision
@@ -237,7 +237,7 @@ class Engine:
             precision=self.precision,
             ranks=self.world.ranks,
             versions=versions(),
-            loss_scale=None if self.loss_scale is None else self.loss_scale.record(),
+            loss_scale=None if self.loss_scale is None else self.loss_scale._asdict(),
         )
         saved = self._checkpointer.begin(state)
         return saved if saved is not None or self.config.save_in_background else self.finish_save()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.training.checkpoints import Span
+from ldm.training.checkpoints.fragments import Span
 from ldm.training.engine.distributed import Ranks
 from ldm.training.optim.muon import Cut
 from ldm.training.optim.optimizers import MuonAndAdamW, prepare_state, set_step
@@ -175,10 +175,5 @@ class Sharded(FlatPartition):
 
 
 def partition_of(network: nn.Module, optimizer: Any, world: Ranks, *, zero_stage: int) -> Partition:
-    match zero_stage:
-        case 0:
-            return Replicated(network, optimizer, world)
-        case 3:
-            return Sharded(network, optimizer, world)
-        case _:
-            return Flattened(network, optimizer, world)
+    kind = {0: Replicated, 3: Sharded}.get(zero_stage, Flattened)
+    return kind(network, optimizer, world)

@@ -7,6 +7,7 @@ processes met. Rank 0 watches all ranks; the others watch rank 0 and its verdict
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import signal
 import socket
@@ -27,6 +28,8 @@ from ldm.training.faults.signals import StopSignal
 
 BEAT_SECONDS = 0.5
 LONGEST_STEPS = 5  # a step hangs after this many times the longest step so far, and after hang_seconds
+# torch.compile works in the first two steps of a process, minutes for a large network: they hang after half an hour.
+COMPILED_STEPS, COMPILE_SECONDS = 2, 1800.0
 ELSEWHERE_TIMES = 10  # factor by which drawing, saving or loading data may exceed a step's time limit
 STEP, ELSEWHERE, DONE = "step", "elsewhere", "done"  # phases of a rank: only a step has a short time limit
 SUSPENDED_SECONDS = 5.0  # a thread due twice a second did not run: the process was suspended
@@ -77,10 +80,14 @@ class HangDetector:
 
     hang_seconds: float
     host: str
-    longest_step: float = 0.0
+    compile_seconds: float = 0.0  # time limit of the first steps, if it is above the usual one; 0: none is compiled
+    longest_step: float = 0.0  # of those that are not compiled
+    first_step: float = math.inf  # of this process: a resumed run does not begin at step 1
     seen: dict[int, LastSeen] = field(default_factory=dict)
 
     def observe(self, rank: int, beat: Heartbeat, now: float) -> None:
+        if beat.step > 0:
+            self.first_step = min(self.first_step, beat.step)
         seen = self.seen.get(rank)
         if seen is None:
             self.seen[rank] = LastSeen(beat, now, now)
@@ -88,7 +95,7 @@ class HangDetector:
         if beat.count != seen.heartbeat.count:
             seen.beat_at = now
         if beat.progress != seen.heartbeat.progress:
-            if seen.heartbeat.phase == beat.phase == STEP:
+            if seen.heartbeat.phase == beat.phase == STEP and not self._compiles(seen.heartbeat):
                 self.longest_step = max(self.longest_step, now - seen.moved_at)
             seen.moved_at = now
         seen.heartbeat = beat
@@ -104,6 +111,8 @@ class HangDetector:
             return f"{ranks_have(silent)} not answered for {now - watched[silent[0]].beat_at:.0f} s"
         patience = max(self.hang_seconds, LONGEST_STEPS * self.longest_step)
         limits = {STEP: patience, ELSEWHERE: ELSEWHERE_TIMES * patience}
+        if any(self._compiles(seen.heartbeat) for seen in watched.values()):
+            limits[STEP] = max(patience, self.compile_seconds)
         training = any(seen.heartbeat.phase == STEP for seen in watched.values())
         if not training or any(now - seen.moved_at <= limits[seen.heartbeat.phase] for seen in watched.values()):
             return None
@@ -116,6 +125,9 @@ class HangDetector:
     def quiet(self, now: float, seconds: float) -> list[int]:
         """List the ranks without a heartbeat for this many seconds."""
         return [r for r, seen in self.seen.items() if seen.heartbeat.phase != DONE and now - seen.beat_at > seconds]
+
+    def _compiles(self, beat: Heartbeat) -> bool:
+        return self.compile_seconds > 0 and beat.step < self.first_step + COMPILED_STEPS
 
     def _is_gone(self, beat: Heartbeat) -> bool:
         return beat.host == self.host and not process_lives(beat.pid)
@@ -155,9 +167,12 @@ class Watchdog:
     They are two because rank 0's process hosts the store: if it is suspended, every thread that talks to it blocks.
     """
 
-    def __init__(self, world: Ranks, store: Store | None, *, hang_seconds: float, stop: StopSignal) -> None:
+    def __init__(
+        self, world: Ranks, store: Store | None, *, hang_seconds: float, compiles: bool = False, stop: StopSignal
+    ) -> None:
+        """compiles: whether torch.compile works in the first steps, which may then take COMPILE_SECONDS each."""
         self.world, self.store, self.hang_seconds, self.stop = world, store, hang_seconds, stop
-        self.detector = HangDetector(hang_seconds, this_host())
+        self.detector = HangDetector(hang_seconds, this_host(), compile_seconds=COMPILE_SECONDS if compiles else 0.0)
         self._progress, self._step, self._phase, self._count = 0, 0, ELSEWHERE, 0
         self._exchanged = time.monotonic()
         self._found: str | None = None

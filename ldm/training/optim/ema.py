@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.files.messages import describe_misfit
+
 
 @dataclass(frozen=True)
 class WarmedUp:
@@ -58,14 +60,6 @@ class EMA:
             shadow.copy_(state["shadow"][name])
 
     def _check_matches(self, values: Mapping[str, Tensor]) -> None:
-        if values.keys() != self.shadow.keys():
-            raise ValueError(
-                f"the EMA tracks other names: missing {sorted(self.shadow.keys() - values.keys())}, "
-                f"unexpected {sorted(values.keys() - self.shadow.keys())}; use the model that it was made for"
-            )
-        for name, value in values.items():
-            if value.shape != self.shadow[name].shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}, its EMA {tuple(self.shadow[name].shape)}; "
-                    "use the model that it was made for"
-                )
+        shapes, given = ({name: t.shape for name, t in named.items()} for named in (self.shadow, values))
+        if misfit := describe_misfit(shapes, given):
+            raise ValueError(f"the EMA is of other tensors, {misfit}: use the model that it was made for")

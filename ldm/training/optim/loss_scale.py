@@ -1,14 +1,12 @@
 """Loss scaling for float16, whose small gradients would underflow. Micikevicius et al. 2017 (arXiv 1710.03740)."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import NamedTuple
 
 START, LARGEST = 2.0**16, 2.0**24
 PATIENCE = 2000  # steps without overflow before the scale is doubled
 
 
-@dataclass(frozen=True, slots=True)
-class LossScale:
+class LossScale(NamedTuple):
     """The current loss scale. Immutable: each step returns the next one."""
 
     scale: float = START
@@ -21,6 +19,3 @@ class LossScale:
         if self.good_steps + 1 >= PATIENCE:
             return LossScale(min(self.scale * 2, LARGEST), 0)
         return LossScale(self.scale, self.good_steps + 1)
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self)

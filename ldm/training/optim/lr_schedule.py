@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, assert_never, get_args
+from typing import Literal, get_args
 
 LRSchedule = Literal["constant", "cosine", "wsd", "inverse_sqrt"]
 
@@ -59,15 +59,10 @@ def lr_at(config: LRConfig, step: int, total_steps: int) -> float:
 
     Decays to 0 reach 0 at total_steps, one after the last step. If warm-up and decay overlap, the lower rate applies.
     """
-    match config.schedule:
-        case "constant":
-            decay = 1.0
-        case "cosine":
-            decay = cosine_decay(step, total_steps, config.warmup_steps)
-        case "wsd":
-            decay = linear_decay(step, total_steps, config.decay_fraction)
-        case "inverse_sqrt":
-            decay = inverse_sqrt_decay(step, config.warmup_steps)
-        case _:
-            assert_never(config.schedule)
-    return config.lr * min(warmup(step, config.warmup_steps), decay)
+    decays: dict[LRSchedule, float] = {
+        "constant": 1.0,
+        "cosine": cosine_decay(step, total_steps, config.warmup_steps),
+        "wsd": linear_decay(step, total_steps, config.decay_fraction),
+        "inverse_sqrt": inverse_sqrt_decay(step, config.warmup_steps),
+    }
+    return config.lr * min(warmup(step, config.warmup_steps), decays[config.schedule])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +24,20 @@ class ParameterGroup(NamedTuple):
         return ParameterGroup([p for p in self.parameters if chosen(p)], self.lr_scale)
 
 
-def decay_groups(group: ParameterGroup, weight_decay: float) -> list[dict[str, Any]]:
-    """Divide a group: 1-D parameters, biases and norm scales, are not decayed. Empty groups are left out."""
-    decayed = [p for p in group.parameters if p.ndim >= 2]
-    others = [p for p in group.parameters if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [found | {"lr_scale": group.lr_scale} for found in groups if found["params"]]
+def decayed_weights(network: nn.Module) -> Container[nn.Parameter]:
+    """Collect the weights of linear layers and convolutions. Biases, norms, embeddings and tables are not decayed."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return {m.weight for m in network.modules() if isinstance(m, convolutions)} | set(linear_maps(network))
+
+
+def decay_groups(group: ParameterGroup, decayed: Container[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Divide a group into the weights to decay and all others. Empty groups are left out."""
+    divided = [(group.of(lambda p: p in decayed), weight_decay), (group.of(lambda p: p not in decayed), 0.0)]
+    return [
+        {"params": list(part.parameters), "weight_decay": decay, "lr_scale": part.lr_scale}
+        for part, decay in divided
+        if part.parameters
+    ]
 
 
 def build_optimizer(
@@ -38,13 +46,14 @@ def build_optimizer(
     """The optimiser that the configuration names. groups: of all trained parameters; None: one of them all."""
     groups = groups or [ParameterGroup([p for p in network.parameters() if p.requires_grad])]
     if config.optimizer == "muon":
-        return MuonAndAdamW(linear_maps(network), groups, config)
-    return adamw(groups, config)
+        return MuonAndAdamW(network, groups, config)
+    return adamw(network, groups, config)
 
 
-def adamw(groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.AdamW:
+def adamw(network: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig) -> torch.optim.AdamW:
     # On a CPU, fused AdamW takes a quarter of the time of the plain one.
-    parameters = [found for group in groups for found in decay_groups(group, config.weight_decay)]
+    decayed = decayed_weights(network)
+    parameters = [found for group in groups for found in decay_groups(group, decayed, config.weight_decay)]
     return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, fused=True)
 
 
@@ -54,14 +63,15 @@ class MuonAndAdamW(Optimizer):
     DeepSpeed replaces weights by flat tensors: `cuts` then locates the matrices in them.
     """
 
-    def __init__(self, matrices: Sequence[nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig) -> None:
-        """matrices: the parameters for Muon. Raises ValueError if there are none."""
+    def __init__(self, network: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig) -> None:
+        """Raises ValueError if the network has no weights for Muon."""
+        matrices = linear_maps(network)
         if not matrices:
             raise ValueError("optim.optimizer is muon, but this network has no linear layer to train: use adamw")
         self.matrices = set(matrices)
         super().__init__([p for group in groups for p in group.parameters], {"lr": config.lr})
         others = [found for group in groups if (found := group.of(lambda p: p not in self.matrices)).parameters]
-        self._adamw = adamw(others, config) if others else None
+        self._adamw = adamw(network, others, config) if others else None
         own = [found for group in groups if (found := group.of(self.matrices.__contains__)).parameters]
         settings = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.muon_momentum}
         muon = [{"params": list(group.parameters), "lr_scale": group.lr_scale} | settings for group in own]

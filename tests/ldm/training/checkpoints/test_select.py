@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +15,14 @@ import torch
 
 from data.loader import CaptionedImages
 from ldm.config import dump, load_config, read_tree
-from ldm.training.checkpoints import Digest, fault, step_of
+from ldm.errors import NonFiniteError
+from ldm.training.checkpoints.folders import step_of
+from ldm.training.checkpoints.manifest import Digest, fault
 from ldm.training.checkpoints.select import check_state, choose, rewound_to, settle_lanes
 from ldm.training.checkpoints.train_state import CheckpointError, TrainState
 from ldm.training.denoiser_config import TrainConfig
 from ldm.training.engine.distributed import Ranks
+from ldm.training.engine.engine import SKIPPED_AT_MOST, Engine
 from ldm.training.run import Run, RunConfig
 
 ROOT = Path(__file__).parents[4]
@@ -290,6 +294,21 @@ def test_the_number_of_lanes_is_recorded_and_stays(
     assert read_tree(run.config_text)["data"]["lanes"] == lanes
     with pytest.raises(ValueError, match="data.lanes was .* when this run began and is 16 now: set it back"):
         check_state(state_of_a_run(data=FEW, config=run.config_text), config_of_a_run("data.lanes=16"), FEW)
+
+
+def test_the_remedies_that_a_run_without_finite_batches_names_are_accepted():
+    """As they stand in the message: each is a setting, and what allows it to differ on resume."""
+    engine = object.__new__(Engine)
+    engine.loss_scale, engine.step, engine.skipped_in_a_row = None, 10, SKIPPED_AT_MOST - 1
+    with pytest.raises(NonFiniteError) as raised:
+        engine._count("the loss is nan")
+    remedies = re.findall(r"with (?:a lower )?(\S+) and (run\.allow=\S+\])", str(raised.value))
+    assert remedies == [("optim.lr", "run.allow=[optim.lr]"), ("engine.precision=fp32", "run.allow=[engine.precision]")]
+    for setting, allowed in remedies:
+        word = setting if "=" in setting else f"{setting}=0.0005"
+        assert len(check_state(state_of_a_run(data=FEW), config_of_a_run(word, allowed), FEW)) == 1
+        with pytest.raises(ValueError, match="when this run began"):
+            check_state(state_of_a_run(data=FEW), config_of_a_run(word), FEW)
 
 
 def test_another_kind_of_training_is_refused():

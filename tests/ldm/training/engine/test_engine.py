@@ -168,4 +168,7 @@ def test_ranks_share_their_numbers(one, two):
     assert one["world"]["gathered"] == [[0, 1]] and two["world"]["gathered"] == [[0, 1], [1, 1]]
     assert one["world"]["agreed"] == [True, False] and two["world"]["agreed"] == [True, True]
     assert one["world"]["total"] == 2 and two["world"]["total"] == 5
+    assert one["world"]["uneven_in_order"] == [[0, 0], [2, -2]]
+    assert two["world"]["uneven_in_order"] == [[0, 0], [1, -1], [2, -2]]
+    assert one["world"]["the_last_ranks"] == two["world"]["the_last_ranks"] == [[0, 0], [2, -2]]
     assert one["zero0"]["wished"] == [True, False, False] and two["zero0"]["wished"] == [True, True, False]

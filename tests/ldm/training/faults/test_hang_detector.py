@@ -9,7 +9,16 @@ import time
 
 import pytest
 
-from ldm.training.faults.watchdog import DONE, ELSEWHERE, LONGEST_STEPS, STEP, HangDetector, Heartbeat, process_lives
+from ldm.training.faults.watchdog import (
+    COMPILED_STEPS,
+    DONE,
+    ELSEWHERE,
+    LONGEST_STEPS,
+    STEP,
+    HangDetector,
+    Heartbeat,
+    process_lives,
+)
 
 HOST = "this-host"
 HANG = 10.0
@@ -18,9 +27,9 @@ HANG = 10.0
 class Story:
     """What ranks tell a detector, at times that the test gives."""
 
-    def __init__(self, *, ranks: int = 3) -> None:
-        self.detector = HangDetector(HANG, HOST)
-        self.ranks, self.now = ranks, 0.0
+    def __init__(self, *, ranks: int = 3, compile_seconds: float = 0.0) -> None:
+        self.detector = HangDetector(HANG, HOST, compile_seconds=compile_seconds)
+        self.ranks, self.now, self.step = ranks, 0.0, 7
         self.counts, self.progress = [0] * ranks, [0] * ranks
         self.phases = [STEP] * ranks
         self.pids = [os.getpid()] * ranks
@@ -41,7 +50,7 @@ class Story:
         return None
 
     def hear(self, rank: int) -> None:
-        beat = Heartbeat(self.counts[rank], self.progress[rank], 7, self.phases[rank], self.pids[rank], HOST)
+        beat = Heartbeat(self.counts[rank], self.progress[rank], self.step, self.phases[rank], self.pids[rank], HOST)
         self.detector.observe(rank, Heartbeat.parse(str(beat).encode()), self.now)
 
 
@@ -151,6 +160,38 @@ def test_a_step_may_take_several_times_as_long_as_the_longest_before():
     assert story.detector.longest_step == long + 1
     assert story.pass_time(LONGEST_STEPS * (long + 1), still=(0, 1, 2)) is None
     assert story.pass_time(2, still=(0, 1, 2)) is not None
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_compiled_network_has_longer_for_its_first_two_steps(steps: int):
+    """Of this process: a resumed run begins at any step."""
+    story, compiling = Story(compile_seconds=4 * HANG), 4 * HANG
+    story.pass_time(1)
+    story.step += steps
+    story.pass_time(1)
+    assert story.pass_time(compiling - 2, still=(0, 1, 2)) is None
+    verdict = story.pass_time(5, still=(0, 1, 2))
+    assert verdict == "ranks 0, 1, 2 have made no progress for 41 s (engine.hang_seconds)"
+
+
+def test_after_its_first_steps_a_compiled_network_hangs_as_soon_as_others():
+    """The time of a compilation makes nobody more patient, either."""
+    story = Story(compile_seconds=4 * HANG)
+    for _ in range(COMPILED_STEPS):
+        story.pass_time(1)
+        assert story.pass_time(3 * HANG, still=(0, 1, 2)) is None
+        story.step += 1
+    story.pass_time(3)
+    assert story.detector.longest_step == 1
+    assert story.pass_time(HANG + 2, still=(0, 1, 2)) is not None
+
+
+def test_a_compiled_networks_first_data_are_not_waited_for_any_longer():
+    story = Story(compile_seconds=4 * HANG)
+    story.pass_time(1)
+    story.phases[1] = ELSEWHERE
+    assert story.pass_time(10 * HANG - 1, still=(0, 1, 2)) is None
+    assert story.pass_time(5, still=(0, 1, 2)) == "rank 1 has made no progress for 101 s (engine.hang_seconds)"
 
 
 def test_time_elsewhere_makes_nobody_more_patient():

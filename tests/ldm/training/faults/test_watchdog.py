@@ -16,7 +16,7 @@ import torch
 from ldm.errors import PeerError
 from ldm.training.engine.distributed import Ranks
 from ldm.training.faults.signals import StopSignal
-from ldm.training.faults.watchdog import DONE, ELSEWHERE, REMEDY, STEP, Heartbeat, Watchdog, this_host
+from ldm.training.faults.watchdog import COMPILE_SECONDS, DONE, ELSEWHERE, REMEDY, STEP, Heartbeat, Watchdog, this_host
 
 # os._exit, which does not return, is played by an exception.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception in thread guard")
@@ -248,6 +248,13 @@ def test_after_a_broken_message_the_watch_looks_closer():
     expected = f"another rank ended, or cannot be reached, at step 9 (Connection closed): {REMEDY}"
     assert isinstance(error, PeerError) and str(error) == expected
     assert watch.detector.hang_seconds <= 2
+
+
+@pytest.mark.parametrize(("compiles", "seconds"), [(True, COMPILE_SECONDS), (False, 0.0)])
+def test_only_a_compiled_network_has_longer_for_its_first_steps(compiles: bool, seconds: float):
+    world = Ranks(0, 1, torch.device("cpu"))
+    watch = Watchdog(world, None, hang_seconds=300, compiles=compiles, stop=StopSignal())
+    assert watch.detector.compile_seconds == seconds
 
 
 def test_a_rank_that_was_asked_to_stop_ends_what_rank_0_draws(ends: Ends, monkeypatch: pytest.MonkeyPatch):

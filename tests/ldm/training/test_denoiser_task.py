@@ -7,7 +7,7 @@ import torch
 
 from ldm.diffusion import LossHistory
 from ldm.diffusion.importance import BINS, KEPT
-from ldm.training.denoiser_setup import by_importance
+from ldm.training.denoiser_task import by_importance
 
 
 def test_losses_count_less_where_times_are_drawn_more_often_and_all_are_remembered_in_order():
