@@ -272,5 +272,5 @@ class DiT(Denoiser):
     def _unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """B x L x p^2 C, channels innermost -> B x C x H x W."""
         p = self.patch_size
-        grid = patches.unflatten(2, (p, p, -1)).unflatten(1, (height // p, width // p))
+        grid = torch.unflatten(torch.unflatten(patches, 2, (p, p, -1)), 1, (height // p, width // p))
         return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

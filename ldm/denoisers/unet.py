@@ -185,11 +185,11 @@ class UNet(Denoiser):
             # Transformer linears: Xavier uniform (Vaswani et al.'s reference code), biases zero, so that
             # queries, keys and values keep the unit variance that the layer norm gives them.
             if isinstance(module, TransformerBlock):
-                for linear in module.modules():
-                    if isinstance(linear, nn.Linear):
-                        nn.init.xavier_uniform_(linear.weight)
-                        if linear.bias is not None:
-                            nn.init.zeros_(linear.bias)
+                for name, parameter in module.named_parameters():
+                    if parameter.ndim == 2:
+                        nn.init.xavier_uniform_(parameter)
+                    elif name.endswith("bias"):
+                        nn.init.zeros_(parameter)
 
             # The last layer of each residual branch is zero: every ResBlock and every SpatialTransformer
             # starts as its skip connection (ADM's and Stable Diffusion's reference code).

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm.denoisers import Denoiser, describe_attention
+from ldm.denoisers import Denoiser, choose_attention, describe_attention
 from ldm.diffusion import Prediction
 from ldm.inference.contact_sheet import to_images
 from ldm.inference.guided import guided
@@ -54,6 +54,7 @@ class TextToImage:
         self.parts, self.name = parts, name
         self._weights_hash = weights_hash
         self.loaded_with = loaded_with or LoadedWith()
+        choose_attention(self.denoiser, self.device, self.dtype)
         self.native_size = parts.sample_size * self.model.vae.config.factor  # pixels a side, as in training
         # H and W must be multiples of this: whole latents, and whole patches of them.
         self.factor = self.model.vae.config.factor * parts.config.stride

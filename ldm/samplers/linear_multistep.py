@@ -8,7 +8,7 @@ is a DDIM step as well.
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def adams_weights(kappas: Sequence[float], end: float, variable: Callable[[Tenso
 
 def lagrange_integrals(nodes: Tensor, points: Tensor, measure: Tensor) -> list[float]:
     """Integrate prod_{m != j} (v - v_m) / (v_j - v_m) for each node j, as a sum over points with this measure."""
-    found = []
+    found: list[float] = []
     for j, node in enumerate(nodes):
         others = torch.cat([nodes[:j], nodes[j + 1 :]])
         basis = ((points[:, None] - others) / (node - others)).prod(1)
@@ -87,7 +87,7 @@ def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
     """Return points and weights on [-1, 1], exact for polynomials to degree 2 n - 1. Golub & Welsch 1969."""
     i = torch.arange(1, n, dtype=torch.float64)
     off = i / (4 * i**2 - 1).sqrt()
-    points, vectors = torch.linalg.eigh(torch.diag(off, -1))  # reads only the lower triangle
+    points, vectors = cast(Any, torch.linalg).eigh(torch.diag(off, -1))  # reads only the lower triangle
     return points, 2 * vectors[0] ** 2
 
 

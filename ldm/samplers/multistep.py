@@ -6,7 +6,7 @@ a DDIM step as well.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -159,10 +159,11 @@ def unipc_weights(ratios: Sequence[float], h: float) -> list[float]:
     """
     if len(ratios) == 1:
         return [0.5]
-    n, b = -h, []
+    n = -h
+    b: list[float] = []
     phi = math.expm1(n) / n  # phi_1(-h)
     for i in range(1, len(ratios) + 1):
         phi = (phi - 1 / math.factorial(i)) / n  # phi_{i+1}
         b.append(phi * n * math.factorial(i) / math.expm1(n))
     r = torch.tensor([[ratio**i for ratio in ratios] for i in range(len(ratios))], dtype=torch.float64)
-    return torch.linalg.solve(r, torch.tensor(b, dtype=torch.float64)).tolist()
+    return cast(Any, torch.linalg).solve(r, torch.tensor(b, dtype=torch.float64)).tolist()

@@ -56,6 +56,6 @@ def ancestral(step: Step, eta: float) -> tuple[Node, float]:
 
 def add_noise(x: Tensor, deviation: float | Tensor, generator: Generators) -> Tensor:
     """Return x + deviation n; if the deviation is 0, x itself, without drawing noise."""
-    if isinstance(deviation, float) and deviation == 0:
+    if isinstance(deviation, float) and deviation == 0.0:
         return x
     return x + deviation * noise_like(x, generator)

