@@ -11,7 +11,16 @@ from ldm.diffusion.paths import (
     ScaledLinearBetaPath,
     prior_std,
 )
-from ldm.diffusion.predictions import Prediction, expand_times, from_x0, noise_sample, target, to_x0, x0_sensitivity
+from ldm.diffusion.predictions import (
+    Prediction,
+    expand_times,
+    from_x0,
+    network_input,
+    noise_sample,
+    target,
+    to_x0,
+    x0_sensitivity,
+)
 from ldm.diffusion.randomness import (
     SampleRandomness,
     drop_captions,
@@ -38,6 +47,7 @@ __all__ = [
     "expand_times",
     "from_x0",
     "loss_weight",
+    "network_input",
     "noise_sample",
     "prior_std",
     "sample_randomness",

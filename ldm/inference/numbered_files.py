@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from ldm.files.atomic import write_new
@@ -21,18 +20,19 @@ class NumberedFiles:
         self.next = max(taken, default=-1) + 1
 
     def write(self, content: bytes) -> Path:
-        """Write a file that appears only when whole, and never in place of another, whoever wrote that.
+        """Write a complete file under the next free name; never replace one, whoever wrote it.
 
-        The folder is made with the first file, so that a drawing that fails leaves none.
+        The folder is created with the first file, so that a drawing that fails leaves none.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        return write_new(content, self._paths())
-
-    def _paths(self) -> Iterator[Path]:
         while True:
             path = self.folder / f"{self.prefix}{self.next:0{self.digits}d}.png"
             self.next += 1
-            yield path
+            try:
+                write_new(path, content)
+                return path
+            except FileExistsError:  # another process took this name
+                continue
 
 
 def check_folder(folder: Path) -> None:
