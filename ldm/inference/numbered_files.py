@@ -1,4 +1,4 @@
-"""Files that never replace others, and the folder that they go to."""
+"""Write numbered files that never replace others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ldm.files.atomic import write_new
 
 
 class NumberedFiles:
-    """New PNG files of one folder, numbered on from the highest that is there: 00000.png, grid-0000.png."""
+    """New PNG files in a folder, numbered from the highest existing one: 00000.png, grid-0000.png."""
 
     def __init__(self, folder: Path, *, prefix: str = "", digits: int) -> None:
         self.folder, self.prefix, self.digits = folder, prefix, digits
@@ -36,9 +36,11 @@ class NumberedFiles:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise OSError or ValueError if the folder cannot be made or written to; nothing is made yet."""
+    """Raise OSError or ValueError if the folder cannot be created or written to; does not create it."""
     nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
-        raise ValueError(f"pictures cannot go to {folder}, for {nearest} is not a folder")
+        raise ValueError(f"pictures cannot be written to {folder}: {nearest} is not a folder; choose another")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"pictures cannot go to {folder}, for {nearest} may not be written to")
+        raise PermissionError(
+            f"pictures cannot be written to {folder}: no permission to write to {nearest}; choose another"
+        )
