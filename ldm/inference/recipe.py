@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.files.digest import short_hash
 from ldm.inference.parameter import parameters
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.diffusion import Prediction
+    from ldm.inference.pipeline import TextToImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +67,7 @@ class LoadedWith:
         }
 
 
-class Drawer(Protocol):
-    """What a recipe tells of the model: ldm.TextToImage has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def weights_hash(self) -> str: ...
-    @property
-    def device(self) -> object: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def loaded_with(self) -> LoadedWith: ...
-
-
-def recipe_of(request: DrawRequest, pipe: Drawer, image: Image.Image) -> Recipe:
+def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Recipe:
     """Create the recipe of an image that a pipe drew for a checked request."""
     drawn = replace(request, width=image.width, height=image.height)
     settings = {name: about.kind(getattr(drawn, name)) for name, about in parameters(PictureSettings).items()}

@@ -12,10 +12,11 @@ A sampler is a pure function `sampler(denoise, x, path, times, generator) -> x`:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
+from ldm.diffusion.paths import PathConfig
 from ldm.files.messages import unknown_name
 from ldm.samplers.inversion import invert
 from ldm.samplers.linear_multistep import deis, lms, plms, pndm
@@ -34,9 +35,6 @@ from ldm.samplers.single_step import (
 from ldm.samplers.steps import Denoise, Generators, Variance, noise_like
 from ldm.samplers.time_grids import TIME_GRIDS, time_grid
 
-if TYPE_CHECKING:
-    from ldm.diffusion import PathConfig
-
 __all__ = [
     "SAMPLERS",
     "TIME_GRIDS",
@@ -54,7 +52,7 @@ __all__ = [
 
 class SamplerFunction(Protocol):
     def __call__(
-        self, denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators
+        self, denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators
     ) -> Tensor: ...
 
 

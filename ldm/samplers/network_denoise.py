@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from ldm.diffusion import Prediction, network_input, to_x0
-
-if TYPE_CHECKING:
-    from ldm.denoisers import Condition, Denoiser
-    from ldm.diffusion import PathConfig
+from ldm.denoisers import Condition, Denoiser
+from ldm.diffusion import PathConfig, Prediction, network_input, to_x0
 
 
 class NetworkDenoise:
@@ -21,7 +16,8 @@ class NetworkDenoise:
     """
 
     def __init__(self, denoiser: Denoiser, condition: Condition, prediction: Prediction, path: PathConfig) -> None:
-        self.denoiser, self.prediction, self.path = denoiser, prediction, path
+        self.denoiser, self.path = denoiser, path
+        self.prediction: Prediction = prediction
         self.dtype = next(denoiser.parameters()).dtype
         self.condition = condition.to(self.dtype)
         self._variance: Tensor | None = None
