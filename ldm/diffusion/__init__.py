@@ -13,13 +13,10 @@ from ldm.diffusion.paths import (
 )
 from ldm.diffusion.predictions import (
     Prediction,
-    expand_times,
-    from_x0,
     network_input,
     noise_sample,
     target,
     to_x0,
-    x0_sensitivity,
 )
 from ldm.diffusion.randomness import (
     SampleRandomness,
@@ -44,8 +41,6 @@ __all__ = [
     "diffusion_loss",
     "draw_times",
     "drop_captions",
-    "expand_times",
-    "from_x0",
     "loss_weight",
     "network_input",
     "noise_sample",
@@ -55,5 +50,4 @@ __all__ = [
     "target",
     "to_x0",
     "training_noise",
-    "x0_sensitivity",
 ]

@@ -95,21 +95,12 @@ def derivatives(history: Sequence[tuple[float, Tensor]]) -> tuple[Tensor, Tensor
 # ---------------------------------------------------------------------------------------------------- UniPC
 
 
-def unipc_2(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
-    """UniPC-2. Zhao et al. 2023 (arXiv 2302.04867), algorithm 1."""
-    return unipc(denoise, x, path, times, order=2)
-
-
-def unipc_3(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
-    """UniPC-3. Zhao et al. 2023, algorithm 1."""
-    return unipc(denoise, x, path, times, order=3)
-
-
-def unipc(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, *, order: int) -> Tensor:
-    """Predict x' from the last `order` outputs; after evaluating the denoiser there, repeat the step with that output.
+def unipc(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators, *, order: int) -> Tensor:
+    """UniPC, order 2 or 3: predict x' from the last `order` outputs, evaluate the denoiser there, and repeat the step
+    with that output.
 
     The next step starts from the corrected x', which is not evaluated again. Outputs are x0, with B(h) = e^-h - 1.
-    Zhao et al. 2023, section 3.
+    Zhao et al. 2023 (arXiv 2302.04867), section 3 and algorithm 1.
     """
     history: list[tuple[float, Tensor]] = []  # (lambda, x0), the newest last
     before: tuple[Step, Tensor] | None = None  # the last step and where it started, if it can be corrected

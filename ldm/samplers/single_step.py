@@ -24,13 +24,6 @@ def ddim(
     return x
 
 
-def euler_ancestral(
-    denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators, *, eta: float = 1.0
-) -> Tensor:
-    """Euler's method with fresh noise at each step: another name for DDIM with eta = 1."""
-    return ddim(denoise, x, path, times, generator, eta=eta)
-
-
 def ddpm(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """DDPM's ancestral sampling, x' drawn around the mean of q(x' | x, x0_hat), with its variance ("fixed small").
 

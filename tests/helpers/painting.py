@@ -67,10 +67,7 @@ class FakeTextToImage:
         requests = [replace(request, seed=request.seed + i) for i in range(n)]
         images = [Image.new("RGB", size, colour(own.prompt, own.seed)) for own in requests]
         pipe = cast("TextToImage", self)
-        return [
-            Drawing(image, recipe_of(own, pipe, image))
-            for own, image in zip(requests, images, strict=True)
-        ]
+        return [Drawing(image, recipe_of(own, pipe, image)) for own, image in zip(requests, images, strict=True)]
 
     def cut_off(self, prompt):
         return prompt[20:]
