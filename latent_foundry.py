@@ -1,15 +1,15 @@
-"""Our packages under names that are ours, wherever a program runs and whatever else bears the short ones.
+"""Import our packages under unambiguous names, whatever other packages have the short ones.
 
 In the repository, `from data.shards import …` finds data/shards.py. Anywhere else `data` may be a folder of pictures,
-somebody's data.py or another package, so outside the repository vae, text and data are loaded as `ldm.vae`, `ldm.text`
-and `ldm.data`: from the folders beside this file, or from within ldm/ where they are installed. And where `ldm` itself
-is somebody else's (CompVis' code is called so), all of it is loaded below the name of this module:
+a data.py or another package, so outside the repository vae, text and data are loaded as `ldm.vae`, `ldm.text` and
+`ldm.data`: from the folders next to this file, or from within ldm/ if they are installed. And if another package is
+called `ldm` (CompVis' code is), everything is loaded below the name of this module:
 
     from latent_foundry import TextToImage
 
-A module that is loaded under a longer name gets the names that its own `from … import` lines ask for made longer, too,
-in its compiled code; its file is left as it is, and no import of anybody else is touched. Where the short names are
-ours, the longer ones are the same modules once more: `ldm.vae.autoencoder is vae.autoencoder`.
+If a module is loaded under a longer name, the names in its own `from … import` lines are made longer as well, in its
+compiled code; its file and all other imports are unchanged. If the short names are ours, the longer ones refer to the
+same modules: `ldm.vae.autoencoder is vae.autoencoder`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Any, cast
 
 HERE = Path(__file__).resolve().parent
 SIBLINGS = ("vae", "text", "data")
-# Where these are: beside ldm/ in the repository, within it where they were installed.
+# Their folder: next to ldm/ in the repository, within it if installed.
 SHELF = HERE if (HERE / "vae").is_dir() else HERE / "ldm"
 FOLDERS = (HERE / "ldm", *(SHELF / name for name in SIBLINGS))
-# What the package offers by itself, imported when it is first asked for.
+# The names that the package itself provides, imported at first use.
 OFFERED = {
     "DrawOptions": "inference.options",
     "DrawRequest": "inference.request",
@@ -42,21 +42,17 @@ OFFERED = {
 
 
 def offered(package: str, name: str) -> Any:
-    """What `from package import name` gives.
-
-    Raises:
-        AttributeError: nothing of this name is offered.
-    """
+    """Return the object for `from package import name`. Raises AttributeError for an unknown name."""
     if name not in OFFERED:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{package}.{OFFERED[name]}"), name)
 
 
 def renamed(code: CodeType, names: Mapping[str, str]) -> CodeType:
-    """The same code, which imports `names[first].rest` where it imported `first.rest`.
+    """Return the same code, but importing `names[first].rest` instead of `first.rest`.
 
-    Only a module's name has a dot in it among the names of compiled code, so nothing else is touched; and nothing of
-    ours imports a whole package by a name without a dot.
+    Among the names in compiled code only those of modules contain a dot, so nothing else changes; and our code never
+    imports a package by a name without a dot.
     """
 
     def longer(name: str) -> str:
@@ -68,7 +64,7 @@ def renamed(code: CodeType, names: Mapping[str, str]) -> CodeType:
 
 
 class RenamingLoader(SourceFileLoader):
-    """Loads a file of ours under a longer name than the one by which its neighbours know it."""
+    """Loads one of our files under a longer name than the one in the imports of the others."""
 
     def __init__(self, fullname: str, path: str, names: Mapping[str, str]) -> None:
         super().__init__(fullname, path)
@@ -80,7 +76,7 @@ class RenamingLoader(SourceFileLoader):
 
 
 class RenamingFinder(MetaPathFinder):
-    """Finds our modules below `package`, the siblings among them."""
+    """Finds our modules below `package`, including the siblings."""
 
     def __init__(self, package: str, names: Mapping[str, str]) -> None:
         self.package, self.names = package, names
@@ -99,7 +95,7 @@ class RenamingFinder(MetaPathFinder):
 
 
 class SameModuleLoader(Loader):
-    """Gives a module that has another name already."""
+    """Returns a module that is already known under another name."""
 
     def __init__(self, known: ModuleSpec) -> None:
         self.known = known
@@ -110,7 +106,7 @@ class SameModuleLoader(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.known  # The import system has just put the other name's there.
+        module.__spec__ = self.known  # The import system has just replaced it.
 
     def get_code(self, fullname: str) -> CodeType | None:
         """For `python -m`."""
@@ -118,7 +114,7 @@ class SameModuleLoader(Loader):
 
 
 class SameModuleFinder(MetaPathFinder):
-    """Finds `long.rest` where `names` has `long: short`: the module that `short.rest` is."""
+    """Finds the module `short.rest` under the name `long.rest`, for each `long: short` in `names`."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self.names = names
@@ -143,7 +139,7 @@ def _is_ours(spec: ModuleSpec) -> bool:
 
 
 def _finds_ours(name: str) -> bool:
-    """Whether `import name` gives a package of ours, now."""
+    """Return whether `import name` currently finds one of our packages."""
     if (loaded := sys.modules.get(name)) is not None:
         spec = loaded.__spec__
     else:
@@ -152,7 +148,7 @@ def _finds_ours(name: str) -> bool:
 
 
 def find_below_ldm() -> None:
-    """Called once, by ldm itself: from now on `ldm.vae`, `ldm.text` and `ldm.data` are found."""
+    """Make `ldm.vae`, `ldm.text` and `ldm.data` importable. Called once, by ldm itself."""
     long = {name: f"ldm.{name}" for name in SIBLINGS}
     if all(map(_finds_ours, SIBLINGS)):
         sys.meta_path.insert(0, SameModuleFinder({long[name]: name for name in SIBLINGS}))
@@ -161,7 +157,7 @@ def find_below_ldm() -> None:
 
 
 def find_below_this() -> None:
-    """From now on `latent_foundry.model` is found, `latent_foundry.vae` and everything else."""
+    """Make `latent_foundry.model`, `latent_foundry.vae` and everything else importable."""
     if _finds_ours("ldm"):
         sys.meta_path.insert(0, SameModuleFinder({__name__: "ldm"}))
     else:

@@ -4,14 +4,14 @@
     python txt2img.py --prompt "a red apple" --prompt "a green apple" --n-samples 2 --seed 7 --scale 3
     python txt2img.py --from-file prompts.txt --outdir pictures --skip-grid
 
-Pictures go to OUTDIR/samples/00000.png and on, sheets of them to OUTDIR/grid-0000.png and on; no file is replaced.
-Picture i of a prompt is drawn with seed + i, and each PNG holds all that is needed to draw it again.
+Pictures are written to OUTDIR/samples/00000.png and so on, contact sheets to OUTDIR/grid-0000.png and so on; no file is
+replaced. Picture i of a prompt is drawn with seed + i, and each PNG contains everything needed to draw it again.
 
-A prompt file has one prompt on each line, and after it options for that line alone, if wanted:
+A prompt file has one prompt per line, optionally followed by options for that line only:
 
     a red apple --n leaves --w 64 --h 64 --s 20 --d 7 --l 3.5
 
-(negative prompt, width, height, steps, seed, scale). Hyphens and underscores in options are the same.
+(negative prompt, width, height, steps, seed, scale). Hyphens and underscores in options are equivalent.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def build_parser() -> ArgumentParser:
 
 def main(args: Namespace) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt must not fail on the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt must not fail because of the terminal's encoding
     requests = requests_of(args)
     about_model = load_keywords(args)
     if not args.skip_grid:
@@ -67,18 +67,17 @@ def main(args: Namespace) -> None:
 def draw_and_save(pipe: TextToImage, requests: list[DrawRequest], args: Namespace) -> None:
     from tqdm import tqdm
 
+    from ldm.inference.contact_sheet import Sheet
     from ldm.inference.draw_all import draw_all, lost_words
     from ldm.inference.metadata import png_bytes
-    from ldm.inference.sheets import Sheet
 
     for lost in lost_words(pipe, requests):
-        told = f"a prompt is too long for the model, which will not see its end: {printable(lost)}"
-        print(f"warning: {told}", file=sys.stderr)
+        print(f"warning: a prompt is too long for the model, its end is ignored: {printable(lost)}", file=sys.stderr)
     samples = None if args.skip_save else NumberedFiles(args.outdir / "samples", digits=5)
     grids = None if args.skip_grid else NumberedFiles(args.outdir, prefix="grid-", digits=4)
     sheet = Sheet(grids, columns=args.n_rows or args.n_samples) if grids else None
     total = args.n_iter * sum(request.steps for request in requests)
-    with tqdm(total=total, unit="step", disable=None, leave=False) as bar:  # None: no bar where nobody watches
+    with tqdm(total=total, unit="step", disable=None, leave=False) as bar:  # None: no bar unless on a terminal
         for drawings in draw_all(
             pipe, requests, n=args.n_samples, repeats=args.n_iter,
             started=lambda request: bar.write(f'"{printable(request.prompt)}"'),

@@ -198,7 +198,8 @@ def weights() -> Figure:
     """What each loss weighting asks for, as a weight on the error of x0, of eps and of v; broad where two agree."""
     import torch
 
-    from ldm.diffusion import ObjectiveConfig, ScaledLinearBetaPath, loss_weight, x0_sensitivity
+    from ldm.diffusion import ObjectiveConfig, ScaledLinearBetaPath, loss_weight
+    from ldm.diffusion.predictions import x0_sensitivity
 
     path = ScaledLinearBetaPath()
     t = torch.arange(1, path.num_train_timesteps + 1, dtype=torch.float64) / path.num_train_timesteps

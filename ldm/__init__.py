@@ -1,6 +1,6 @@
-"""Latent diffusion: denoisers, the mathematics of diffusion, samplers, training and use.
+"""Latent diffusion: denoisers, the mathematics of diffusion, samplers, training and inference.
 
-What a program needs is imported from here when it is first asked for, so that `import ldm` stays cheap.
+The names that a program needs are imported at first use, so that `import ldm` is fast.
 """
 
 from pkgutil import extend_path
@@ -27,7 +27,7 @@ __all__ = [
     "log_likelihood",
 ]
 
-__path__ = extend_path(__path__, __name__)  # Other code is called ldm, too; what ours has not got is theirs.
+__path__ = extend_path(__path__, __name__)  # Other code is also called ldm: modules that ours does not have are theirs.
 find_below_ldm()
 
 

@@ -233,7 +233,7 @@ pathlib.Path("loaded").write_text(" ".join(sys.modules))
 def test_drawing_needs_neither_deepspeed_nor_webdataset():
     script = """
 import pathlib, sys
-import ldm.inference.sheets
+import ldm.inference.contact_sheet
 from ldm import DrawRequest, TextToImage
 from ldm.inference.draw_all import draw_all
 from ldm.interop.model_facts import read_facts

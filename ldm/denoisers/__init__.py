@@ -6,7 +6,7 @@ which is the registry. YAML's `kind`, the contract's tests, export and loading f
 
 from typing import get_args
 
-from ldm.denoisers.attention import describe_attention
+from ldm.denoisers.attention import choose_attention, describe_attention
 from ldm.denoisers.contract import Condition, Denoiser, DenoiserFacts, Output
 from ldm.denoisers.dit import DiT, DiTConfig
 from ldm.denoisers.unet import UNet, UNetConfig
@@ -22,6 +22,7 @@ __all__ = [
     "Output",
     "UNet",
     "UNetConfig",
+    "choose_attention",
     "describe_attention",
 ]
 

@@ -4,8 +4,9 @@ Legend: B batch, H heads, L query tokens, M key tokens, D width, C context width
 """
 
 import functools
+import importlib
 import math
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,23 +21,35 @@ from torch.nn import functional as F
 # and without a backward (0.9 to 1.0, and 0.7) the fused kernel is about as fast or faster at every length.
 EXPLICIT_MAX_SCORES = 256 * 256
 
-Kernel = Literal["explicit", "sdpa", "xformers"]
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, xformers: Kernel | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, eq. 1 of Vaswani et al. 2017 (arXiv:1706.03762).
 
     q B x H x L x d; k, v B x H x M x d; mask bool B x 1 x 1 x M, True where a key may be attended.
+    xformers: its kernel, for use where it is able to.
     Returns B x H x L x d. Every row of the mask needs at least one True: the softmax over nothing is NaN.
     """
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    kernel = _choose_kernel(q.device.type, q.dtype, q.shape[2] * k.shape[2], needs_grad)
-    if kernel == "explicit":
+    if _explicit_is_faster(q.device.type, q.dtype, q.shape[2] * k.shape[2], needs_grad):
         return _explicit_attention(q, k, v, mask)
     # xformers needs a mask as an expanded bias, padded to its alignment; SDPA takes a mask as it is.
-    if kernel == "xformers" and mask is None and q.shape[3] % 8 == 0:
-        return _xformers_attention(q, k, v)
+    if xformers is not None and mask is None and q.shape[3] % 8 == 0:
+        # It orders B x L x H x d, which undoes the transposition that made q, k and v: no copy.
+        return xformers(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def choose_attention(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Let the network's attention use xformers if its kernels run on this device in this dtype (autocast's).
+
+    Call it once, before the network is compiled: forward only uses what was found here.
+    """
+    kernel = _xformers(device.type, dtype)[0] if device.type == "cuda" else None
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.xformers = kernel
 
 
 def describe_attention(
@@ -46,29 +59,23 @@ def describe_attention(
 
     length: tokens of a sequence; dtype: of the matrix products (the autocast dtype).
     """
-    device_type = torch.device(device).type
-    match _choose_kernel(device_type, dtype, length * length, needs_grad=training):
-        case "explicit":
-            return (
-                f"attention: explicit matrix products (the CPU's fused backward in {_name(dtype)} is slower "
-                f"up to {math.isqrt(EXPLICIT_MAX_SCORES)} tokens; here {length})"
-            )
-        case "xformers":
-            return "attention: xformers (its kernels run on this GPU; SDPA for attention with a mask)"
-        case "sdpa" if device_type == "cuda":
-            return f"attention: PyTorch SDPA (xformers not used: {_xformers_failure(device_type, dtype)})"
-        case "sdpa":
-            return f"attention: PyTorch SDPA (on {device_type} for {length} tokens in {_name(dtype)})"
+    device_type, name = torch.device(device).type, str(dtype).removeprefix("torch.")
+    if _explicit_is_faster(device_type, dtype, length * length, needs_grad=training):
+        return (
+            f"attention: explicit matrix products (the CPU's fused backward in {name} is slower "
+            f"up to {math.isqrt(EXPLICIT_MAX_SCORES)} tokens; here {length})"
+        )
+    if device_type != "cuda":
+        return f"attention: PyTorch SDPA (on {device_type} for {length} tokens in {name})"
+    kernel, failure = _xformers(device_type, dtype)
+    if kernel is None:
+        return f"attention: PyTorch SDPA (xformers not used: {failure})"
+    return "attention: xformers (its kernels run on this GPU; SDPA for attention with a mask)"
 
 
-def _choose_kernel(device_type: str, dtype: torch.dtype, scores: int, needs_grad: bool) -> Kernel:
+def _explicit_is_faster(device_type: str, dtype: torch.dtype, scores: int, needs_grad: bool) -> bool:
     """scores: L x M, the size of one head's attention matrix."""
-    if device_type == "cpu":
-        explicit = needs_grad and dtype == torch.bfloat16 and scores <= EXPLICIT_MAX_SCORES
-        return "explicit" if explicit else "sdpa"
-    if device_type == "cuda" and _xformers_failure(device_type, dtype) is None:
-        return "xformers"
-    return "sdpa"
+    return device_type == "cpu" and needs_grad and dtype == torch.bfloat16 and scores <= EXPLICIT_MAX_SCORES
 
 
 def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -83,33 +90,23 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     return torch.bmm(scores.softmax(dim=-1), v).view(batch, heads, length, width)
 
 
-def _xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
-
-    # xformers orders B x L x H x d, which undoes the transposition that made q, k and v: no copy.
-    return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-
-
 @functools.cache
-def _xformers_failure(device_type: str, dtype: torch.dtype) -> str | None:
-    """Return None if xformers can train a tiny attention, else the reason why not.
+def _xformers(device_type: str, dtype: torch.dtype) -> tuple[Kernel | None, str]:
+    """Return xformers' kernel if it can train a tiny attention, else None and the reason why not.
 
     An installed package does not suffice: its kernels are built for one PyTorch version and load with no other.
     The import takes ten seconds, so it happens here, once, and only for a GPU.
     """
     try:
-        q = torch.ones(1, 1, 8, 32, device=device_type, dtype=dtype, requires_grad=True)
+        kernel: Kernel = importlib.import_module("xformers.ops").memory_efficient_attention
+        q = torch.ones(1, 8, 1, 32, device=device_type, dtype=dtype, requires_grad=True)
         with torch.enable_grad():
-            _xformers_attention(q, q, q).sum().backward()
+            torch.autograd.grad(kernel(q, q, q).sum(), q)
     except ModuleNotFoundError as error:
-        return f"no module {error.name}"
+        return None, f"no module {error.name}"
     except Exception as error:  # whatever an optional package raises, use SDPA and log the reason
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return kernel, ""
 
 
 class Attention(nn.Module):
@@ -121,6 +118,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.xformers: Kernel | None = None  # see choose_attention
         self.to_q = nn.Linear(width, width, bias=qkv_bias)
         self.to_k = nn.Linear(context_width, width, bias=qkv_bias)
         self.to_v = nn.Linear(context_width, width, bias=qkv_bias)
@@ -131,8 +129,8 @@ class Attention(nn.Module):
         q = self._split_heads(self.to_q(x))                                             # B x H x L x d
         k = self._split_heads(self.to_k(context))                                       # B x H x M x d
         v = self._split_heads(self.to_v(context))                                       # B x H x M x d
-        out = attention(q, k, v, mask)                                                  # B x H x L x d
+        out = attention(q, k, v, mask, xformers=self.xformers)                          # B x H x L x d
         return self.to_out[0](out.transpose(1, 2).flatten(2))                           # B x L x D
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)

@@ -6,7 +6,7 @@ Legend: B batch, C latent channels, c additional channels, H x W latent size, L 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,15 @@ class Output(NamedTuple):
     variance: Tensor | None = None  # like x_t, about -1 to 1: position of the variance of DDPM's step in its range
 
 
+class Sizes(TypedDict):
+    """The properties of a network that follow from the model around it."""
+
+    latent_channels: int  # of the autoencoder
+    context_width: int  # of the text encoder
+    concat_channels: NotRequired[int]  # of Condition.concat; by default none
+    learned_variance: NotRequired[bool]  # add a second output, for the variance of DDPM's step
+
+
 class Channels:
     """The channels that a denoiser takes and returns, counted from the three settings it is built with."""
 
@@ -55,10 +64,10 @@ class Channels:
 class Denoiser(Channels, nn.Module, ABC):
     """A network that takes noisy latents, a time and a condition. A fresh one predicts exactly zero."""
 
-    def __init__(self, *, latent_channels: int, concat_channels: int = 0, learned_variance: bool = False) -> None:
+    def __init__(self, **sizes: Unpack[Sizes]) -> None:
         super().__init__()
-        self.latent_channels, self.concat_channels = latent_channels, concat_channels
-        self.learned_variance = learned_variance
+        self.latent_channels, self.concat_channels = sizes["latent_channels"], sizes.get("concat_channels", 0)
+        self.learned_variance = sizes.get("learned_variance", False)
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Output:
@@ -101,11 +110,5 @@ class DenoiserFacts(ABC):
         """Describe the network in a few words: "a DiT of 12 blocks"."""
 
     @abstractmethod
-    def build(
-        self, *, latent_channels: int, context_width: int, concat_channels: int = 0, learned_variance: bool = False
-    ) -> Denoiser:
-        """Build a fresh network.
-
-        latent_channels: of the autoencoder. context_width: of the text encoder. learned_variance: add a second output,
-        for the variance of DDPM's step.
-        """
+    def build(self, **sizes: Unpack[Sizes]) -> Denoiser:
+        """Build a fresh network."""

@@ -9,14 +9,14 @@ M x E context.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.denoisers.attention import Attention
-from ldm.denoisers.contract import Condition, Denoiser, DenoiserFacts, Output
+from ldm.denoisers.contract import Condition, Denoiser, DenoiserFacts, Output, Sizes
 from ldm.denoisers.embeddings import TimestepEmbedding, position_table
 
 NORM_EPS = 1e-6
@@ -78,16 +78,8 @@ class DiTConfig(DenoiserFacts):
     def describe(self, context_width: int) -> str:
         return f"a DiT of {self.depth} blocks"
 
-    def build(
-        self, *, latent_channels: int, context_width: int, concat_channels: int = 0, learned_variance: bool = False
-    ) -> DiT:
-        return DiT(
-            self,
-            latent_channels=latent_channels,
-            context_width=context_width,
-            concat_channels=concat_channels,
-            learned_variance=learned_variance,
-        )
+    def build(self, **sizes: Unpack[Sizes]) -> DiT:
+        return DiT(self, **sizes)
 
 
 class PatchEmbed(nn.Module):
@@ -195,22 +187,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiT(Denoiser):
     """A transformer denoiser for latents of any size divisible into patches. context_width: of the text encoder."""
 
-    def __init__(
-        self,
-        config: DiTConfig,
-        *,
-        latent_channels: int,
-        context_width: int,
-        concat_channels: int = 0,
-        learned_variance: bool = False,
-    ) -> None:
-        super().__init__(
-            latent_channels=latent_channels, concat_channels=concat_channels, learned_variance=learned_variance
-        )
+    def __init__(self, config: DiTConfig, **sizes: Unpack[Sizes]) -> None:
+        super().__init__(**sizes)
         self.patch_size = config.patch_size
         self.pos_embed = PatchEmbed(config, self.in_channels)
         self.adaln_single = AdaLNSingle(config.width)
-        self.caption_projection = CaptionProjection(context_width, config.width)
+        self.caption_projection = CaptionProjection(sizes["context_width"], config.width)
         blocks = [DiTBlock(config.width, config.heads) for _ in range(config.depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
         self.scale_shift_table = nn.Parameter(torch.empty(2, config.width))
@@ -272,5 +254,5 @@ class DiT(Denoiser):
     def _unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """B x L x p^2 C, channels innermost -> B x C x H x W."""
         p = self.patch_size
-        grid = patches.unflatten(2, (p, p, -1)).unflatten(1, (height // p, width // p))
+        grid = torch.unflatten(torch.unflatten(patches, 2, (p, p, -1)), 1, (height // p, width // p))
         return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.denoisers.contract import Condition, Denoiser, DenoiserFacts, Output
+from ldm.denoisers.contract import Condition, Denoiser, DenoiserFacts, Output, Sizes
 from ldm.denoisers.embeddings import TimestepEmbedding
 from ldm.denoisers.unet_blocks import (
     BlockSettings,
@@ -101,16 +101,8 @@ class UNetConfig(DenoiserFacts):
             return versions.get((context_width, self.use_linear_projection), "a U-Net of Stable Diffusion's size")
         return f"a U-Net of widths {'-'.join(map(str, self.block_out_channels))}"
 
-    def build(
-        self, *, latent_channels: int, context_width: int, concat_channels: int = 0, learned_variance: bool = False
-    ) -> UNet:
-        return UNet(
-            self,
-            latent_channels=latent_channels,
-            context_width=context_width,
-            concat_channels=concat_channels,
-            learned_variance=learned_variance,
-        )
+    def build(self, **sizes: Unpack[Sizes]) -> UNet:
+        return UNet(self, **sizes)
 
 
 class UNet(Denoiser):
@@ -119,23 +111,13 @@ class UNet(Denoiser):
     concat_channels are 5 in inpainting models and 0 in all others. context_width: of the text encoder's token states.
     """
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        *,
-        latent_channels: int,
-        context_width: int,
-        concat_channels: int = 0,
-        learned_variance: bool = False,
-    ) -> None:
-        super().__init__(
-            latent_channels=latent_channels, concat_channels=concat_channels, learned_variance=learned_variance
-        )
+    def __init__(self, config: UNetConfig, **sizes: Unpack[Sizes]) -> None:
+        super().__init__(**sizes)
         channels = config.block_out_channels
         settings = BlockSettings(
             layers=config.layers_per_block,
             time_width=4 * channels[0],
-            context_width=context_width,
+            context_width=sizes["context_width"],
             norm_num_groups=config.norm_num_groups,
             use_linear_projection=config.use_linear_projection,
         )
@@ -185,11 +167,11 @@ class UNet(Denoiser):
             # Transformer linears: Xavier uniform (Vaswani et al.'s reference code), biases zero, so that
             # queries, keys and values keep the unit variance that the layer norm gives them.
             if isinstance(module, TransformerBlock):
-                for linear in module.modules():
-                    if isinstance(linear, nn.Linear):
-                        nn.init.xavier_uniform_(linear.weight)
-                        if linear.bias is not None:
-                            nn.init.zeros_(linear.bias)
+                for name, parameter in module.named_parameters():
+                    if parameter.ndim == 2:
+                        nn.init.xavier_uniform_(parameter)
+                    elif name.endswith("bias"):
+                        nn.init.zeros_(parameter)
 
             # The last layer of each residual branch is zero: every ResBlock and every SpatialTransformer
             # starts as its skip connection (ADM's and Stable Diffusion's reference code).

@@ -170,7 +170,7 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the output, and the skip connections: the output of every layer, including the last."""
-        skips = []
+        skips: list[Tensor] = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:

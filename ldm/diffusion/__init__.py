@@ -11,7 +11,13 @@ from ldm.diffusion.paths import (
     ScaledLinearBetaPath,
     prior_std,
 )
-from ldm.diffusion.predictions import Prediction, expand_times, from_x0, noise_sample, target, to_x0, x0_sensitivity
+from ldm.diffusion.predictions import (
+    Prediction,
+    network_input,
+    noise_sample,
+    target,
+    to_x0,
+)
 from ldm.diffusion.randomness import (
     SampleRandomness,
     drop_captions,
@@ -35,9 +41,8 @@ __all__ = [
     "diffusion_loss",
     "draw_times",
     "drop_captions",
-    "expand_times",
-    "from_x0",
     "loss_weight",
+    "network_input",
     "noise_sample",
     "prior_std",
     "sample_randomness",
@@ -45,5 +50,4 @@ __all__ = [
     "target",
     "to_x0",
     "training_noise",
-    "x0_sensitivity",
 ]

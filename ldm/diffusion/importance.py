@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.diffusion.nodes import floats
+
 BINS, KEPT = 100, 10  # bins of [0, 1]; losses stored per bin
 UNIFORM_FRACTION = 0.001  # of the times are drawn uniformly, so that every bin is visited
 
@@ -45,13 +47,13 @@ class LossHistory:
 
     def record(self, numbers: Tensor, losses: Tensor) -> None:
         """Store the losses of a global batch, in its order."""
-        for place, loss in zip(bin_of(numbers).tolist(), losses.double().tolist(), strict=True):
+        for place, loss in zip(bin_of(numbers), floats(losses.double()), strict=True):
             self.losses[place, self.seen[place] % KEPT] = loss
             self.seen[place] += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, which JSON stores exactly."""
-        return {"losses": self.losses.tolist(), "seen": self.seen.tolist()}
+        return {"losses": [floats(row) for row in self.losses], "seen": [int(count) for count in self.seen]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.losses.copy_(torch.tensor(state["losses"], dtype=torch.float64))

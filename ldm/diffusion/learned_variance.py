@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.diffusion import EDMPath, PathConfig, RectifiedFlowPath, expand_times
 from ldm.diffusion.nodes import Step, nodes_at
-from ldm.diffusion.paths import TablePath
+from ldm.diffusion.paths import EDMPath, PathConfig, RectifiedFlowPath, TablePath
 from ldm.diffusion.posterior import ddpm_mean, learned_log_variance, variance_range
+from ldm.diffusion.predictions import expand_times
 
 
 def bound_terms(x0: Tensor, x_t: Tensor, x0_hat: Tensor, raw_v: Tensor, path: PathConfig, t: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -44,7 +44,12 @@ class Step(NamedTuple):
 
 def nodes_at(path: PathConfig, times: Tensor) -> list[Node]:
     """Compute the nodes at 1-D times."""
-    return [Node(*node) for node in zip(times, path.alpha(times).tolist(), path.sigma(times).tolist(), strict=True)]
+    return [Node(*node) for node in zip(times, floats(path.alpha(times)), floats(path.sigma(times)), strict=True)]
+
+
+def floats(values: Tensor) -> list[float]:
+    """Convert a 1-D tensor; the type of its own `tolist` is open."""
+    return cast(Any, values).tolist()
 
 
 def grid_steps(path: PathConfig, times: Tensor) -> Iterator[Step]:
@@ -52,9 +57,9 @@ def grid_steps(path: PathConfig, times: Tensor) -> Iterator[Step]:
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"times must be a 1-D tensor of two or more numbers, not of shape {tuple(times.shape)}")
     if not (times[:-1] > times[1:]).all() or times[0] > 1 or times[-1] < 0:
-        raise ValueError(f"times must decrease strictly, from at most 1 to at least 0, not {times.tolist()}")
+        raise ValueError(f"times must decrease strictly, from at most 1 to at least 0, not {floats(times)}")
     nodes = nodes_at(path, times)
     if any(node.sigma == 0 for node in nodes[:-1]):
-        raise ValueError(f"times are {times.tolist()}, some of which leave no noise: remove those so close to 0")
+        raise ValueError(f"times are {floats(times)}, some of which leave no noise: remove those so close to 0")
     for start, end in zip(nodes[:-1], nodes[1:], strict=True):
         yield Step(start, end)

@@ -6,7 +6,7 @@ are spread, time_sampling selects g, weighting selects w.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, assert_never, get_args
+from typing import Any, Literal, assert_never, cast, get_args
 
 import torch
 from torch import Tensor
@@ -70,12 +70,17 @@ def draw_times(config: ObjectiveConfig, path: PathConfig, uniforms: Tensor) -> T
 
 def logit_normal_times(u: Tensor, mean: float, std: float) -> Tensor:
     """t = sigmoid(m + s Phi^-1(u)). Esser et al. 2024 (arXiv 2403.03206), eq. 19."""
-    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+    return torch.sigmoid(mean + std * normal_quantile(u))
 
 
 def log_normal_times(u: Tensor, path: PathConfig, mean: float, std: float) -> Tensor:
     """log(sigma / alpha) = m + s Phi^-1(u). Karras et al. 2022 (arXiv 2206.00364), table 1."""
-    return path.time_of_log_snr(-2 * (mean + std * torch.special.ndtri(u)))
+    return path.time_of_log_snr(-2 * (mean + std * normal_quantile(u)))
+
+
+def normal_quantile(u: Tensor) -> Tensor:
+    """Phi^-1(u), the inverse of the standard normal distribution's cumulative function."""
+    return cast(Any, torch.special).ndtri(u)
 
 
 def loss_weight(config: ObjectiveConfig, path: PathConfig, t: Tensor) -> Tensor:

@@ -45,6 +45,12 @@ def noise_sample(x0: Tensor, eps: Tensor, path: PathConfig, t: Tensor) -> Tensor
     return expand_times(path.alpha(t), x0) * x0 + expand_times(path.sigma(t), x0) * eps
 
 
+def network_input(x_t: Tensor, path: PathConfig, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x_t scaled for the network, and the timesteps, B float32; t is () or B."""
+    timesteps = path.timesteps(t).to(device=x_t.device, dtype=torch.float32).expand(len(x_t))
+    return expand_times(path.input_scale(t), x_t) * x_t, timesteps
+
+
 def v_target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """v = alpha eps - sigma x_0."""
     return alpha * eps - sigma * x0

@@ -94,5 +94,4 @@ def drop_captions(captions: Sequence[str], uniforms: Tensor, fraction: float) ->
 
     So one network learns the unconditional answer too, which guidance needs. Ho & Salimans 2022, algorithm 1.
     """
-    dropped = (uniforms < fraction).tolist()
-    return ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
+    return ["" if drop else caption for drop, caption in zip(uniforms < fraction, captions, strict=True)]

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class BetaTablePath(ABC):
     default_grid: ClassVar[str] = "trailing"  # in ldm.samplers.TIME_GRIDS
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_train_timesteps, int) or self.num_train_timesteps < 2:
+        if not isinstance(cast(object, self.num_train_timesteps), int) or self.num_train_timesteps < 2:
             raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; use an integer, 2 or more")
 
     @abstractmethod

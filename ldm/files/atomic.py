@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -83,24 +83,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def write_new(content: bytes, paths: Iterable[Path]) -> Path:
-    """Write a file to the first free path of several in one folder; never replace a file."""
-    partial: Path | None = None
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet. Raises FileExistsError if the name is taken: never replaces a file."""
+    partial = path.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
     try:
-        for path in paths:
-            if partial is None:
-                partial = path.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
-                with partial.open("xb") as file:
-                    file.write(content)
-            try:
-                _link(partial, path)
-                return path
-            except FileExistsError:  # another process took this name
-                continue
-        raise FileExistsError("none of the names is free")
+        with partial.open("xb") as file:
+            file.write(content)
+        _link(partial, path)
     finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _link(partial: Path, path: Path) -> None:

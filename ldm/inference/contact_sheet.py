@@ -1,4 +1,4 @@
-"""Pixels -> pictures, and many pictures -> one sheet."""
+"""Convert pixels to images, and combine images into contact sheets."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldm.files.atomic import atomic_file
+from ldm.inference.metadata import png_bytes
+from ldm.inference.numbered_files import NumberedFiles
+from ldm.inference.recipe import Drawing
 
 GAP = 2  # pixels between pictures
 LABEL_LINES, LINE_HEIGHT = 2, 11
+MAX_SHEET_PIXELS = 2**25  # Pillow warns of a decompression bomb at 2.7 times as many
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Pixels B x 3 x H x W in [-1, 1] (clamped) -> B RGB images."""
+    """Convert pixels B x 3 x H x W in [-1, 1] (clamped) to B RGB images."""
     scaled = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(picture.numpy()) for picture in scaled.permute(0, 2, 3, 1).cpu()]
 
 
 def sheet(images: Sequence[Image.Image], *, columns: int, labels: Sequence[str] = (), zoom: int = 1) -> Image.Image:
-    """Images of one size, row by row. Labels stand below: one for each image, or one for each row or part of a row,
-    in two lines at most and cut to the width of the images that they belong to."""
+    """Arrange images of one size in rows. Labels are below, one per image, or one per row or part of a row: at most two
+    lines, cut to the width of their images."""
     width, height = images[0].width * zoom, images[0].height * zoom
     label_height = LABEL_LINES * LINE_HEIGHT if labels else 0
     rows = -(-len(images) // columns)
@@ -43,7 +47,7 @@ def sheet(images: Sequence[Image.Image], *, columns: int, labels: Sequence[str] 
 
 
 def wrapped(draw: ImageDraw.ImageDraw, text: str, width: int) -> list[str]:
-    """The text's words in lines of at most `width` pixels; a longer word is cut."""
+    """Wrap the text's words in lines of at most `width` pixels; a longer word is cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -62,6 +66,30 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG that appears under its name only when whole."""
+    """Write a PNG atomically."""
     with atomic_file(path) as partial:
         image.save(partial, format="PNG")
+
+
+class Sheet:
+    """Rows of drawings in one file, or in several if their size changes or the file would become too large."""
+
+    def __init__(self, files: NumberedFiles, *, columns: int) -> None:
+        self.files, self.columns = files, columns
+        self.drawings: list[Drawing] = []
+
+    def add(self, drawings: Sequence[Drawing]) -> Path | None:
+        """Add drawings of one size. Return the file of the previous ones if it had to be written first."""
+        size = drawings[0].image.size
+        pixels = size[0] * size[1] * (len(self.drawings) + len(drawings))
+        full = bool(self.drawings) and (self.drawings[0].image.size != size or pixels > MAX_SHEET_PIXELS)
+        path = self.write() if full else None
+        self.drawings += drawings
+        return path
+
+    def write(self) -> Path:
+        """Write the drawings added since the last write; there must be some."""
+        images, recipes = zip(*self.drawings, strict=True)
+        picture = sheet(images, columns=min(self.columns, len(images)))
+        self.drawings = []
+        return self.files.write(png_bytes(picture, recipes))

@@ -1,4 +1,4 @@
-"""Many requests, one after another."""
+"""Draw several requests, one after another."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def draw_all(
     started: Callable[[DrawRequest], object] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Iterator[list[Drawing]]:
-    """Draw n pictures of each request, `repeats` times; yield those n each time. Seeds count on from the request's.
+    """Draw n pictures of each request, `repeats` times, and yield n at a time. Seeds increase from the request's.
 
     started(request) is called before its first picture, progress(done, all) after each step. All requests are checked
-    before anything is drawn: this raises ValueError, naming the value, for what cannot be.
+    before anything is drawn. Raises ValueError, naming the value, for what cannot be drawn.
     """
     checked = [request.check(pipe.facts).seeded(n * repeats) for request in requests]
     total, before = repeats * sum(request.steps for request in checked), 0
@@ -43,7 +43,7 @@ def draw_all(
 
 
 def lost_words(pipe: TextToImage, requests: Iterable[DrawRequest]) -> list[str]:
-    """List the ends of prompts that the model will not see, each once. Prompts in chunks have none."""
+    """List the ends of prompts beyond the text encoder's context, each once. Prompts in chunks have none."""
     whole = [request for request in requests if request.options.weighting == "none"]
     texts = dict.fromkeys(text for request in whole for text in (request.prompt, request.negative_prompt))
     return [lost for text in texts if (lost := pipe.cut_off(text))]

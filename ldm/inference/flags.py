@@ -1,4 +1,4 @@
-"""The command line of txt2img.py. Torch is not needed here: --help must not wait for it."""
+"""The command line of txt2img.py. Does not import torch, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ from ldm.inference.request import DrawRequest
 PRECISIONS = {"auto": "auto", "fp32": "fp32", "bf16": "bf16", "full": "fp32", "autocast": "bf16"}
 PREDICTIONS = ("eps", "v", "x0", "velocity", "edm")
 COUNTS = {"n_samples": Range(low=1, high=256), "n_iter": Range(low=1, high=10_000), "n_rows": Range(low=0, high=256)}
-PICTURES = ("image", "mask")  # parameters whose word is a file that is read
+PICTURES = ("image", "mask")  # parameters whose value is a file to read
 
 
 def add_options(parser: ArgumentParser, *, weights: Path) -> None:
-    """Add all of txt2img.py's options. weights: the model where none is named."""
+    """Add all options of txt2img.py. weights: the default model."""
     add_parameters(parser)
     add = parser.add_argument
     # fmt: off
     add("--ckpt", "--model", type=Path, default=weights, metavar="PATH",
-        help="model: a run, a folder in diffusers' layout, or Stable Diffusion 1 or 2 in one file, .safetensors or "
-        ".ckpt (default: weights/emoji64 beside this file)")
-    add("--from-file", "--prompts", type=Path, metavar="FILE", help="text file with one prompt on each line")
+        help="model: a run, a folder in diffusers' layout, or Stable Diffusion 1 or 2 in a single file, "
+        ".safetensors or .ckpt (default: weights/emoji64 next to this file)")
+    add("--from-file", "--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
     add("--n-samples", "--batch-size", type=int, default=4, metavar="N",
-        help="pictures of a prompt (default: %(default)s)")
+        help="pictures per prompt (default: %(default)s)")
     add("--n-iter", "--images-per-prompt", type=int, default=1, metavar="N",
-        help="draw that many times n-samples pictures of each prompt (default: %(default)s)")
+        help="how often to draw n-samples pictures of each prompt (default: %(default)s)")
     add("--outdir", "--output", type=Path, default=Path("outputs"), metavar="DIR", help="(default: %(default)s)")
     add("--precision", "--dtype", choices=PRECISIONS, default="auto", metavar="NAME",
         help="fp32 or full, bf16 or autocast (default: auto, bf16 on a GPU and fp32 on a CPU)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto, a GPU if there is one)")
-    add("--skip-grid", action="store_true", help="write no sheets")
-    add("--skip-save", action="store_true", help="write no single pictures")
-    # CompVis hands this number to make_grid(nrow=...), which is a row's length: its columns.
+    add("--skip-grid", action="store_true", help="do not write contact sheets")
+    add("--skip-save", action="store_true", help="do not write single pictures")
+    # CompVis passes this number to make_grid(nrow=...), which is the length of a row.
     add("--n-rows", type=int, default=0, metavar="N",
-        help="pictures in a row of a sheet, in spite of its name (default: 0, n-samples: each prompt has its row)")
+        help="pictures per row of a sheet, despite the name (default: 0, n-samples: one row per prompt)")
     add("--debug", action="store_true", help="show the traceback of an error")
     # fmt: on
     add_model_options(parser)
 
 
 def add_model_options(parser: ArgumentParser) -> None:
-    """Add what is put together with the model, and what its file may leave open."""
-    add = parser.add_argument_group("about the model").add_argument
+    """Add the options for parts of the model, and for properties that its file may not specify."""
+    add = parser.add_argument_group("the model").add_argument
     # fmt: off
     add("--vae", type=Path, metavar="PATH", help="autoencoder in place of the model's own: a file or a folder")
     add("--lora", action="append", default=[], metavar="PATH[:X]",
-        help="LoRA, and how strongly it counts (default: 1); may be given several times")
-    add("--no-ema", action="store_true", help="of a file that holds both, the weights that are not averaged")
+        help="LoRA, and its strength (default: 1); may be repeated")
+    add("--no-ema", action="store_true", help="use the weights that are not averaged, if a file has both")
     add("--prediction", choices=PREDICTIONS, metavar="NAME",
-        help=f"what the model predicts, if its file does not say it rightly: {', '.join(PREDICTIONS)}")
+        help=f"what the model predicts, if its file does not specify it correctly: {', '.join(PREDICTIONS)}")
     # fmt: on
 
 
 def add_parameters(parser: ArgumentParser) -> None:
-    """Add an option for each parameter of DrawRequest and DrawOptions. One that is not given is None."""
+    """Add an option for each parameter of DrawRequest and DrawOptions; None if it is not given."""
     groups: dict[str, Any] = {"": parser}
     for fields in (DrawRequest, DrawOptions):
         for name, about in parameters(fields).items():
@@ -79,9 +79,9 @@ def add_parameters(parser: ArgumentParser) -> None:
 
 
 def requests_of(args: Namespace) -> list[DrawRequest]:
-    """List all that is to be drawn, each with a definite seed: without one given, all prompts have the same random one.
+    """List the requests, each with a seed: if none is given, all prompts get the same random one.
 
-    Raises ValueError or OSError for what is wrong without a look at the model.
+    Raises ValueError or OSError for every mistake that can be found without the model.
     """
     for name, allowed in COUNTS.items():
         allowed.check(f"--{name.replace('_', '-')}", getattr(args, name))
@@ -96,11 +96,11 @@ def requests_of(args: Namespace) -> list[DrawRequest]:
 
 
 def defaults_of(args: Namespace) -> DrawRequest:
-    """Make the request that all prompts share, as far as their own lines do not change it."""
+    """Create the request that all prompts start from; the lines of a prompt file may change it."""
     given = {name: value for name, value in vars(args).items() if value is not None and name != "prompt"}
     for name in ("mask", "strength"):
         if name in given and "image" not in given:
-            raise ValueError(f"--{name} is of a picture to begin with: give --init-img too")
+            raise ValueError(f"--{name} was given without --init-img, which it needs: give both")
     of_request, of_options = (
         {name: given[name] for name in parameters(fields) if name in given} for fields in (DrawRequest, DrawOptions)
     )
@@ -119,13 +119,13 @@ def defaults_of(args: Namespace) -> DrawRequest:
 
 
 def load_keywords(args: Namespace) -> dict[str, Any]:
-    """Return what TextToImage.load takes besides the model. Raises ValueError or OSError for a missing file."""
+    """Return the keywords of TextToImage.load. Raises ValueError or OSError for a missing file."""
     loras = [parse_lora_argument(text) for text in args.lora]
     if not args.ckpt.exists():
         raise FileNotFoundError(f"there is no model at {args.ckpt}: give its folder or file with --ckpt")
     for option, path in [("--vae", args.vae), *(("--lora", path) for path, _ in loras)]:
         if path is not None and not path.exists():
-            raise FileNotFoundError(f"{option}: there is nothing at {path}: give a file that is there")
+            raise FileNotFoundError(f"{option} is {path}, which does not exist: give a file that does")
     return {
         "device": args.device, "dtype": PRECISIONS[args.precision], "vae": args.vae, "lora": loras,
         "ema": not args.no_ema, "prediction": args.prediction,

@@ -1,4 +1,4 @@
-"""Guidance as a drawing asks for it."""
+"""The guidance that a drawing's options select."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ldm.samplers.guidance import Schedule, classifier_free, projected, rescaled
 
 
 def guided(with_prompt: Denoise, without: Denoise, scale: float, options: DrawOptions) -> Denoise:
-    """denoise(x_t, t) under guidance, of the answers with the prompts and with the negative ones."""
+    """Return denoise(x_t, t) with guidance, from those with the prompts and with the negative ones."""
     over_time = scheduled(cast(Schedule, options.guidance_schedule), scale)
     if options.is_projected:
         denoise = projected(

@@ -1,4 +1,4 @@
-"""Drawing that begins with a picture: image to image, and inpainting, where a mask says what is drawn anew.
+"""Draw from an initial image: image-to-image, and inpainting, where a mask selects what is repainted.
 
 B batch, C latent channels, H x W pixels, h x w latents. White (1) in a mask is repainted, black (0) is kept.
 """
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Canvas:
-    """A picture to begin with, ready for the autoencoder."""
+    """An initial image, as the autoencoder's input."""
 
     pixels: Tensor  # 1 x 3 x H x W in [-1, 1]
-    mask: Tensor | None  # 1 x 1 x H x W of 0 and 1; None: all may change
-    strength: float  # share of the way back to noise that it is taken, from above 0 to 1
+    mask: Tensor | None  # 1 x 1 x H x W of 0 and 1; None: everything may change
+    strength: float  # fraction of the steps that are taken, above 0 to 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """Where a sampler begins, and what it must keep."""
+    """A sampler's input, and what it must keep."""
 
-    x: Tensor  # B x C x h x w, noisy as at the first time
-    concat: Tensor | None = None  # B x (1 + C) x h x w: what an inpainting network sees next to x_t
-    clean: Tensor | None = None  # B x C x h x w: the picture's latents, and the noise that they are seen in
+    x: Tensor  # B x C x h x w, at the first time's noise level
+    concat: Tensor | None = None  # B x (1 + C) x h x w: an inpainting network's channels next to x_t
+    clean: Tensor | None = None  # B x C x h x w: the image's latents, and the noise added to them
     noise: Tensor | None = None
-    mask: Tensor | None = None  # 1 x 1 x h x w, of what `keeping` keeps
-    is_noise: bool = False  # all of x, also where the picture is kept
+    mask: Tensor | None = None  # 1 x 1 x h x w, for `keeping`
+    is_noise: bool = False  # whether x is noise everywhere, even where the image is kept
 
 
 def canvas(image: Image.Image, mask: Image.Image | None, strength: float, *, size: tuple[int, int]) -> Canvas:
-    """The picture and the mask at height x width = size."""
+    """Convert the image and the mask, at height x width = size."""
     pixels = to_pixels(resized(over_white(image), size))[None]
     chosen = None
     if mask is not None:
@@ -56,7 +56,7 @@ def canvas(image: Image.Image, mask: Image.Image | None, strength: float, *, siz
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The image at height x width = size, as it is where it has that already."""
+    """Resize the image to height x width = size, unless it already has that size."""
     from PIL import Image
 
     height, width = size
@@ -64,7 +64,7 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def remaining(times: Tensor, strength: float) -> Tensor:
-    """The grid's last steps. Raises ValueError if not one is left."""
+    """Return the grid's last steps. Raises ValueError if there are none."""
     steps = len(times) - 1
     return times[steps - steps_left(steps, strength) :]
 
@@ -78,10 +78,10 @@ def begin(
     *,
     for_inpainting: bool,
 ) -> Start:
-    """x = alpha z + sigma n at times[0], for each picture z's own sample of the autoencoder's posterior and noise n.
+    """Compute x = alpha z + sigma n at times[0], with z each picture's own sample of the posterior, and n its noise.
 
-    for_inpainting: whether the network was trained to see the mask and the masked picture, which it then gets; another
-    needs `keeping`. With a mask and strength 1 the start is noise alone. The random numbers come in diffusers' order.
+    for_inpainting: whether the network was trained with the mask and the masked image as additional inputs; any other
+    needs `keeping`. With a mask and strength 1, x is only noise. Random numbers are drawn in diffusers' order.
     """
     dtype, device = next(model.vae.parameters()).dtype, model.device
     size = tuple(side // model.vae.config.factor for side in drawn_on.pixels.shape[2:])
@@ -105,17 +105,17 @@ def begin(
 
 
 def keeping(denoise: Denoise, start: Start, path: PathConfig, times: Tensor) -> Denoise:
-    """denoise(x_t, t), made to keep what the mask does not show: x_t is seen as alpha z + sigma n there, x0_hat is z.
+    """Wrap denoise(x_t, t) to keep what the mask leaves black: x_t is alpha z + sigma n there, and x0_hat is z.
 
-    A sampler then carries the kept part along alpha z + sigma n by itself, as if x_t had been put right after each of
-    its steps. Where all of x is noise, the first time is left alone.
+    A sampler then moves the kept part along alpha z + sigma n, as if x_t had been corrected after each step. If x is
+    noise everywhere, x_t is not replaced at the first time.
     """
     clean, noise, mask = start.clean, start.noise, start.mask
     assert clean is not None and noise is not None and mask is not None
 
     def kept(x_t: Tensor, t: Tensor) -> Tensor:
         at_first = start.is_noise and t >= times[0]
-        seen = x_t if at_first else mask * x_t + (1 - mask) * noise_sample(clean, noise, path, t)
-        return mask * denoise(seen, t) + (1 - mask) * clean
+        corrected = x_t if at_first else mask * x_t + (1 - mask) * noise_sample(clean, noise, path, t)
+        return mask * denoise(corrected, t) + (1 - mask) * clean
 
     return kept

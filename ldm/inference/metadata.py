@@ -1,7 +1,7 @@
-"""Pictures that tell how they were drawn.
+"""PNG files that contain the recipe of their picture.
 
-Each PNG carries two texts: `parameters`, which AUTOMATIC1111's interface (A1111) and the sites that follow it read, and
-`foundry`, JSON with all that is needed to draw the picture again (for a sheet of pictures: a list of it).
+Each PNG has two texts: `parameters`, which AUTOMATIC1111's interface (A1111) and compatible sites read, and `foundry`,
+JSON with everything that is needed to draw the picture again (for a contact sheet, a list).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PARAMETERS, FOUNDRY = "parameters", "foundry"
 
 
 def parameters_text(recipe: Recipe) -> str:
-    """A1111's text: the prompt, the negative prompt if there is one, and a last line of `key: value` pairs."""
+    """Return A1111's text: the prompt, the negative prompt if there is one, and a last line of `key: value` pairs."""
     pairs = {
         **_setting_pairs(recipe),
         "Size": f"{recipe.width}x{recipe.height}",
@@ -42,7 +42,7 @@ def parameters_text(recipe: Recipe) -> str:
 
 
 def _setting_pairs(recipe: Recipe) -> dict[str, object]:
-    """Name the settings that A1111 has a name for, in its form."""
+    """Return the settings that A1111 has names for, in its format."""
     in_its_form = {"sampler": SAMPLERS[recipe.sampler].label, "scale": repr(recipe.scale).removesuffix(".0")}
     known = {name: about.a1111 for name, about in parameters(PictureSettings).items() if about.a1111}
     return {key: in_its_form.get(name, getattr(recipe, name)) for name, key in known.items()}
@@ -59,7 +59,7 @@ def _further_pairs(recipe: Recipe) -> dict[str, object]:
 
 
 def _option_pairs(options: DrawOptions) -> dict[str, object]:
-    """Name the options that are not as they are by default; A1111 knows some of them, under its own names."""
+    """Return the options that differ from their defaults, under A1111's names if there are any."""
     pairs: dict[str, object] = {}
     for name, about in parameters(DrawOptions).items():
         value = getattr(options, name)
@@ -70,12 +70,12 @@ def _option_pairs(options: DrawOptions) -> dict[str, object]:
 
 
 def _quote(value: str) -> str:
-    # Beyond the rule of A1111 (, : and newline): its reader strips leading blanks, and unquotes what starts with ".
+    # In addition to A1111's rule (, : and newline): its reader strips leading blanks, and unquotes what starts with ".
     return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n]|^["\s]', value) else value
 
 
 def png_bytes(image: Image.Image, recipes: Sequence[Recipe]) -> bytes:
-    """A PNG file of a picture with its recipe, or of a sheet with those of its pictures in order.
+    """Encode a PNG file of a picture with its recipe, or of a contact sheet with those of its pictures in order.
 
     The same picture and recipes give the same bytes. A sheet's `parameters` are its first picture's, as in A1111.
     """
@@ -89,16 +89,16 @@ def png_bytes(image: Image.Image, recipes: Sequence[Recipe]) -> bytes:
 
 
 def read_recipes(path: Path) -> list[Recipe]:
-    """The recipes in a PNG written by png_bytes. Raises ValueError or OSError if it has none or others."""
+    """Read the recipes from a PNG written by png_bytes. Raises ValueError or OSError if it has no valid ones."""
     with Image.open(path, formats=["PNG"]) as image:
-        image.load()  # texts may also stand behind the pixels
+        image.load()  # texts may also follow the pixels
         text = image.info.get(FOUNDRY)
     if text is None:
-        raise ValueError(f"{path} has no text {FOUNDRY!r}: another program drew it, or its metadata was removed")
+        raise ValueError(f"{path} has no text {FOUNDRY!r}: give a PNG that this program drew, with its metadata")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the text {FOUNDRY!r} is not JSON") from error
+        raise ValueError(f"{path}: the text {FOUNDRY!r} is not JSON: give a PNG as it was written") from error
     return [_recipe(item, path) for item in (content if isinstance(content, list) else [content])]
 
 
@@ -106,21 +106,23 @@ def _recipe(item: Any, path: Path) -> Recipe:
     kinds = _kinds()
     found = {key: value for key, value in item.items() if key != "options"} if isinstance(item, dict) else {}
     if not _needed() <= found.keys() or any(type(value) is not kinds.get(key) for key, value in found.items()):
-        raise ValueError(f"{path}: the text {FOUNDRY!r} is not a recipe with {', '.join(kinds)}")
+        raise ValueError(
+            f"{path}: the text {FOUNDRY!r} is not a recipe, expected {', '.join(kinds)}: give a PNG as it was written"
+        )
     try:
         options: dict[str, Any] = dict(item.get("options", {}))
         options["guidance_interval"] = tuple(options.get("guidance_interval", PLAIN.guidance_interval))
         return Recipe(**found, options=DrawOptions(**options))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the text {FOUNDRY!r} has options that are none ({error})") from error
+        raise ValueError(f"{path}: the text {FOUNDRY!r} has invalid options ({error}): give another") from error
 
 
 def _kinds() -> dict[str, object]:
-    """Return the type that each key of a recipe has in JSON, but its options'."""
+    """Return the type of each key of a recipe in JSON, except its options."""
     kinds = get_type_hints(Recipe) | {name: about.kind for name, about in parameters(PictureSettings).items()}
     return {name: kind for name, kind in kinds.items() if name != "options"}
 
 
 def _needed() -> set[str]:
-    """Return the keys that every recipe has. Others are absent in pictures of before there were any."""
+    """Return the keys that every recipe has; older pictures do not have the others."""
     return {entry.name for entry in fields(Recipe) if entry.default is MISSING} | parameters(PictureSettings).keys()

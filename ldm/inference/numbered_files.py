@@ -1,17 +1,16 @@
-"""Files that never replace others, and the folder that they go to."""
+"""Write numbered files that never replace others."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from ldm.files.atomic import write_new
 
 
 class NumberedFiles:
-    """New PNG files of one folder, numbered on from the highest that is there: 00000.png, grid-0000.png."""
+    """New PNG files in a folder, numbered from the highest existing one: 00000.png, grid-0000.png."""
 
     def __init__(self, folder: Path, *, prefix: str = "", digits: int) -> None:
         self.folder, self.prefix, self.digits = folder, prefix, digits
@@ -21,24 +20,27 @@ class NumberedFiles:
         self.next = max(taken, default=-1) + 1
 
     def write(self, content: bytes) -> Path:
-        """Write a file that appears only when whole, and never in place of another, whoever wrote that.
+        """Write a complete file under the next free name; never replace one, whoever wrote it.
 
-        The folder is made with the first file, so that a drawing that fails leaves none.
+        The folder is created with the first file, so that a drawing that fails leaves none.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        return write_new(content, self._paths())
-
-    def _paths(self) -> Iterator[Path]:
         while True:
             path = self.folder / f"{self.prefix}{self.next:0{self.digits}d}.png"
             self.next += 1
-            yield path
+            try:
+                write_new(path, content)
+                return path
+            except FileExistsError:  # another process took this name
+                continue
 
 
 def check_folder(folder: Path) -> None:
-    """Raise OSError or ValueError if the folder cannot be made or written to; nothing is made yet."""
+    """Raise OSError or ValueError if the folder cannot be created or written to; does not create it."""
     nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
-        raise ValueError(f"pictures cannot go to {folder}, for {nearest} is not a folder")
+        raise ValueError(f"pictures cannot be written to {folder}: {nearest} is not a folder; choose another")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"pictures cannot go to {folder}, for {nearest} may not be written to")
+        raise PermissionError(
+            f"pictures cannot be written to {folder}: no permission to write to {nearest}; choose another"
+        )

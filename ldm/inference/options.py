@@ -1,4 +1,4 @@
-"""How a picture is drawn, beyond what everybody sets. Torch is not needed here: --help must not wait for it."""
+"""The less common settings of a drawing. Does not import torch, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm.files.messages import unknown_name
 from ldm.inference.parameter import Range, check_ranges, keys_of, parameter
 
 WEIGHTINGS = ("none", "a1111")  # of words in a prompt
-FORMATS = ("diffusers", "single-file")  # of what is exported
+FORMATS = ("diffusers", "single-file")  # of exports
 SCHEDULES = ("constant", "linear", "cosine")  # of guidance's scale over time
 FINER = "finer options"
 MAX_LORA_STRENGTH = 100
@@ -19,23 +19,23 @@ MAX_LORA_STRENGTH = 100
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions:
-    """The defaults are a sampler as it is, and plain classifier-free guidance.
+    """Options of sampler, guidance and prompt. The defaults are the plain sampler and classifier-free guidance.
 
-    Raises ValueError, naming the value, for anything out of range. What depends on the model is checked with it.
+    Raises ValueError, naming the value, for anything out of range. DrawRequest.check checks what depends on the model.
     """
 
     eta: float | None = parameter(
-        None, "portion of fresh noise in ddim and the ancestral samplers, 0 to 1 (default: 0 in ddim, 1 in those)",
+        None, "fraction of fresh noise in ddim and the ancestral samplers, 0 to 1 (default: 0 in ddim, else 1)",
         kind=float, flags=("--eta", "--ddim-eta"), metavar="X", group=FINER, within=Range(low=0, high=1), a1111="Eta",
     )  # fmt: skip
     time_grid: str | None = parameter(
-        None, "which times to visit: one of {names}, or the times themselves, falling from 1 (noise) to 0, as "
+        None, "times of the steps: one of {names}, or the times themselves, decreasing from 1 (noise) to 0, such as "
         "1,0.6,0.3,0 (default: trailing, or karras for models on EDM's path)",
         names=keys_of("TIME_GRIDS", "samplers/time_grids.py"),
         flags=("--time-grid", "--schedule-type"), metavar="NAME", group=FINER, a1111="Schedule type",
     )  # fmt: skip
     guidance_interval: tuple[float, float] = parameter(
-        (0.0, 1.0), "times at which guidance is on, 0 is the picture and 1 the noise (default: 0 1)", kind=float,
+        (0.0, 1.0), "times at which guidance is used, from 0, the picture, to 1, the noise (default: 0 1)", kind=float,
         flags=("--guidance-interval",), metavar=("START", "STOP"), group=FINER,
     )  # fmt: skip
     guidance_schedule: str = parameter(
@@ -43,28 +43,28 @@ class DrawOptions:
         names=", ".join(SCHEDULES), flags=("--guidance-schedule",), metavar="NAME", group=FINER,
     )  # fmt: skip
     guidance_rescale: float = parameter(
-        0.0, "against too bright pictures at large scales, 0 to 1; 0.7 is usual (default: 0)", kind=float,
+        0.0, "reduces brightness at large scales, 0 to 1; 0.7 is common (default: 0)", kind=float,
         flags=("--guidance-rescale",), metavar="X", group=FINER, within=Range(low=0, high=1),
     )  # fmt: skip
     guidance_parallel: float = parameter(
-        1.0, "portion kept of what guidance changes along the answer itself, 0 to 1; 0 against garish colours "
+        1.0, "fraction kept of guidance's change parallel to the prediction, 0 to 1; 0 reduces saturation "
         "(default: 1)", kind=float,
         flags=("--guidance-parallel",), metavar="X", group=FINER, within=Range(low=0, high=1),
     )  # fmt: skip
     guidance_norm_limit: float | None = parameter(
-        None, "longest change of a picture by guidance (default: none)", kind=float, flags=("--guidance-norm-limit",),
+        None, "maximum norm of guidance's change (default: none)", kind=float, flags=("--guidance-norm-limit",),
         metavar="X", group=FINER, within=Range(low=0, low_excluded=True, words="a length above 0"),
     )  # fmt: skip
     guidance_momentum: float = parameter(
-        0.0, "portion of the last step's change that is added, usually negative, as -0.5 (default: 0)", kind=float,
+        0.0, "multiple of the last step's change to add, usually negative, such as -0.5 (default: 0)", kind=float,
         flags=("--guidance-momentum",), metavar="X", group=FINER,
         within=Range(
             low=-1, low_excluded=True, high=1, high_excluded=True, words="more than -1 and less than 1"
         ),
     )  # fmt: skip
     weighting: str = parameter(
-        "none", "a1111: (words:1.2) count more, [words] less, BREAK begins another chunk, a long prompt becomes "
-        "several; none: brackets are what they are (default: {default})",
+        "none", "a1111: (words:1.2) have more weight, [words] less, BREAK starts a new chunk, a long prompt is "
+        "split into chunks; none: brackets are text like any other (default: {default})",
         choices=WEIGHTINGS, flags=("--weighting",), metavar="NAME", group=FINER,
     )  # fmt: skip
 
@@ -77,8 +77,8 @@ class DrawOptions:
             raise ValueError(f"the guidance interval is {start:g} to {stop:g}, expected 0 <= start <= stop <= 1")
         if self.is_projected and self.guidance_rescale:
             raise ValueError(
-                "guidance rescale and projected guidance (parallel, norm limit, momentum) are two cures of one thing: "
-                "use one of them"
+                f"guidance rescale is {self.guidance_rescale} and projected guidance (parallel, norm limit, momentum) "
+                "is on, but both correct the same fault: use one of them"
             )
         if self.times is not None:
             check_falling(self.times)
@@ -89,17 +89,17 @@ class DrawOptions:
 
     @property
     def times(self) -> tuple[float, ...] | None:
-        """time_grid's times, if it is not a name. Raises ValueError if they are no numbers."""
+        """The times in time_grid, if it is not a name. Raises ValueError if they are not numbers."""
         if self.time_grid is None or "," not in self.time_grid:
             return None
         try:
             return tuple(float(word) for word in self.time_grid.split(","))
         except ValueError:
-            raise ValueError(f"the time grid is {self.time_grid!r}, expected numbers, as in 1, 0.6, 0.3, 0") from None
+            raise ValueError(f"the time grid is {self.time_grid!r}, expected numbers, such as 1,0.6,0.3,0") from None
 
     @property
     def grid(self) -> str | tuple[float, ...] | None:
-        """What ldm.samplers.time_grid takes."""
+        """The argument for ldm.samplers.time_grid."""
         return self.times or self.time_grid
 
 
@@ -107,7 +107,7 @@ PLAIN = DrawOptions()
 
 
 def check_falling(times: tuple[float, ...]) -> None:
-    """Raise ValueError unless the times fall strictly from at most 1 to 0."""
+    """Raise ValueError unless the times decrease strictly from at most 1 to 0."""
     falling = all(later < earlier for earlier, later in pairwise(times))
     if len(times) < 2 or not falling or not times[0] <= 1 or times[-1] != 0 or not all(map(math.isfinite, times)):
         shown = ", ".join(f"{t:g}" for t in times)
@@ -115,9 +115,10 @@ def check_falling(times: tuple[float, ...]) -> None:
 
 
 def parse_lora_argument(text: str) -> tuple[Path, float]:
-    """PATH or PATH:X -> a LoRA's file and its strength, 1 if none is given. A colon before no number is of the path.
+    """Split PATH or PATH:X into a LoRA's file and its strength, by default 1. A colon without a number after it belongs
+    to the path.
 
-    Raises ValueError for no path, or a strength out of range.
+    Raises ValueError for an empty path, or a strength out of range.
     """
     path, _, number = text.rpartition(":")
     try:

@@ -1,4 +1,4 @@
-"""A parameter of a drawing, declared once: command line, prompt files, metadata and checks are made from it."""
+"""Parameters of a drawing, declared once: command line, prompt files, metadata and checks are derived from them."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ _KEY = "parameter"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """Numbers from `low` to `high`, both included unless they are excluded here."""
+    """Numbers from `low` to `high`, by default inclusive."""
 
     low: float
-    high: float = math.inf  # which itself is never in the range
+    high: float = math.inf  # infinity itself is never in the range
     low_excluded: bool = False
     high_excluded: bool = False
-    words: str = ""  # what an error says was expected; "": "low to high"
+    words: str = ""  # the range in an error message; "": "low to high"
 
     def __contains__(self, value: float) -> bool:
         above = self.low < value if self.low_excluded else self.low <= value
         return above and (value < self.high if self.high_excluded or self.high == math.inf else value <= self.high)
 
     def check(self, name: str, value: float) -> None:
-        """Raise ValueError, naming the value, for one out of range; NaN is in none."""
+        """Raise ValueError, naming the value, if it is out of range; NaN always is."""
         if value not in self:
             raise ValueError(f"{name} is {value}, expected {self.words or f'{self.low} to {self.high}'}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """All that is known of a field besides its name, its type and its default."""
+    """Properties of a field in addition to its name, type and default."""
 
-    help: str  # {default} and {names} stand for what follows
-    kind: Callable[[str], Any] = str  # from a word of the command line, or of a prompt file, to the value
-    flags: tuple[str, ...] = ()  # on the command line; the first is shown first
-    metavar: str | tuple[str, ...] | None = None  # several: so many values
+    help: str  # with placeholders {default} and {names}
+    kind: Callable[[str], Any] = str  # converts a word of the command line or a prompt file to the value
+    flags: tuple[str, ...] = ()  # on the command line; the main one first
+    metavar: str | tuple[str, ...] | None = None  # a tuple: as many values
     group: str = ""  # heading of the command line's help
-    choices: tuple[str, ...] = ()  # all that it may be
-    names: str | Callable[[], str] = ""  # what it may be among others, for the help
+    choices: tuple[str, ...] = ()  # all allowed values
+    names: str | Callable[[], str] = ""  # some of the allowed values, for the help
     within: Range | None = None
     in_line: tuple[str, ...] = ()  # options in a line of a prompt file
-    a1111: str = ""  # its name in AUTOMATIC1111's text, if it has one there
+    a1111: str = ""  # its name in AUTOMATIC1111's text, if there is one
 
     def help_for(self, default: object) -> str:
-        """Fill the default and the names into the help."""
+        """Return the help with the default and the names filled in."""
         names = self.names() if callable(self.names) else self.names
         return self.help.format(default=default, names=names or ", ".join(self.choices))
 
 
 def keys_of(table: str, file: str) -> Callable[[], str]:
-    """Return a function that lists a table's keys as a file of ldm/ spells them: --help must not wait for torch."""
+    """Return a function that reads a table's keys from the source of a file of ldm/: an import would load torch."""
     return partial(_keys_in, table, Path(__file__).parents[1] / file)
 
 
@@ -67,7 +67,7 @@ def _keys_in(table: str, file: Path) -> str:
 
 
 def parameter(default: Any, help: str, **about: Any) -> Any:
-    """Make a dataclass's field with this default, and a Parameter as its metadata."""
+    """Create a dataclass field with this default, and a Parameter as its metadata."""
     return field(default=default, metadata={_KEY: Parameter(help=help, **about)})
 
 
@@ -77,7 +77,7 @@ def parameters(of: type) -> dict[str, Parameter]:
 
 
 def check_ranges(instance: object) -> None:
-    """Raise ValueError, naming the value, for a parameter out of its range, or that is none of its choices."""
+    """Raise ValueError, naming the value, if a parameter is out of its range or not one of its choices."""
     for name, about in parameters(type(instance)).items():
         value, words = getattr(instance, name), name.replace("_", " ")
         if about.within is not None and value is not None:

@@ -1,4 +1,4 @@
-"""Files of pictures to begin with. Torch is not needed here."""
+"""Read image files to start from. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FILE_HASH = "foundry_file_hash"  # key of an image's info
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Read a PNG, JPEG or WebP file, turned as its camera says, and note the file's hash in the image's info.
+    """Read a PNG, JPEG or WebP file, rotated by its EXIF orientation; the image's info contains the file's hash.
 
-    Raises ValueError or OSError, naming it, for others.
+    Raises ValueError or OSError, naming the file, for any other.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -27,7 +27,7 @@ def read_picture(path: Path) -> Image.Image:
         raise FileNotFoundError(f"there is no picture {path}: give a PNG, JPEG or WebP file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is told of below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error for large ones is below
             opened = Image.open(path, formats=["PNG", "JPEG", "WEBP"])
         with opened as image:
             if image.width * image.height > MAX_PIXELS:
@@ -35,13 +35,13 @@ def read_picture(path: Path) -> Image.Image:
             image.load()
             turned = ImageOps.exif_transpose(image)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a whole PNG, JPEG or WebP picture ({error}): give another") from error
+        raise ValueError(f"{path} is not a complete PNG, JPEG or WebP picture ({error}): give another") from error
     turned.info[FILE_HASH] = short_hash([path])
     return turned
 
 
 def picture_hash(image: Image.Image) -> str:
-    """Return the first 10 hex digits of a SHA-256: of the file that `read_picture` read, or else of the pixels."""
+    """Return the first 10 hex digits of a SHA-256: of the file, if `read_picture` read it, else of the pixels."""
     noted = image.info.get(FILE_HASH)
     if noted is not None:
         return str(noted)

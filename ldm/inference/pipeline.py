@@ -1,4 +1,4 @@
-"""From a prompt to pictures: what a program that only wants to draw needs."""
+"""Load a model and draw pictures from prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm.denoisers import Denoiser, describe_attention
+from ldm.denoisers import Denoiser, choose_attention, describe_attention
 from ldm.diffusion import Prediction
 from ldm.inference.contact_sheet import to_images
 from ldm.inference.guided import guided
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     from ldm.model.latent_diffusion import LatentDiffusion
 
-Progress = Callable[[int, int], None]  # (steps done, steps in all)
+Progress = Callable[[int, int], None]  # (steps done, total steps)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to draw in
 STORED = PRECISIONS | {"fp16": torch.float16}
-MAX_BATCH = 16  # pictures drawn at once; more are drawn in turns, which changes none of them
+MAX_BATCH = 16  # pictures drawn at once; more are drawn in several batches, with the same result
 
 
 class TextToImage:
@@ -54,6 +54,7 @@ class TextToImage:
         self.parts, self.name = parts, name
         self._weights_hash = weights_hash
         self.loaded_with = loaded_with or LoadedWith()
+        choose_attention(self.denoiser, self.device, self.dtype)
         self.native_size = parts.sample_size * self.model.vae.config.factor  # pixels a side, as in training
         # H and W must be multiples of this: whole latents, and whole patches of them.
         self.factor = self.model.vae.config.factor * parts.config.stride
@@ -68,7 +69,7 @@ class TextToImage:
 
     @property
     def facts(self) -> ModelFacts:
-        """What requests are checked against."""
+        """The properties that requests are checked against."""
         return ModelFacts(
             name=self.name,
             path=self.model.path,
@@ -80,7 +81,7 @@ class TextToImage:
 
     @property
     def weights_hash(self) -> str:
-        """First 10 hex digits of the SHA-256 of the denoiser's file, which is read whole at the first time."""
+        """The first 10 hex digits of the SHA-256 of the denoiser's file. The first access reads the complete file."""
         if self._weights_hash is None:
             assert self.parts.origin is not None
             self._weights_hash = self.parts.origin.hash()
@@ -88,7 +89,7 @@ class TextToImage:
 
     @property
     def description(self) -> str:
-        """One line: what the model is, what it predicts, its precision and number of tensors, its file's hash."""
+        """One line: the kind of model, its prediction, precision and number of tensors, and its file's hash."""
         return f"{self.parts.describe()}, sha256 {self.weights_hash}"
 
     @property
@@ -106,7 +107,7 @@ class TextToImage:
 
     @property
     def attention(self) -> str:
-        """One line: which attention draws at the native size, and why."""
+        """One line: the attention kernel at the native size, and why."""
         length = self.parts.config.attention_length(self.native_size // self.model.vae.config.factor)
         return describe_attention(self.device, length, self.dtype, training=False)
 
@@ -123,13 +124,13 @@ class TextToImage:
         prediction: Prediction | None = None,
     ) -> TextToImage:
         """Read a model: a folder in diffusers' layout (an export of this project, Stable Diffusion's, the newest of a
-        run), or Stable Diffusion 1 or 2 in a single file. What it is is seen from its content.
+        run), or Stable Diffusion 1 or 2 in a single file. The content determines which of them it is.
 
         device: "auto" (CUDA if there is one), or a torch device. dtype: "auto" (bf16 on CUDA, else fp32), "fp32" or
-        "bf16". vae: an autoencoder in place of the model's own. lora: files with their strengths, merged into the
-        weights in this order. ema: the averaged weights, where a single file holds both. prediction: what the denoiser
-        predicts, if the file says it wrongly or not at all. Nothing that is read is executed. Raises ValueError or
-        FileNotFoundError, naming the file, for anything that is missing, cut short or something else.
+        "bf16". vae: an autoencoder to use in place of the model's own. lora: files and their strengths, merged into the
+        weights in this order. ema: use the averaged weights, if a single file has both. prediction: of the denoiser, if
+        the file specifies it wrongly or not at all. Nothing in the files is executed. Raises ValueError or
+        FileNotFoundError, naming the file, if it is missing, truncated or something else.
         """
         place = choose_device(device)
         loras = [Lora(Path(file), strength) for file, strength in lora]
@@ -143,19 +144,16 @@ class TextToImage:
 
     def save(self, path: str | Path, *, format: str = "diffusers", dtype: str = "fp32") -> None:
         """Write the model, LoRAs merged, for other programs: "diffusers", a folder with a model card, or "single-file",
-        CompVis's layout with a .yaml beside it (U-Nets alone). dtype: "fp32", "fp16" or "bf16".
+        CompVis's layout with a .yaml next to it (only U-Nets). dtype: "fp32", "fp16" or "bf16".
 
-        An older export there is replaced when the new one is whole. Raises ValueError for what cannot be written so.
+        An older export is replaced once the new one is complete. Raises ValueError if the format cannot hold the model.
         """
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, expected {' or '.join(FORMATS)}")
         if dtype not in STORED:
             raise ValueError(f"dtype is {dtype!r}, expected {', '.join(STORED)}")
         if format == "diffusers":
-            from ldm.interop.model_card import (  # which knows training's configuration, and drawing does not need it
-                CARD,
-                model_card,
-            )
+            from ldm.interop.model_card import CARD, model_card  # imports PyYAML, which drawing does not need
 
             card = model_card(self.parts, name=Path(path).resolve().name)
             write_folder(self.parts, Path(path), dtype=STORED[dtype], beside={CARD: card.encode()})
@@ -167,8 +165,8 @@ class TextToImage:
     ) -> list[Image.Image]:
         """Draw n pictures; picture i depends on seed + i, not on the others.
 
-        settings: the other fields of DrawRequest: negative_prompt, steps, scale, sampler, seed (here 0 where none is
-        given), height, width, image, mask, strength, options. progress(done, all) is called after each denoising step.
+        settings: the other fields of DrawRequest: negative_prompt, steps, scale, sampler, seed (by default 0),
+        height, width, image, mask, strength, options. progress(done, all) is called after each denoising step.
         Raises ValueError, naming the value, for what cannot be drawn.
         """
         settings.setdefault("seed", 0)
@@ -188,18 +186,20 @@ class TextToImage:
         return [replace(first, seed=first.seed + i) for i in range(n)]
 
     def pixels(self, *requests: DrawRequest, progress: Progress | None = None) -> Tensor:
-        """Draw one picture per request, as pixels N x 3 x H x W in about [-1, 1]: not yet clamped and rounded.
+        """Draw one picture per request, as pixels N x 3 x H x W in about [-1, 1], neither clamped nor rounded.
 
-        They are drawn together, so they may differ in prompt and seed alone. Raises ValueError for others.
+        They are drawn in one batch, so they may differ only in prompt and seed. Raises ValueError otherwise.
         """
         wanted = [request.check(self.facts).seeded() for request in requests]
         common = wanted[0]
         if any(replace(own, prompt=common.prompt, seed=common.seed) != common for own in wanted):
-            raise ValueError("the requests differ in more than prompt and seed: draw them one by one")
+            raise ValueError(
+                "the requests differ in more than prompt and seed, so they are no batch: draw them one by one"
+            )
         return self._together(wanted, progress)
 
     def _together(self, wanted: Sequence[DrawRequest], progress: Progress | None) -> Tensor:
-        """Draw requests that were checked, and differ in prompt and seed alone, as pixels."""
+        """Draw checked requests that differ only in prompt and seed, as pixels."""
         model, common, options = self.model, wanted[0], wanted[0].options
         drawn_on, size = self._canvas(common)
         times = time_grid(model.path, common.steps, options.grid)
@@ -220,7 +220,7 @@ class TextToImage:
         return torch.cat(drawn)
 
     def _canvas(self, request: DrawRequest) -> tuple[Canvas | None, tuple[int, int]]:
-        """What a checked request begins with, and the size of its latents."""
+        """Return the initial image of a checked request, if any, and the size of its latents."""
         height, width, strength = request.height, request.width, request.strength
         assert height is not None and width is not None
         factor = self.model.vae.config.factor
@@ -240,7 +240,7 @@ class TextToImage:
     def _denoise(
         self, prompts: Sequence[str], request: DrawRequest, begun: Start, times: Tensor
     ) -> tuple[Denoise, Variance]:
-        """The function that a sampler takes, guided, and keeping what a mask covers; and the network's variance."""
+        """Return the function for the sampler, with guidance and the mask applied, and the network's variance."""
         model = self.model
         with_prompt, without = (
             model.denoise_with(
@@ -253,21 +253,18 @@ class TextToImage:
         return denoise, with_prompt.variance
 
     def cut_off(self, prompt: str) -> str:
-        """The end of a prompt that is longer than the text encoder can read; "" if all of it is read."""
+        """Return the part of a prompt beyond the text encoder's context length; "" if it fits."""
         return self.model.conditioner.cut_off(prompt)
 
 
 def counted(denoise: Denoise, progress: Progress, times: Tensor, *, number: int, of: int) -> Denoise:
-    """The same function, telling how many of the grid's steps have begun to end, in round `number` of so many.
-
-    Samplers know nothing of progress.
-    """
+    """Wrap `denoise` to report progress: the steps done in batch `number` of `of`. Samplers do not report it."""
     done, steps = 0, len(times) - 1
 
     def counting(x_t: Tensor, t: Tensor) -> Tensor:
         nonlocal done
         x0 = denoise(x_t, t)
-        reached = min(int((times > t).sum()) + 1, steps)  # some samplers ask twice, or in the middle of a step
+        reached = min(int((times > t).sum()) + 1, steps)  # some samplers evaluate twice, or in the middle of a step
         if reached > done:
             done = reached
             progress(number * steps + done, of * steps)
@@ -277,7 +274,7 @@ def counted(denoise: Denoise, progress: Progress, times: Tensor, *, number: int,
 
 
 def choose_device(device: str) -> torch.device:
-    """The device named, or the best there is. Raises ValueError for one that this machine does not have."""
+    """Return the named device, or the best available. Raises ValueError if this machine does not have it."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -286,13 +283,13 @@ def choose_device(device: str) -> torch.device:
         raise ValueError(f"device is {device!r}, expected auto, cpu or cuda") from error
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device is {device!r}, but {torch.cuda.device_count()} CUDA devices are here: use auto or cpu"
+            f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices: use auto or cpu"
         )
     return place
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype named, or what the device draws best in. Raises ValueError for another name."""
+    """Return the named dtype, or the best for the device. Raises ValueError for an unknown name."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in PRECISIONS:

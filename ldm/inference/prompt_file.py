@@ -1,13 +1,13 @@
 """Text files of requests.
 
-A prompt file holds a prompt on each line; blank lines and lines starting with # are skipped. Options at the end of a
-line replace the command line's for that line, in kohya's short form or in A1111's long one:
+A prompt file has one prompt per line; blank lines and lines starting with # are skipped. Options at the end of a line
+replace the command line's for that line, in kohya's short form or in A1111's long one:
 
     a red apple
     a red apple --n leaves, stalk --w 96 --h 64 --s 20 --d 7 --l 3.5
     --prompt "a red apple" --negative_prompt "leaves, stalk" --width 96 --steps 20 --seed 7 --cfg_scale 3.5
 
-A value may stand in quotes, and must if it contains words that start with two hyphens.
+A value may be quoted, and must be if it contains words that start with two hyphens.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ QUOTED = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'([^']*)')(?=\s+--[A-Za-z]|\s*
 
 
 def read_prompts(path: Path, defaults: DrawRequest) -> list[DrawRequest]:
-    """The requests of a prompt file. Raises ValueError or OSError, naming file and line."""
+    """Read the requests of a prompt file. Raises ValueError or OSError, naming file and line."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no prompt file {path}")
+        raise FileNotFoundError(f"there is no prompt file {path}: give a text file with one prompt per line")
     if not path.is_file():  # a pipe or a device might never end
-        raise ValueError(f"{path} is not a plain file, expected a text file with one prompt on each line")
+        raise ValueError(f"{path} is not a plain file: give a text file with one prompt per line")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, expected a prompt file of at most {MAX_FILE_BYTES}")
     try:
@@ -45,12 +45,12 @@ def read_prompts(path: Path, defaults: DrawRequest) -> list[DrawRequest]:
         if line.strip() and not line.strip().startswith("#")
     ]
     if not requests:
-        raise ValueError(f"{path} holds no prompt: write one on each line")
+        raise ValueError(f"{path} contains no prompt: write one per line")
     return requests
 
 
 def parse_line(line: str, defaults: DrawRequest, *, place: str) -> DrawRequest:
-    """One line's request. Raises ValueError, starting with place."""
+    """Parse one line. Raises ValueError, starting with place."""
     changes: dict[str, Any] = {}
     for option, text in split_line(line):
         name = option.lower().replace("-", "_")
@@ -59,7 +59,7 @@ def parse_line(line: str, defaults: DrawRequest, *, place: str) -> DrawRequest:
             raise ValueError(f"{place}unknown option --{option}, expected one of {known}")
         field, kind = OPTIONS[name]
         if field in changes:
-            raise ValueError(f"{place}{field} is given twice ({changes[field]!r} and {text!r})")
+            raise ValueError(f"{place}{field} is given twice ({changes[field]!r} and {text!r}): remove one")
         try:
             changes[field] = kind(text)
         except ValueError:
@@ -74,7 +74,7 @@ def parse_line(line: str, defaults: DrawRequest, *, place: str) -> DrawRequest:
 
 
 def split_line(line: str) -> list[tuple[str, str]]:
-    """(option, its text) in order; a prompt before the first option is named so."""
+    """Split a line into pairs of an option and its text, in order; the text before the first option is the prompt."""
     option = OPTION.search(line)
     prompt = line[: option.start() if option else None].strip()
     fields = [("prompt", prompt)] if prompt else []

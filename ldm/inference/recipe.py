@@ -1,4 +1,4 @@
-"""What comes out of a drawing: a picture, and the record of how to draw it again."""
+"""The result of a drawing: a picture, and the record of how to draw it again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.files.digest import short_hash
 from ldm.inference.parameter import parameters
@@ -18,25 +18,26 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.diffusion import Prediction
+    from ldm.inference.pipeline import TextToImage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(PictureSettings):
-    """All that a picture depends on, in the form in which its PNG keeps it."""
+    """Everything that a picture depends on, as stored in its PNG."""
 
     model: str
     weights_hash: str  # first 10 hex digits of the SHA-256 of the denoiser's file
     device: str
     precision: str
     software: str
-    # Absent in pictures of before there were any.
+    # Older pictures do not have these.
     vae: str = ""  # a file's name, and the first 10 hex digits of its SHA-256; "" is none
     loras: str = ""  # "name:0.8 0123456789, other 9876543210"
-    init_image: str = ""  # first 10 hex digits of the SHA-256 of the file that it began with
+    init_image: str = ""  # first 10 hex digits of the SHA-256 of the file that the drawing started from
     mask: str = ""
-    strength: float = 0.0  # 0: it began with noise
-    prediction: str = ""  # as asked for; "": as the model says
-    ema: bool = True  # whether averaged weights were taken, where there were both
+    strength: float = 0.0  # 0: it started from noise
+    prediction: str = ""  # as given to load; "": the model's own
+    ema: bool = True  # whether averaged weights were used, if the file had both
 
 
 class Drawing(NamedTuple):
@@ -48,7 +49,7 @@ class Drawing(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedWith:
-    """What was put together with a model when it was loaded: see TextToImage.load."""
+    """The options with which a model was loaded: see TextToImage.load."""
 
     vae: Path | None = None
     lora: Sequence[tuple[Path, float]] = ()
@@ -56,7 +57,7 @@ class LoadedWith:
     prediction: Prediction | None = None
 
     def recorded(self) -> dict[str, Any]:
-        """Return those fields of a Recipe that tell of it. Reads the files whole at the first time."""
+        """Return them as fields of a Recipe. The first call reads the complete files, to hash them."""
         loras = [f"{file.name}{'' if by == 1 else f':{by:g}'} {file_hash(file)}" for file, by in self.lora]
         return {
             "vae": f"{self.vae.name} {file_hash(self.vae)}".strip() if self.vae else "",
@@ -66,23 +67,8 @@ class LoadedWith:
         }
 
 
-class Drawer(Protocol):
-    """What a recipe tells of the model: ldm.TextToImage has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def weights_hash(self) -> str: ...
-    @property
-    def device(self) -> object: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def loaded_with(self) -> LoadedWith: ...
-
-
-def recipe_of(request: DrawRequest, pipe: Drawer, image: Image.Image) -> Recipe:
-    """Make the recipe of an image that a pipe drew for a request that it had checked."""
+def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Recipe:
+    """Create the recipe of an image that a pipe drew for a checked request."""
     drawn = replace(request, width=image.width, height=image.height)
     settings = {name: about.kind(getattr(drawn, name)) for name, about in parameters(PictureSettings).items()}
     return Recipe(
@@ -100,10 +86,10 @@ def recipe_of(request: DrawRequest, pipe: Drawer, image: Image.Image) -> Recipe:
 
 
 def software() -> str:
-    """Return this program's name and, where it is installed, its version."""
+    """Return this program's name and, if it is installed, its version."""
     try:
         return f"Latent Foundry {importlib.metadata.version('latent-foundry')}"
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
         return "Latent Foundry"
 
 

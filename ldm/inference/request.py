@@ -1,4 +1,4 @@
-"""All that a picture depends on besides the model. Torch is not needed here: --help must not wait for it."""
+"""Everything that a picture depends on in addition to the model. Does not import torch, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ RANDOM_SEED = -1
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_SIDE = 4096  # pixels
-MAX_CHARACTERS = 10_000  # of a prompt: far beyond any text encoder, and small enough for a picture's metadata
-IMAGE_STRENGTH, MASK_STRENGTH = 0.75, 1.0  # what is usual without a mask, and with one
-BEGINNING = "a picture to begin with"
+MAX_CHARACTERS = 10_000  # of a prompt: far more than any text encoder reads, and few enough for an image's metadata
+IMAGE_STRENGTH, MASK_STRENGTH = 0.75, 1.0  # the defaults without a mask and with one
+BEGINNING = "starting from a picture"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureSettings:
-    """What a request for a picture and the record of one have in common.
+    """The fields that a request for a picture and the record of one have in common.
 
     Raises ValueError, naming the value, for anything out of range.
     """
 
     prompt: str = parameter(
-        "", "what to draw; may be given several times", flags=("--prompt",), metavar="TEXT", in_line=("prompt",)
+        "", "what to draw; may be repeated", flags=("--prompt",), metavar="TEXT", in_line=("prompt",)
     )
     negative_prompt: str = parameter(
         "", "what not to draw", flags=("--negative-prompt", "--neg"), metavar="TEXT", in_line=("n", "negative_prompt")
@@ -41,29 +41,29 @@ class PictureSettings:
         in_line=("s", "steps"), a1111="Steps",
     )  # fmt: skip
     sampler: str = parameter(
-        "dpmpp_2m", "one of {names}, or A1111's name of it (default: {default})",
+        "dpmpp_2m", "one of {names}, or its name in A1111 (default: {default})",
         names=keys_of("SAMPLERS", "samplers/__init__.py"),
         flags=("--sampler", "--scheduler"), metavar="NAME", in_line=("sampler_name",), a1111="Sampler",
     )  # fmt: skip
     scale: float = parameter(
-        5.0, "how closely to follow the prompt, from 0; 1 is no guidance (default: {default})", kind=float,
+        5.0, "how closely to follow the prompt, 0 or more; 1: no guidance (default: {default})", kind=float,
         flags=("--scale", "--cfg", "--cfg-scale", "--guidance-scale"), metavar="X", in_line=("l", "cfg_scale"),
-        within=Range(low=0, words="a number from 0 up (1 is no guidance)"), a1111="CFG scale",
+        within=Range(low=0, words="0 or more (1: no guidance)"), a1111="CFG scale",
     )  # fmt: skip
     seed: int = parameter(
-        RANDOM_SEED, "of each prompt's first picture; picture i has seed + i (default: {default}, random)", kind=int,
-        flags=("--seed",), metavar="N", within=Range(low=RANDOM_SEED, high=MAX_SEED), in_line=("d", "seed"),
+        RANDOM_SEED, "seed of each prompt's first picture; picture i has seed + i (default: {default}, random)",
+        kind=int, flags=("--seed",), metavar="N", within=Range(low=RANDOM_SEED, high=MAX_SEED), in_line=("d", "seed"),
         a1111="Seed",
     )  # fmt: skip
     height: int | None = parameter(
-        None, "height (default: as the model was trained)", kind=int, flags=("--H", "--height"), metavar="PIXELS",
+        None, "height (default: the model's, as in training)", kind=int, flags=("--H", "--height"), metavar="PIXELS",
         within=Range(low=1, high=MAX_SIDE), in_line=("h", "height"),
     )  # fmt: skip
     width: int | None = parameter(
-        None, "width (default: as the model was trained)", kind=int, flags=("--W", "--width"), metavar="PIXELS",
+        None, "width (default: the model's, as in training)", kind=int, flags=("--W", "--width"), metavar="PIXELS",
         within=Range(low=1, high=MAX_SIDE), in_line=("w", "width"),
     )  # fmt: skip
-    options: DrawOptions = PLAIN  # the finer ones
+    options: DrawOptions = PLAIN  # the less common settings
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -73,60 +73,62 @@ class PictureSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawRequest(PictureSettings):
-    """One prompt and how to draw it: all that a picture depends on besides the model.
+    """One prompt and how to draw it: everything that a picture depends on in addition to the model.
 
-    It checks itself when it is made, and `check` checks it against a model: nothing else does. Of a call for several
-    pictures, picture i has seed + i.
+    It is validated when it is created, and by `check` against a model: nowhere else. If several pictures are drawn,
+    picture i has seed + i.
     """
 
     image: Image.Image | None = parameter(
-        None, "picture to begin with; H and W are then its own, rounded down to what the model takes",
+        None, "picture to start from; the default size is then its own, rounded down to what the model can draw",
         flags=("--init-img", "--image-path"), metavar="FILE", group=BEGINNING,
     )  # fmt: skip
     mask: Image.Image | None = parameter(
-        None, "picture whose white is painted anew, and whose black is kept", flags=("--mask", "--mask-path"),
+        None, "picture of what to repaint: white is repainted, black is kept", flags=("--mask", "--mask-path"),
         metavar="FILE", group=BEGINNING,
     )  # fmt: skip
     strength: float | None = parameter(
-        None, "how much may change, above 0 to 1: that portion of the steps is taken (default: 0.75, with a mask 1)",
+        None, "how much may change, above 0 to 1: this fraction of the steps is taken (default: 0.75, with a mask 1)",
         kind=float, flags=("--strength",), metavar="X", group=BEGINNING,
         within=Range(
-            low=0, low_excluded=True, high=1, words="above 0 and at most 1 (0: nothing may change, 1: all)"
+            low=0, low_excluded=True, high=1, words="above 0 and at most 1 (0: nothing may change, 1: everything)"
         ),
     )  # fmt: skip
-    place: str = field(default="", compare=False, repr=False)  # what an error starts with: "prompts.txt, line 3: "
+    place: str = field(default="", compare=False, repr=False)  # start of an error message: "prompts.txt, line 3: "
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.image is None:
             for name in ("mask", "strength"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"a {name} needs a picture: give an image to begin with")
+                    raise ValueError(
+                        f"a {name} was given without an image, which it needs: give an image to start from, too"
+                    )
         elif (strength := self.usual_strength) is not None:
             steps_left(self.steps, strength)
 
     @property
     def usual_strength(self) -> float | None:
-        """The strength given, or what is usual without a mask and with one; None: it begins with noise."""
+        """The given strength, or the default without a mask or with one; None: the drawing starts from noise."""
         if self.image is None or self.strength is not None:
             return self.strength
         return IMAGE_STRENGTH if self.mask is None else MASK_STRENGTH
 
     def seeded(self, pictures: int = 1) -> DrawRequest:
-        """Return it with a definite seed. Raises ValueError if the last picture's seed would be too large."""
+        """Return the request with a seed, drawn if it is -1. Raises ValueError if the last picture's is too large."""
         seed = secrets.randbelow(2**32) if self.seed == RANDOM_SEED else self.seed
         last = seed + pictures - 1
         if last > MAX_SEED:
             raise ValueError(
-                f"{self.place}seed is {seed}, so that the last picture's would be {last}, above {MAX_SEED}"
+                f"{self.place}seed is {seed}, so that the last picture's would be {last}, above {MAX_SEED}: reduce it"
             )
         return replace(self, seed=seed)
 
     def check(self, facts: ModelFacts = UNKNOWN) -> DrawRequest:
-        """Return it as this model draws it, with a definite sampler, size and strength.
+        """Return the request as this model draws it, with sampler, size and strength filled in.
 
-        Raises ValueError, starting with place and naming the value, for what the model cannot draw. What the facts
-        leave open is not checked, and is left open.
+        Raises ValueError, starting with `place` and naming the value, for what the model cannot draw. Where a fact is
+        unknown, nothing is checked or filled in.
         """
         try:
             return self._checked(facts)
@@ -147,13 +149,14 @@ class DrawRequest(PictureSettings):
             check_weights(self.prompt)
             check_weights(self.negative_prompt)
         if facts.for_inpainting and self.mask is None:
-            wanted = "it an image and a mask" if self.image is None else "a mask too, white where it is to paint"
+            wanted = "it an image and a mask" if self.image is None else "a mask too, white where to paint"
             raise ValueError(f"{facts.name} is made for inpainting: give {wanted}")
         height, width = self._size(facts)
         return replace(self, sampler=name, height=height, width=width, strength=self.usual_strength)
 
     def _size(self, facts: ModelFacts) -> tuple[int | None, int | None]:
-        """Height and width: those given, the picture's own, or the model's. Raises ValueError for no multiples."""
+        """Return height and width: the given ones, the image's or the model's. Raises ValueError unless multiples of
+        the factor."""
         height = width = facts.native_size
         if facts.factor is None:
             return self.height, self.width
@@ -164,28 +167,28 @@ class DrawRequest(PictureSettings):
             if side is not None and side % facts.factor:
                 lower = side // facts.factor * facts.factor
                 near = " or ".join(str(multiple) for multiple in (lower, lower + facts.factor) if multiple)
-                raise ValueError(f"{name} is {side}, expected a multiple of {facts.factor}, as {near}")
+                raise ValueError(f"{name} is {side}, expected a multiple of {facts.factor}: use {near}")
         return height, width
 
 
 def check_text(name: str, text: str) -> None:
     """Raise ValueError for a text that is too long, or that a PNG cannot hold."""
     if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"the {name} has {len(text)} characters, expected at most {MAX_CHARACTERS}")
-    # Surrogates are what Python makes of bytes on the command line that are not UTF-8; neither can be stored in a PNG.
+        raise ValueError(f"the {name} has {len(text)} characters, expected at most {MAX_CHARACTERS}: shorten it")
+    # Python converts bytes on the command line that are not UTF-8 to surrogates. A PNG cannot store these, or zeros.
     if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"the {name} holds a zero byte or bytes that are not UTF-8: {text[:40]!r}")
+        raise ValueError(f"the {name} is {text[:40]!r}, with a zero byte or bytes that are not UTF-8: remove them")
 
 
 def steps_left(steps: int, strength: float) -> int:
-    """Count the steps of a grid that are taken: int(steps x strength). Raises ValueError if not one is."""
+    """Count the steps of a grid that are taken: int(steps x strength). Raises ValueError if there are none."""
     left = int(steps * strength)
     if left < 1:
-        raise ValueError(f"strength {strength} leaves none of {steps} steps: give more of either")
+        raise ValueError(f"strength {strength} leaves none of {steps} steps, expected at least 1: increase either")
     return left
 
 
 def fitting(image: Image.Image, factor: int) -> tuple[int, int]:
-    """Return height and width of an image, rounded down to multiples of the factor."""
+    """Return an image's height and width, rounded down to multiples of the factor."""
     height, width = (max(side // factor, 1) * factor for side in (image.height, image.width))
     return height, width

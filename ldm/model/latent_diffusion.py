@@ -20,8 +20,8 @@ from ldm.diffusion import (
     Prediction,
     RectifiedFlowPath,
     diffusion_loss,
-    expand_times,
     loss_weight,
+    network_input,
     noise_sample,
     prior_std,
     target,
@@ -31,6 +31,7 @@ from ldm.diffusion.learned_variance import bound_terms
 from ldm.errors import NonFiniteError
 from ldm.model.conditioner import Conditioner
 from ldm.samplers import noise_like
+from ldm.samplers.network_denoise import NetworkDenoise
 from vae.autoencoder import AutoencoderKL
 
 
@@ -49,31 +50,6 @@ class Losses(NamedTuple):
         return simple + objective.variance_weight * path.num_train_timesteps * self.bound
 
 
-class NetworkDenoise:
-    """denoise(x_t, t) -> x0_hat, the function that samplers take, for a network and a condition.
-
-    t is one time for all of the batch. x_t stays float32 whatever the network's dtype, since a sampler adds many small
-    steps.
-    """
-
-    def __init__(self, model: LatentDiffusion, denoiser: Denoiser, condition: Condition) -> None:
-        self.model, self.denoiser = model, denoiser
-        self.dtype = next(denoiser.parameters()).dtype
-        self.condition = condition.to(self.dtype)
-        self._variance: Tensor | None = None
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        seen, timesteps = self.model.seen(x_t, t)
-        output = self.denoiser(seen.to(self.dtype), timesteps, self.condition)
-        self._variance = None if output.variance is None else output.variance.to(x_t.dtype)
-        return to_x0(self.model.prediction, output.prediction.to(x_t.dtype), x_t, self.model.path, t)
-
-    def variance(self) -> Tensor:
-        """Return the variance of the network's last evaluation: see Output. The network must have learned one."""
-        assert self._variance is not None, "the network has no learned variance, or was not evaluated yet"
-        return self._variance
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentDiffusion:
     """The frozen part of the model, and the rules to interpret a denoiser's output."""
@@ -86,11 +62,6 @@ class LatentDiffusion:
     @property
     def device(self) -> torch.device:
         return next(self.vae.parameters()).device
-
-    def seen(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x_t scaled for the network, and the timesteps, B float32; t is () or B."""
-        timesteps = self.path.timesteps(t).to(device=x_t.device, dtype=torch.float32).expand(len(x_t))
-        return expand_times(self.path.input_scale(t), x_t) * x_t, timesteps
 
     def losses(
         self,
@@ -108,7 +79,7 @@ class LatentDiffusion:
         x_t if it differs from eps, the noise in the target.
         """
         x_t = noise_sample(x0, eps if added is None else added, self.path, t)
-        output = network(*self.seen(x_t, t), condition)
+        output = network(*network_input(x_t, self.path, t), condition)
         error = diffusion_loss(output.prediction, target(self.prediction, x0, eps, self.path, t))
         if output.variance is None:
             return Losses(error, None)
@@ -116,7 +87,7 @@ class LatentDiffusion:
         return Losses(error, bound_terms(x0, x_t, x0_hat, output.variance.float(), self.path, t))
 
     def denoise_with(self, denoiser: Denoiser, condition: Condition) -> NetworkDenoise:
-        return NetworkDenoise(self, denoiser, condition)
+        return NetworkDenoise(denoiser, condition, self.prediction, self.path)
 
     def noise(self, generators: Sequence[torch.Generator], *, size: tuple[int, ...]) -> Tensor:
         """Draw standard normal noise B x C x h x w, h x w = `size`; image i uses only generators[i]."""

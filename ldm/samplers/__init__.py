@@ -12,14 +12,15 @@ A sampler is a pure function `sampler(denoise, x, path, times, generator) -> x`:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
+from ldm.diffusion.paths import PathConfig
 from ldm.files.messages import unknown_name
 from ldm.samplers.inversion import invert
 from ldm.samplers.linear_multistep import deis, lms, plms, pndm
-from ldm.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc_2, unipc_3
+from ldm.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc
 from ldm.samplers.single_step import (
     ddim,
     ddpm,
@@ -27,15 +28,11 @@ from ldm.samplers.single_step import (
     ddpm_learned,
     dpm2,
     dpmpp_2s_ancestral,
-    euler_ancestral,
     heun,
     lcm,
 )
 from ldm.samplers.steps import Denoise, Generators, Variance, noise_like
 from ldm.samplers.time_grids import TIME_GRIDS, time_grid
-
-if TYPE_CHECKING:
-    from ldm.diffusion import PathConfig
 
 __all__ = [
     "SAMPLERS",
@@ -54,7 +51,7 @@ __all__ = [
 
 class SamplerFunction(Protocol):
     def __call__(
-        self, denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators
+        self, denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators
     ) -> Tensor: ...
 
 
@@ -92,7 +89,8 @@ class Sampler:
 
 
 # DDIM, Euler's method on x / alpha (k-diffusion) and Euler's method for rectified flow are the same
-# update between given nodes. Users look for either name, so both are here, and both call `ddim`.
+# update between given nodes. Users look for either name, so both are here, and both call `ddim`; so does Euler's
+# method with fresh noise at each step, which is DDIM with eta = 1.
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(function=ddpm, order=1, stochastic=True, label="DDPM"),
     "ddpm_large": Sampler(function=ddpm_large, order=1, stochastic=True, label="DDPM large"),
@@ -101,7 +99,7 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "ddim": Sampler(function=ddim, order=1, stochastic=False, label="DDIM", eta=0.0),
     "euler": Sampler(function=ddim, order=1, stochastic=False, label="Euler"),
-    "euler_ancestral": Sampler(function=euler_ancestral, order=1, stochastic=True, label="Euler a", eta=1.0),
+    "euler_ancestral": Sampler(function=partial(ddim, eta=1.0), order=1, stochastic=True, label="Euler a", eta=1.0),
     "heun": Sampler(function=heun, order=2, stochastic=False, label="Heun", evaluations=2),
     "dpm2": Sampler(function=dpm2, order=2, stochastic=False, label="DPM2", evaluations=2),
     "dpmpp_2s_ancestral": Sampler(
@@ -110,8 +108,8 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m": Sampler(function=dpmpp_2m, order=2, stochastic=False, label="DPM++ 2M"),
     "dpmpp_2m_sde": Sampler(function=dpmpp_2m_sde, order=2, stochastic=True, label="DPM++ 2M SDE"),
     "dpmpp_3m_sde": Sampler(function=dpmpp_3m_sde, order=2, stochastic=True, label="DPM++ 3M SDE"),
-    "unipc_2": Sampler(function=unipc_2, order=3, stochastic=False, label="UniPC 2"),
-    "unipc_3": Sampler(function=unipc_3, order=4, stochastic=False, label="UniPC"),
+    "unipc_2": Sampler(function=partial(unipc, order=2), order=3, stochastic=False, label="UniPC 2"),
+    "unipc_3": Sampler(function=partial(unipc, order=3), order=4, stochastic=False, label="UniPC"),
     "lms": Sampler(function=lms, order=4, stochastic=False, label="LMS"),
     "plms": Sampler(function=plms, order=2, stochastic=False, label="PLMS", more_at_first=1),
     "pndm": Sampler(function=pndm, order=2, stochastic=False, label="PNDM", more_at_first=9),

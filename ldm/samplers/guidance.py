@@ -6,7 +6,7 @@ number, or a function of the time (0-d) that returns one; if it is 1, the second
 
 import math
 from collections.abc import Callable
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never, cast
 
 import torch
 from torch import Tensor
@@ -90,7 +90,8 @@ def projected(
         if momentum:
             change = running = change if running is None else momentum * running + change
         if norm_limit is not None:
-            change = change * _per_sample((norm_limit / change.flatten(1).norm(dim=1)).clamp(max=1), x0)
+            norm: Tensor = cast(Any, change.flatten(1)).norm(dim=1)
+            change = change * _per_sample((norm_limit / norm).clamp(max=1), x0)
         along = _per_sample((change * x0).flatten(1).sum(1) / x0.flatten(1).square().sum(1).clamp(min=TINY), x0) * x0
         return x0 + (s - 1) * (change - along + parallel * along)
 

@@ -1,17 +1,13 @@
 """DDIM inversion: from an image to the noise from which DDIM generates it."""
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from ldm.diffusion.nodes import grid_steps
+from ldm.diffusion.paths import PathConfig
 from ldm.samplers.steps import Denoise, ddim_step
 
-if TYPE_CHECKING:
-    from ldm.diffusion import PathConfig
 
-
-def invert(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, *, iterations: int = 20) -> Tensor:
+def invert(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, *, iterations: int = 20) -> Tensor:
     """Find the x at times[0] from which `ddim` over the same times reaches this x at times[-1]. B x ...
 
     The inverse of a DDIM step is x_t = alpha x0_hat + (sigma / sigma') (x' - alpha' x0_hat), where x0_hat depends on

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import PathConfig, prior_std
+from ldm.diffusion.nodes import floats
 from ldm.diffusion.predictions import eps_from_x0, velocity_target
 from ldm.samplers import Denoise
 
@@ -28,7 +29,7 @@ def log_likelihood(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor,
     v . (df/dx) v from a probe v of signs, like x: unbiased over probes, exact if D = 1.
     """
     if not (times[:-1] > times[1:]).all() or times[-1] <= 0 or times[0] != 1:
-        raise ValueError(f"times must decrease strictly from 1 to above 0, not {times.tolist()}")
+        raise ValueError(f"times must decrease strictly from 1 to above 0, not {floats(times)}")
     total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     rising = times.flip(0)
     for t, t_next in zip(rising[:-1], rising[1:], strict=True):

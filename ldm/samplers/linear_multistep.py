@@ -8,19 +8,17 @@ is a DDIM step as well.
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.nodes import Node, Step, grid_steps, nodes_at
+from ldm.diffusion.paths import PathConfig
 from ldm.samplers.steps import Denoise, Generators, ddim_step
 
-if TYPE_CHECKING:
-    from ldm.diffusion import PathConfig
 
-
-def lms(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def lms(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """Linear multistep, order 4: the noise eps as a polynomial in kappa = sigma / alpha through its last four values.
 
     x' / alpha' = x / alpha + sum_j c_j eps_j, c_j = integral of the j-th Lagrange polynomial over kappa: the
@@ -29,7 +27,7 @@ def lms(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generato
     return adams(denoise, x, path, times, order=4, variable=lambda kappa: kappa)
 
 
-def deis(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def deis(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """DEIS (order 3): like lms, but the noise is a polynomial in log(kappa), along which it changes more evenly.
 
     Zhang & Chen 2022 (arXiv 2204.13902), eq. 15 with rho = kappa.
@@ -40,7 +38,7 @@ def deis(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generat
 def adams(
     denoise: Denoise,
     x: Tensor,
-    path: "PathConfig",
+    path: PathConfig,
     times: Tensor,
     *,
     order: int,
@@ -74,7 +72,7 @@ def adams_weights(kappas: Sequence[float], end: float, variable: Callable[[Tenso
 
 def lagrange_integrals(nodes: Tensor, points: Tensor, measure: Tensor) -> list[float]:
     """Integrate prod_{m != j} (v - v_m) / (v_j - v_m) for each node j, as a sum over points with this measure."""
-    found = []
+    found: list[float] = []
     for j, node in enumerate(nodes):
         others = torch.cat([nodes[:j], nodes[j + 1 :]])
         basis = ((points[:, None] - others) / (node - others)).prod(1)
@@ -87,14 +85,14 @@ def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
     """Return points and weights on [-1, 1], exact for polynomials to degree 2 n - 1. Golub & Welsch 1969."""
     i = torch.arange(1, n, dtype=torch.float64)
     off = i / (4 * i**2 - 1).sqrt()
-    points, vectors = torch.linalg.eigh(torch.diag(off, -1))  # reads only the lower triangle
+    points, vectors = cast(Any, torch.linalg).eigh(torch.diag(off, -1))  # reads only the lower triangle
     return points, 2 * vectors[0] ** 2
 
 
 # ------------------------------------------------------------------------------------ pseudo numerical methods
 
 
-def plms(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def plms(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """PLMS, order 2: a DDIM step with the Adams-Bashforth mean of the last four eps, which on even steps is (55 eps_0 -
     59 eps_1 + 37 eps_2 - 9 eps_3) / 24. The first step is taken twice, the second time with the mean of eps at both
     ends.
@@ -104,7 +102,7 @@ def plms(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generat
     return pseudo_adams(denoise, x, path, times, start=both_ends, started=1)
 
 
-def pndm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def pndm(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """F-PNDM, order 2: like plms, but the first three steps are Runge-Kutta steps of four evaluations each.
 
     Liu et al. 2022, algorithm 2.
@@ -112,12 +110,10 @@ def pndm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generat
     return pseudo_adams(denoise, x, path, times, start=runge_kutta, started=3)
 
 
-Start = Callable[[Callable[[Tensor, Node], Tensor], "PathConfig", Tensor, Tensor, Step], Tensor]
+Start = Callable[[Callable[[Tensor, Node], Tensor], PathConfig, Tensor, Tensor, Step], Tensor]
 
 
-def pseudo_adams(
-    denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, *, start: Start, started: int
-) -> Tensor:
+def pseudo_adams(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, *, start: Start, started: int) -> Tensor:
     """Step by x' = DDIM(x, mean of eps over the step), eps a cubic in t; `start` gives the mean for the first `started`
     steps.
 
@@ -144,15 +140,13 @@ def pseudo_adams(
     return x
 
 
-def both_ends(
-    eps_at: Callable[[Tensor, Node], Tensor], path: "PathConfig", x: Tensor, eps: Tensor, step: Step
-) -> Tensor:
+def both_ends(eps_at: Callable[[Tensor, Node], Tensor], path: PathConfig, x: Tensor, eps: Tensor, step: Step) -> Tensor:
     """Return (eps + eps') / 2, where eps' is at the end of the step with eps."""
     return (eps + eps_at(transfer(x, eps, *step), step.end)) / 2
 
 
 def runge_kutta(
-    eps_at: Callable[[Tensor, Node], Tensor], path: "PathConfig", x: Tensor, eps: Tensor, step: Step
+    eps_at: Callable[[Tensor, Node], Tensor], path: PathConfig, x: Tensor, eps: Tensor, step: Step
 ) -> Tensor:
     """Return (eps_1 + 2 eps_2 + 2 eps_3 + eps_4) / 6 of the classical Runge-Kutta method, its middle halfway in t."""
     start, end = step

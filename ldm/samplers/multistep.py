@@ -6,25 +6,23 @@ a DDIM step as well.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.nodes import Step, grid_steps
+from ldm.diffusion.paths import PathConfig
 from ldm.samplers.steps import Denoise, Generators, add_noise, ddim_step
 
-if TYPE_CHECKING:
-    from ldm.diffusion import PathConfig
 
-
-def dpmpp_2m(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def dpmpp_2m(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """DPM-Solver++(2M): a DDIM step with x0 extrapolated from its last change. Lu et al. 2022 (arXiv 2211.01095),
     algorithm 2."""
     return carried_on(denoise, x, path, times, lambda x, x0, step: ddim_step(x, x0, *step))
 
 
-def dpmpp_2m_sde(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def dpmpp_2m_sde(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """SDE-DPM-Solver++(2M): dpmpp_2m with fresh noise at each step. Lu et al. 2022, algorithm 4."""
     return carried_on(denoise, x, path, times, lambda x, x0, step: sde_step(x, x0, step, generator))
 
@@ -32,7 +30,7 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor,
 def carried_on(
     denoise: Denoise,
     x: Tensor,
-    path: "PathConfig",
+    path: PathConfig,
     times: Tensor,
     advance: Callable[[Tensor, Tensor, Step], Tensor],
 ) -> Tensor:
@@ -59,7 +57,7 @@ def sde_step(x: Tensor, x0: Tensor, step: Step, generator: Generators) -> Tensor
     return add_noise(x, step.end.sigma * math.sqrt(kept), generator)
 
 
-def dpmpp_3m_sde(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def dpmpp_3m_sde(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """SDE-DPM-Solver++(3M): x0 along a parabola through its last three values, integrated exactly.
 
     Over u = lambda - lambda_i the step needs the integral of 2 e^(-2 (h - u)) x0(u): its terms in 1, u and u^2 / 2 have
@@ -97,21 +95,12 @@ def derivatives(history: Sequence[tuple[float, Tensor]]) -> tuple[Tensor, Tensor
 # ---------------------------------------------------------------------------------------------------- UniPC
 
 
-def unipc_2(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """UniPC-2. Zhao et al. 2023 (arXiv 2302.04867), algorithm 1."""
-    return unipc(denoise, x, path, times, order=2)
-
-
-def unipc_3(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
-    """UniPC-3. Zhao et al. 2023, algorithm 1."""
-    return unipc(denoise, x, path, times, order=3)
-
-
-def unipc(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, *, order: int) -> Tensor:
-    """Predict x' from the last `order` outputs; after evaluating the denoiser there, repeat the step with that output.
+def unipc(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators, *, order: int) -> Tensor:
+    """UniPC, order 2 or 3: predict x' from the last `order` outputs, evaluate the denoiser there, and repeat the step
+    with that output.
 
     The next step starts from the corrected x', which is not evaluated again. Outputs are x0, with B(h) = e^-h - 1.
-    Zhao et al. 2023, section 3.
+    Zhao et al. 2023 (arXiv 2302.04867), section 3 and algorithm 1.
     """
     history: list[tuple[float, Tensor]] = []  # (lambda, x0), the newest last
     before: tuple[Step, Tensor] | None = None  # the last step and where it started, if it can be corrected
@@ -159,10 +148,11 @@ def unipc_weights(ratios: Sequence[float], h: float) -> list[float]:
     """
     if len(ratios) == 1:
         return [0.5]
-    n, b = -h, []
+    n = -h
+    b: list[float] = []
     phi = math.expm1(n) / n  # phi_1(-h)
     for i in range(1, len(ratios) + 1):
         phi = (phi - 1 / math.factorial(i)) / n  # phi_{i+1}
         b.append(phi * n * math.factorial(i) / math.expm1(n))
     r = torch.tensor([[ratio**i for ratio in ratios] for i in range(len(ratios))], dtype=torch.float64)
-    return torch.linalg.solve(r, torch.tensor(b, dtype=torch.float64)).tolist()
+    return cast(Any, torch.linalg).solve(r, torch.tensor(b, dtype=torch.float64)).tolist()

@@ -2,20 +2,17 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ldm.diffusion.nodes import Step, grid_steps
+from ldm.diffusion.paths import PathConfig
 from ldm.diffusion.posterior import ddpm_mean, learned_log_variance, variance_range
 from ldm.samplers.steps import Denoise, Generators, Variance, add_noise, ancestral, ddim_step, node_between
 
-if TYPE_CHECKING:
-    from ldm.diffusion import PathConfig
-
 
 def ddim(
-    denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators, *, eta: float = 0.0
+    denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators, *, eta: float = 0.0
 ) -> Tensor:
     """DDIM: eta = 0 is the ODE, eta = 1 DDPM's posterior, and values between have the same marginals.
 
@@ -27,14 +24,7 @@ def ddim(
     return x
 
 
-def euler_ancestral(
-    denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators, *, eta: float = 1.0
-) -> Tensor:
-    """Euler's method with fresh noise at each step: another name for DDIM with eta = 1."""
-    return ddim(denoise, x, path, times, generator, eta=eta)
-
-
-def ddpm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def ddpm(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """DDPM's ancestral sampling, x' drawn around the mean of q(x' | x, x0_hat), with its variance ("fixed small").
 
     Exact for data at a single point. Ho et al. 2020, section 3.2.
@@ -42,7 +32,7 @@ def ddpm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generat
     return ancestral_sampling(denoise, x, path, times, generator, lambda x, step: math.sqrt(variance_range(step)[0]))
 
 
-def ddpm_large(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def ddpm_large(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """DDPM with the variance that the forward step adds ("fixed large"), exact for data of pure noise.
 
     With many steps it equals `ddpm`. Ho et al. 2020, section 3.2.
@@ -51,7 +41,7 @@ def ddpm_large(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, g
 
 
 def ddpm_learned(
-    denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators, *, variance: Variance
+    denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators, *, variance: Variance
 ) -> Tensor:
     """DDPM with the variance that the network has learned, between the small and the large one.
 
@@ -69,7 +59,7 @@ def ddpm_learned(
 def ancestral_sampling(
     denoise: Denoise,
     x: Tensor,
-    path: "PathConfig",
+    path: PathConfig,
     times: Tensor,
     generator: Generators,
     deviation: Callable[[Tensor, Step], float | Tensor],
@@ -82,7 +72,7 @@ def ancestral_sampling(
     return x
 
 
-def lcm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def lcm(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """x' = alpha' x0_hat + sigma' n: take x0_hat as it is, and add fresh noise at the next level.
 
     For consistency models, whose output is the end of the ODE. Song et al. 2023 (arXiv 2303.01469), algorithm 1; Luo
@@ -93,7 +83,7 @@ def lcm(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generato
     return x
 
 
-def heun(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def heun(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """Heun's method in sigma / alpha: a DDIM step, corrected with the denoiser's output at its end.
 
     x' = DDIM(x, D) + alpha' (e^h - 1) / 2 (D' - D): the mean of both slopes, since e' - e = alpha' (D - D') / sigma'.
@@ -107,7 +97,7 @@ def heun(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generat
     return x
 
 
-def dpm2(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators) -> Tensor:
+def dpm2(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
     """The midpoint method in sigma / alpha, with the midpoint of its logarithm: DPM-Solver-2's nodes.
 
     x' = DDIM(x, D) + alpha' 2 sinh(h / 2) (D_m - D), as e_m - e = (D - D_m) alpha_m / sigma_m. Karras et al. 2022,
@@ -126,7 +116,7 @@ def dpm2(denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generat
 
 
 def dpmpp_2s_ancestral(
-    denoise: Denoise, x: Tensor, path: "PathConfig", times: Tensor, generator: Generators, *, eta: float = 1.0
+    denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators, *, eta: float = 1.0
 ) -> Tensor:
     """DPM-Solver++(2S) with fresh noise: step to a lower noise level with x0_hat at the midpoint, then add noise.
 

@@ -2,22 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.nodes import Node, Step
-
-if TYPE_CHECKING:
-    from ldm.diffusion import PathConfig
+from ldm.diffusion.paths import PathConfig
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Variance = Callable[[], Tensor]  # the network's output at its last evaluation: see ldm.denoisers.Output
 Generators = Sequence[torch.Generator]
 
 
-def node_between(path: "PathConfig", step: Step, fraction: float) -> Node:
+def node_between(path: PathConfig, step: Step, fraction: float) -> Node:
     """Return the node at lambda + fraction h, for a finite h."""
     log_snr = 2 * (step.start.half_log_snr + fraction * step.h)
     t = path.time_of_log_snr(torch.tensor(log_snr, dtype=torch.float64))
@@ -56,6 +53,6 @@ def ancestral(step: Step, eta: float) -> tuple[Node, float]:
 
 def add_noise(x: Tensor, deviation: float | Tensor, generator: Generators) -> Tensor:
     """Return x + deviation n; if the deviation is 0, x itself, without drawing noise."""
-    if isinstance(deviation, float) and deviation == 0:
+    if isinstance(deviation, float) and deviation == 0.0:
         return x
     return x + deviation * noise_like(x, generator)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
-from ldm.denoisers import Denoiser, describe_attention
+from ldm.denoisers import Denoiser, choose_attention, describe_attention
 from ldm.diffusion import (
     LossHistory,
     by_quantile,
@@ -61,6 +61,8 @@ class DenoiserTask(Task[TrainConfig]):
         self.shape = (self.model.vae.config.latent_channels, self.side, self.side)
         session.seed()
         self.network = self.build()
+        self.dtype = torch.bfloat16 if session.bf16 else torch.float32
+        choose_attention(self.network, self.device, self.dtype)
         if config.model.start is not None:
             start_from(self.network, config, config.model.start)
         sampled = config.model.latents == "sample"
@@ -85,10 +87,9 @@ class DenoiserTask(Task[TrainConfig]):
         millions = sum(p.numel() for p in self.network.parameters()) / 1e6
         precision, images = self.session.precision, len(self.session.images)
         length = self.config.model.denoiser.attention_length(self.side)
-        dtype = torch.bfloat16 if self.session.bf16 else torch.float32
         return [
             f"{millions:.1f} M parameters, {images} pictures, {precision} on {self.device}",
-            describe_attention(self.device, length, dtype),
+            describe_attention(self.device, length, self.dtype),
         ]
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int) -> dict[str, Tensor]:

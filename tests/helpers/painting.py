@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from PIL import Image
 
@@ -12,6 +13,9 @@ from ldm.diffusion import ScaledLinearBetaPath
 from ldm.inference.options import PLAIN
 from ldm.inference.recipe import Drawing, LoadedWith, recipe_of
 from ldm.model.facts import ModelFacts
+
+if TYPE_CHECKING:
+    from ldm.inference.pipeline import TextToImage
 
 
 def colour(prompt: str, seed: int) -> tuple[int, int, int]:
@@ -62,7 +66,8 @@ class FakeTextToImage:
         size = request.width or 16, request.height or 16
         requests = [replace(request, seed=request.seed + i) for i in range(n)]
         images = [Image.new("RGB", size, colour(own.prompt, own.seed)) for own in requests]
-        return [Drawing(image, recipe_of(own, self, image)) for own, image in zip(requests, images, strict=True)]
+        pipe = cast("TextToImage", self)
+        return [Drawing(image, recipe_of(own, pipe, image)) for own, image in zip(requests, images, strict=True)]
 
     def cut_off(self, prompt):
         return prompt[20:]

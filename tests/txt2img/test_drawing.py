@@ -202,7 +202,7 @@ def test_nothing_is_overwritten_and_the_grid_has_a_row_for_each_prompt(command):
 
 def test_sheets_are_split_by_size_and_weight(command, monkeypatch):
     Path("p.txt").write_text("a\nb --w 24\nc --w 24\nd --w 24\n")
-    monkeypatch.setattr("ldm.inference.sheets.MAX_SHEET_PIXELS", 2 * 24 * 16)
+    monkeypatch.setattr("ldm.inference.contact_sheet.MAX_SHEET_PIXELS", 2 * 24 * 16)
     assert command("--from-file", "p.txt", "--n-samples", "1", "--seed", "0")[0] == 0
     shown = [[recipe.prompt for recipe in read_recipes(path)] for path in sorted(Path("outputs").glob("grid*"))]
     assert shown == [["a"], ["b", "c"], ["d"]]
@@ -235,7 +235,7 @@ def test_what_the_model_does_not_read_is_told_once(command):
     long = "12345678901234567890 and\nthe rest"
     code, _, err = command("--prompt", long, "--prompt", "short", "--neg", long + "!")
     assert code == 0
-    begin = "warning: a prompt is too long for the model, which will not see its end:  and\\nthe rest"
+    begin = "warning: a prompt is too long for the model, its end is ignored:  and\\nthe rest"
     assert err.splitlines() == [begin, begin + "!"]
 
 

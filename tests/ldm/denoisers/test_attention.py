@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.denoisers import DiTConfig, UNetConfig
+from ldm.denoisers import Condition, DiTConfig, UNetConfig
 from ldm.denoisers import attention as attention_module
-from ldm.denoisers.attention import Attention, attention, describe_attention
+from ldm.denoisers.attention import Attention, attention, choose_attention, describe_attention
 
 LENGTH, KEYS = 6, 5
 KERNELS = {"explicit": attention_module._explicit_attention, "chosen (SDPA)": attention}
@@ -60,26 +60,27 @@ def test_masked_keys_have_no_influence(kernel):
 @pytest.mark.parametrize(
     ("device", "dtype", "scores", "needs_grad", "expected"),
     [
-        ("cpu", torch.bfloat16, 64 * 64, True, "explicit"),
-        ("cpu", torch.bfloat16, 1024 * 32, True, "explicit"),
-        ("cpu", torch.bfloat16, 512 * 512, True, "sdpa"),
-        ("cpu", torch.bfloat16, 64 * 64, False, "sdpa"),
-        ("cpu", torch.float32, 64 * 64, True, "sdpa"),
-        ("mps", torch.bfloat16, 64 * 64, True, "sdpa"),
+        ("cpu", torch.bfloat16, 64 * 64, True, True),
+        ("cpu", torch.bfloat16, 1024 * 32, True, True),
+        ("cpu", torch.bfloat16, 512 * 512, True, False),
+        ("cpu", torch.bfloat16, 64 * 64, False, False),
+        ("cpu", torch.float32, 64 * 64, True, False),
+        ("mps", torch.bfloat16, 64 * 64, True, False),
+        ("cuda", torch.bfloat16, 64 * 64, True, False),
     ],
 )
-def test_kernel_choice(device, dtype, scores, needs_grad, expected):
-    assert attention_module._choose_kernel(device, dtype, scores, needs_grad) == expected
+def test_where_explicit_products_are_used(device, dtype, scores, needs_grad, expected):
+    assert attention_module._explicit_is_faster(device, dtype, scores, needs_grad) == expected
 
 
 def test_attention_chooses_by_its_tensors(monkeypatch):
     seen = []
 
-    def record(device_type: str, dtype: torch.dtype, scores: int, needs_grad: bool) -> str:
+    def record(device_type: str, dtype: torch.dtype, scores: int, needs_grad: bool) -> bool:
         seen.append((device_type, dtype, scores, needs_grad))
-        return "sdpa"
+        return False
 
-    monkeypatch.setattr(attention_module, "_choose_kernel", record)
+    monkeypatch.setattr(attention_module, "_explicit_is_faster", record)
     q, k, v = make_qkv(torch.bfloat16)
     attention(q, k, v)
     attention(q, k, v.requires_grad_())
@@ -98,10 +99,16 @@ def fake_xformers(monkeypatch):
         ops.memory_efficient_attention = function  # pyright: ignore[reportAttributeAccessIssue]
         monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
         monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-        attention_module._xformers_failure.cache_clear()
+        probe.cache_clear()
 
+    probe = attention_module._xformers
     yield install
-    attention_module._xformers_failure.cache_clear()
+    probe.cache_clear()
+
+
+def working(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What memory_efficient_attention computes, in its order B x L x H x d."""
+    return reference(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None).transpose(1, 2)
 
 
 def test_xformers_is_probed_once_and_its_failure_named(fake_xformers):
@@ -113,35 +120,38 @@ def test_xformers_is_probed_once_and_its_failure_named(fake_xformers):
 
     fake_xformers(broken)
     for _ in range(2):
-        reason = attention_module._xformers_failure("cpu", torch.float32)
-        assert reason == "NotImplementedError: No operator found"
+        found = attention_module._xformers("cpu", torch.float32)
+        assert found == (None, "NotImplementedError: No operator found")
     assert len(calls) == 1
 
 
 def test_xformers_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.delitem(sys.modules, "xformers.ops", raising=False)
-    attention_module._xformers_failure.cache_clear()
-    assert "xformers" in (attention_module._xformers_failure("cpu", torch.float32) or "")
-    attention_module._xformers_failure.cache_clear()
+    attention_module._xformers.cache_clear()
+    kernel, failure = attention_module._xformers("cpu", torch.float32)
+    assert kernel is None and "xformers" in failure
+    attention_module._xformers.cache_clear()
 
 
-def test_xformers_that_runs_is_used_except_under_a_mask(fake_xformers, monkeypatch):
+def test_xformers_that_runs_is_used_except_under_a_mask(fake_xformers):
     strides = []
 
-    def working(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def recording(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         strides.append(q.is_contiguous())
-        return reference(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None).transpose(1, 2)
+        return working(q, k, v)
 
-    fake_xformers(working)
-    assert attention_module._xformers_failure("cpu", torch.float32) is None
+    fake_xformers(recording)
+    kernel, _ = attention_module._xformers("cpu", torch.float32)
+    assert kernel is recording
     strides.clear()
 
-    monkeypatch.setattr(attention_module, "_choose_kernel", lambda *_: "xformers")
     q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in make_qkv(torch.float64))
-    torch.testing.assert_close(attention(q, k, v), reference(q, k, v, None), rtol=0, atol=1e-12)
+    found = attention(q, k, v, xformers=kernel)
+    torch.testing.assert_close(found, reference(q, k, v, None), rtol=0, atol=1e-12)
     assert strides == [True]
-    torch.testing.assert_close(attention(q, k, v, MASK), reference(q, k, v, MASK), rtol=0, atol=1e-12)
+    found = attention(q, k, v, MASK, xformers=kernel)
+    torch.testing.assert_close(found, reference(q, k, v, MASK), rtol=0, atol=1e-12)
     assert strides == [True]
 
 
@@ -149,19 +159,58 @@ def test_xformers_is_never_touched_on_a_cpu(monkeypatch):
     def forbidden(*_) -> None:
         raise AssertionError("xformers was asked for on a CPU")
 
-    monkeypatch.setattr(attention_module, "_xformers_failure", forbidden)
+    monkeypatch.setattr(attention_module, "_xformers", forbidden)
     q, k, v = make_qkv(torch.float32)
     attention(q, k, v)
     describe_attention("cpu", 64)
+    choose_attention(Attention(16, 16, heads=2, qkv_bias=True), torch.device("cpu"), torch.float32)
+
+
+CONFIGS = {
+    "dit": DiTConfig(depth=2, width=32, heads=2, sample_size=8),
+    "unet": UNetConfig(
+        block_out_channels=(8, 16), attention_levels=(False, True), layers_per_block=1, heads=2, norm_num_groups=4
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_network_is_compiled_in_one_piece_and_probes_nothing_in_forward(kind, fake_xformers, monkeypatch):
+    """`fullgraph` raises for any graph break; .item() would be one."""
+    used = []
+
+    def counting(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        used.append(q.shape)
+        return working(q, k, v)
+
+    fake_xformers(counting)
+    network = CONFIGS[kind].build(latent_channels=4, context_width=24)
+    kernel, _ = attention_module._xformers("cpu", torch.float32)
+    monkeypatch.setattr(attention_module, "_xformers", lambda *_: (kernel, ""))
+    choose_attention(network, torch.device("cuda"), torch.float32)  # where it would run
+    monkeypatch.setattr(attention_module, "_xformers", lambda *_: pytest.fail("probed in forward"))
+    used.clear()
+
+    torch.manual_seed(0)
+    condition = Condition(torch.randn(2, 5, 24), torch.ones(2, 5, dtype=torch.bool), torch.randn(2, 24))
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), condition
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    expected = network(*inputs).prediction
+    assert used
+    torch.compiler.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs).prediction, expected)
+    torch.compiler.reset()
 
 
 def test_description_is_one_line_that_names_kernel_and_reason(monkeypatch):
     assert "explicit" in describe_attention("cpu", 64)
     assert "SDPA" in describe_attention("cpu", 1024)
     assert "SDPA" in describe_attention(torch.device("cpu"), 64, torch.float32)
-    monkeypatch.setattr(attention_module, "_xformers_failure", lambda *_: "no module xformers")
+    monkeypatch.setattr(attention_module, "_xformers", lambda *_: (None, "no module xformers"))
     assert "SDPA (xformers not used: no module xformers)" in describe_attention("cuda:0", 64)
-    monkeypatch.setattr(attention_module, "_xformers_failure", lambda *_: None)
+    monkeypatch.setattr(attention_module, "_xformers", lambda *_: (attention, ""))
     lines = [describe_attention(device, length) for device in ("cpu", "cuda") for length in (64, 4096)]
     assert "xformers" in lines[-1]
     assert all("\n" not in line for line in lines)

@@ -11,6 +11,7 @@ from ldm.diffusion.predictions import (
     Prediction,
     expand_times,
     from_x0,
+    network_input,
     noise_sample,
     score,
     target,
@@ -205,3 +206,13 @@ def test_inputs_are_left_alone(prediction):
     to_x0(prediction, output, x_t, RectifiedFlowPath(), TIMES)
     target(prediction, output, x_t, RectifiedFlowPath(), TIMES)
     assert torch.equal(x_t, copies[0]) and torch.equal(output, copies[1])
+
+
+@pytest.mark.parametrize("t", [TIMES, TIMES[1]], ids=["a time each", "one time"])
+def test_a_networks_input_has_unit_variance_and_a_timestep_per_sample(t: torch.Tensor):
+    path, x_t = EDMPath(), pair(torch.float32)[0]
+    scaled, timesteps = network_input(x_t, path, t)
+    sigma = path.sigma(t).expand(len(x_t))
+    expected = x_t / (sigma**2 + path.sigma_data**2).sqrt().float()[:, None, None, None]
+    torch.testing.assert_close(scaled, expected)
+    torch.testing.assert_close(timesteps, (sigma.log() / 4).float())

@@ -152,16 +152,18 @@ def test_a_file_is_readable_by_whom_the_umask_allows(tmp_path: Path, umask: int)
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_new_file_takes_the_first_free_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool):
+def test_a_new_file_never_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool):
     if not links:
         monkeypatch.setattr("os.link", refuse)
     paths = [tmp_path / name for name in "abc"]
     paths[0].write_text("there before")
-    assert write_new(b"new", paths) == paths[1]
+    write_new(paths[1], b"new")
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["there before", "new"]
     paths[2].write_text("taken too")
-    with pytest.raises(FileExistsError):
-        write_new(b"newer", paths)
+    for path in paths:
+        with pytest.raises(FileExistsError):
+            write_new(path, b"newer")
+    assert [path.read_text() for path in paths] == ["there before", "new", "taken too"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 

@@ -163,8 +163,8 @@ def test_the_pipeline_takes_pictures_and_gives_pictures(pipe):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mask": half_mask()}, "a mask needs a picture"),
-        ({"strength": 0.5}, "a strength needs a picture"),
+        ({"mask": half_mask()}, "a mask was given without an image"),
+        ({"strength": 0.5}, "a strength was given without an image"),
         ({"image": photo(), "strength": 0.0}, "strength is 0.0, expected above 0"),
         ({"image": photo(), "strength": 1.5}, "strength is 1.5, expected above 0"),
         ({"image": photo(), "strength": float("nan")}, "strength is nan, expected above 0"),
@@ -178,7 +178,7 @@ def test_what_cannot_be_begun_with_is_named(pipe, given, message):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({}, "give it an image and a mask"), ({"image": photo()}, "give a mask too, white where it is to paint")],
+    [({}, "give it an image and a mask"), ({"image": photo()}, "give a mask too, white where to paint")],
 )
 def test_weights_for_inpainting_need_a_mask(given, message):
     pipe = TextToImage(stable_diffusion(1, inpainting=True), name="tiny", weights_hash="0")
@@ -202,9 +202,9 @@ def too_large() -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not a whole PNG, JPEG or WebP picture"),
-        (b"<svg/>", "is not a whole PNG, JPEG or WebP picture"),
-        (b"GIF89a" + bytes(50), "is not a whole PNG, JPEG or WebP picture"),
+        (b"", "is not a complete PNG, JPEG or WebP picture"),
+        (b"<svg/>", "is not a complete PNG, JPEG or WebP picture"),
+        (b"GIF89a" + bytes(50), "is not a complete PNG, JPEG or WebP picture"),
         (too_large(), "it has 12000 x 10000 pixels, expected at most"),
     ],
 )

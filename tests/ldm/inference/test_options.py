@@ -30,7 +30,7 @@ from ldm.samplers.guidance import Schedule
         ({"guidance_rescale": 0.5, "guidance_parallel": 0.0}, "use one of them"),
         ({"time_grid": "1, 0.2, 0.5, 0"}, "the time grid is 1, 0.2, 0.5, 0, expected two or more times that fall"),
         ({"time_grid": "1, 0.2"}, "the time grid is 1, 0.2, expected two or more times that fall from at most 1 to 0"),
-        ({"time_grid": "1, x, 0"}, "the time grid is '1, x, 0', expected numbers, as in 1, 0.6, 0.3, 0"),
+        ({"time_grid": "1, x, 0"}, "the time grid is '1, x, 0', expected numbers, such as 1,0.6,0.3,0"),
         ({"time_grid": "nan, 0"}, "the time grid is nan, 0, expected"),
     ],
 )

@@ -87,8 +87,8 @@ def test_file(tmp_path, end):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no prompt"),
-        ("# only this\n\n", "holds no prompt"),
+        ("", "contains no prompt"),
+        ("# only this\n\n", "contains no prompt"),
         ("a\nb --s 0", r"prompts.txt, line 2: steps is 0, expected 1 to 1000"),
         ("a --s 9.5", "line 1: --s is '9.5', expected a whole number"),
         ("a --l much", "line 1: --l is 'much', expected a number"),
@@ -97,7 +97,7 @@ def test_file(tmp_path, end):
         ("a --s 9 --steps 8", "line 1: steps is given twice"),
         ("a --prompt b", "line 1: prompt is given twice"),
         ("--s 9", "line 1: there are options but no prompt"),
-        (b"a\0b", "line 1: the prompt holds a zero byte"),
+        (b"a\0b", "line 1: the prompt is .*, with a zero byte"),
         ("ä".encode("utf-16"), "is not UTF-8 text"),
         (b" " * (MAX_FILE_BYTES + 1), "expected a prompt file of at most"),
     ],
@@ -131,5 +131,5 @@ def test_ranges(field, good, bad):
     for value in good:
         DrawRequest(**{field: value})
     for value in bad:
-        with pytest.raises(ValueError, match=f"{field.replace('_', ' ')} (is|has|holds)"):
+        with pytest.raises(ValueError, match=f"{field.replace('_', ' ')} (is|has)"):
             DrawRequest(**{field: value})

@@ -17,6 +17,7 @@ from PIL import Image
 import ldm
 from ldm import DrawOptions, DrawRequest, TextToImage
 from ldm.diffusion import RectifiedFlowPath
+from ldm.inference.contact_sheet import Sheet
 from ldm.inference.draw_all import draw_all, lost_words
 from ldm.inference.metadata import png_bytes, read_recipes
 from ldm.inference.numbered_files import NumberedFiles
@@ -24,7 +25,6 @@ from ldm.inference.parameter import parameters
 from ldm.inference.pictures import picture_hash, read_picture
 from ldm.inference.recipe import LoadedWith, Recipe, software
 from ldm.inference.request import MAX_SEED
-from ldm.inference.sheets import Sheet
 from ldm.interop.compvis.writing import write_single_file
 from ldm.interop.model_facts import read_facts
 from ldm.model.facts import UNKNOWN, ModelFacts
@@ -73,8 +73,8 @@ def test_what_is_not_known_of_a_model_is_not_checked():
     [
         (DrawRequest(sampler="ddpm_learned"), {}, "sampler DDPM learned needs a network"),
         (DrawRequest(options=DrawOptions(time_grid="leading")), {}, "grid 'leading' counts"),
-        (DrawRequest(height=20), {}, "height is 20, expected a multiple of 8, as 16 or 24"),
-        (DrawRequest(width=7), {}, "width is 7, expected a multiple of 8, as 8$"),
+        (DrawRequest(height=20), {}, "height is 20, expected a multiple of 8: use 16 or 24"),
+        (DrawRequest(width=7), {}, "width is 7, expected a multiple of 8: use 8$"),
         (DrawRequest(), {"for_inpainting": True}, "tiny is made for inpainting: give it an image and a mask"),
         (DrawRequest(image=PHOTO), {"for_inpainting": True}, "tiny is made for inpainting: give a mask too"),
         (DrawRequest(prompt="(x:1000)", options=DrawOptions(weighting="a1111")), {}, "'x' has weight 1000"),
