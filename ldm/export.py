@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     print(parts.describe(), flush=True)
     dtype = DTYPES["fp16" if args.fp16 else args.dtype or "fp32"]
     if args.format == "diffusers":
-        beside = files_beside(parts, args.source, name=args.target.resolve().name, length=length)
+        beside = files_beside(parts, args.source, name=args.target.resolve().name, dtype=dtype, length=length)
         write_folder(parts, args.target, dtype=dtype, beside=beside)
     else:
         write_single_file(parts, args.target, dtype=dtype)

@@ -141,26 +141,33 @@ class TextToImage:
             network.eval().requires_grad_(False).to(device=place)
         return cls(parts, name=model_name(Path(path)), loaded_with=extra)
 
-    def save(self, path: str | Path, *, format: str = "diffusers", dtype: str = "fp32") -> None:
+    def save(self, path: str | Path, *, format: str = "diffusers", dtype: str | None = None) -> None:
         """Write the model, LoRAs merged, for other programs: "diffusers", a folder with a model card, or "single-file",
-        CompVis's layout with a .yaml beside it (U-Nets alone). dtype: "fp32", "fp16" or "bf16".
+        CompVis's layout with a .yaml beside it (U-Nets alone). dtype: "fp32", "fp16" or "bf16"; None: as it was loaded.
 
-        An older export there is replaced when the new one is whole. Raises ValueError for what cannot be written so.
+        An older export there is replaced when the new one is complete. Raises ValueError for what cannot be written so,
+        which includes another precision for a model that was loaded in bf16: its weights are rounded already.
         """
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, expected {' or '.join(FORMATS)}")
-        if dtype not in STORED:
+        if dtype not in (None, *STORED):
             raise ValueError(f"dtype is {dtype!r}, expected {', '.join(STORED)}")
+        stored = STORED[dtype or self.precision]
+        if stored != self.dtype != torch.float32:
+            raise ValueError(
+                f"the model was loaded in {self.precision}, and a file in {dtype} would claim a precision that its "
+                "weights do not have: load it with dtype='fp32', or use python -m ldm.export"
+            )
         if format == "diffusers":
             from ldm.interop.model_card import (  # which knows training's configuration, and drawing does not need it
                 CARD,
                 model_card,
             )
 
-            card = model_card(self.parts, name=Path(path).resolve().name)
-            write_folder(self.parts, Path(path), dtype=STORED[dtype], beside={CARD: card.encode()})
+            card = model_card(self.parts, name=Path(path).resolve().name, dtype=stored)
+            write_folder(self.parts, Path(path), dtype=stored, beside={CARD: card.encode()})
         else:
-            write_single_file(self.parts, Path(path), dtype=STORED[dtype])
+            write_single_file(self.parts, Path(path), dtype=stored)
 
     def __call__(
         self, prompt: str, *, n: int = 1, progress: Progress | None = None, **settings: Any
