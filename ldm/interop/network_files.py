@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,28 +24,6 @@ RUN_MODEL = "model"  # folder in a run of ldm/train.py that holds its newest exp
 def model_folder(path: Path) -> Path:
     """Return the model's folder: a run of ldm/train.py keeps its newest model in its folder model/."""
     return path / RUN_MODEL if (path / RUN_MODEL / "model_index.json").exists() else path
-
-
-def refuse_other(content: dict[str, Any], known: dict[str, Any], *, source: Path) -> None:
-    """Raise ValueError if a config sets one of these keys to another value: the weights would load but compute wrongly.
-
-    A key that is absent, or null, has the known value in the layouts that are read here.
-    """
-    for key, value in known.items():
-        if content.get(key) not in (None, value):
-            raise ValueError(f"{source} has {key} {content[key]!r}, expected {value!r}: this network is not supported")
-
-
-def check_known(content: Mapping[str, Any], known: Iterable[str], *, source: Path) -> None:
-    """Raise ValueError if a config sets an unknown key: it may change the computation.
-
-    A key that is null, false or empty is ignored: a newer program may write it for an unused option.
-    """
-    unknown = [key for key, value in content.items() if value and not key.startswith("_") and key not in set(known)]
-    if unknown:
-        raise ValueError(
-            f"{source} has the unknown key {unknown[0]} {str(content[unknown[0]])[:60]}: this network is not supported"
-        )
 
 
 def check_no_code(content: Mapping[str, Any], *, source: Path) -> None:
