@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.files.strict_json import read_json, write_json
 from ldm.interop.diffusers_layout.layout import VERSION
 from ldm.interop.diffusers_layout.schema import ConfigJson, fixed, whole
-from ldm.interop.network_files import MAX_LAYERS, check_no_code, described_by, fill, write_weights
-from ldm.interop.weight_files import WEIGHTS_STEM, find_weights
+from ldm.interop.network_files import (
+    MAX_LAYERS,
+    WEIGHTS_STEM,
+    described_by,
+    fill,
+    find_weights,
+    read_config,
+    write_network,
+)
 from ldm.interop.weight_reader import Weights
 from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL, AutoencoderKLConfig
 
@@ -51,11 +57,7 @@ class VaeJson(ConfigJson):
 
 def save_vae(vae: AutoencoderKL, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write the autoencoder; config.json gets the statistics of its latents unchanged."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(vae_config_json(vae.config), folder / "config.json")
-    write_weights(
-        {name: tensor.to(dtype) for name, tensor in vae.state_dict().items()}, folder / f"{WEIGHTS_STEM}.safetensors"
-    )
+    write_network(vae, vae_config_json(vae.config), folder, dtype=dtype)
 
 
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
@@ -68,8 +70,7 @@ def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> Autoencoder
 def open_vae(folder: Path) -> AutoencoderKL:
     """Build the autoencoder of meta tensors, from config.json alone; its weights are loaded later."""
     source = folder / "config.json"
-    content = read_json(source)
-    check_no_code(content, source=source)
+    content = read_config(source)
     with described_by(source), torch.device("meta"):
         return AutoencoderKL(vae_config(content, source=source))
 
