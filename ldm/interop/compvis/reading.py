@@ -74,10 +74,6 @@ class Plan:
     vae_names: dict[str, str]
     averaged: bool = False  # whether unet_names are those of the averaged weights
 
-    @property
-    def text_names(self) -> list[str]:
-        return [CONDITIONER + name for name in self.text_encoder.wanted]
-
 
 def read_single_file(
     path: Path, *, dtype: torch.dtype, ema: bool = True, prediction: Prediction | None = None
@@ -99,9 +95,10 @@ def read_single_file(
         averaged = ema_names(plan, shapes)
     if averaged and ema:
         plan = replace(plan, unet_names=averaged, averaged=True)
-    loaded, vae, text = fill_networks(plan, weights, dtype=dtype)
+    text = fill_networks(plan, weights, dtype=dtype)
     tokenizer = Tokenizer(plan.text_encoder.config.tokenizer)
-    check_components_fit(loaded, vae, [(text.config, tokenizer)], source=path)
+    loaded = LoadedDenoiser(plan.unet, plan.config, DEFAULT_SIDE, plan.context_width)
+    check_components_fit(loaded, plan.vae, [(text.config, tokenizer)], source=path)
     conditioner = Conditioner(TextTower(text, tokenizer))
     with described_by(path):
         noise_path, stated = path_and_prediction(sidecar, weights, source=path)
@@ -111,8 +108,8 @@ def read_single_file(
         side = native_side(sidecar, plan, prediction)
     remarks = (*_ema_remark(bool(averaged), ema=ema), *remarks)
     return ModelComponents(
-        model=LatentDiffusion(vae=vae, conditioner=conditioner, path=noise_path, prediction=prediction),
-        denoiser=loaded.network,
+        model=LatentDiffusion(vae=plan.vae, conditioner=conditioner, path=noise_path, prediction=prediction),
+        denoiser=plan.unet,
         config=plan.config,
         sample_size=side,
         notes=weights.metadata.get("foundry.notes", ""),
@@ -120,18 +117,18 @@ def read_single_file(
     )
 
 
-def fill_networks(
-    plan: Plan, weights: Weights, *, dtype: torch.dtype
-) -> tuple[LoadedDenoiser, AutoencoderKL, TransformersTextEncoder]:
-    """Load the three networks, after checking that the file holds exactly their weights."""
+def fill_networks(plan: Plan, weights: Weights, *, dtype: torch.dtype) -> TransformersTextEncoder:
+    """Load the U-Net and the autoencoder, and return the text encoder, after checking that the file holds exactly their
+    weights."""
     check_all(plan, weights.tensors, source=weights.source)
     # The text encoder first, so that its mapped pages are released before the larger parts are read.
-    text_weights = plan.text_encoder.weights(weights.only(plan.text_names).read(dtype))
+    text_names = [CONDITIONER + name for name in plan.text_encoder.wanted]
+    text_weights = plan.text_encoder.weights(weights.only(text_names).read(dtype))
     text = text_encoder_from_weights(plan.text_encoder.config, text_weights, dtype=dtype)
     for network, names in ((plan.vae, plan.vae_names), (plan.unet, plan.unet_names)):
         found = weights.only(names.values()).read(dtype)
         network.load_state_dict({ours: found[theirs] for ours, theirs in names.items()}, strict=True, assign=True)
-    return LoadedDenoiser(plan.unet, plan.config, DEFAULT_SIDE, plan.context_width), plan.vae, text
+    return text
 
 
 def attention_as_matrices(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class PixArtJson(ConfigJson):
     patch_size: int = whole(64)
     sample_size: int = whole(1024)
 
-    UNUSED = {"dropout": 0.0, "attention_type": "default"}  # noqa: RUF012 - a constant
+    UNUSED = {"attention_type": "default"}  # noqa: RUF012 - a constant
     IGNORED = ("norm_num_groups", "upcast_attention")
 
 

@@ -37,8 +37,8 @@ class ConfigJson:
     @classmethod
     def from_json(cls, content: Mapping[str, Any], *, source: Path) -> Self:
         """Read the keys. Raises ValueError for a missing key, a number out of range, or a value that may change the
-        computation: of a fixed key, or of an unknown one, unless that is null, false or empty, as a newer program may
-        write it for an unused option."""
+        computation: of a fixed key, or of an unknown one, unless that is null, false, 0 or empty, as an unused option
+        is."""
         keys = {key.name: key for key in fields(cls) if not key.name.startswith("_")}
         only = {name: key.default for name, key in keys.items() if not key.init} | dict(cls.UNUSED)
         for name, value in content.items():

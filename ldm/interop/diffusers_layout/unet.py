@@ -42,34 +42,14 @@ class UNetJson(ConfigJson):
     up_block_types: list[str] | None = None
     use_linear_projection: bool = False
 
-    # Options of diffusers' network that Stable Diffusion 1 and 2 do not use.
+    # Options of diffusers' network that Stable Diffusion 1 and 2 do not use, unless they are off when null, false or 0.
     UNUSED = {  # noqa: RUF012 - a constant
-        "addition_embed_type": None,
-        "addition_time_embed_dim": None,
         "attention_type": "default",
-        "class_embed_type": None,
-        "class_embeddings_concat": False,
         "conv_in_kernel": 3,
         "conv_out_kernel": 3,
-        "cross_attention_norm": None,
-        "dropout": 0.0,
-        "dual_cross_attention": False,
-        "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None,
-        "mid_block_only_cross_attention": None,
-        "num_attention_heads": None,
-        "num_class_embeds": None,
-        "only_cross_attention": False,
-        "projection_class_embeddings_input_dim": None,
         "resnet_out_scale_factor": 1.0,
-        "resnet_skip_time_act": False,
         "resnet_time_scale_shift": "default",
-        "reverse_transformer_layers_per_block": None,
-        "time_cond_proj_dim": None,
-        "time_embedding_act_fn": None,
-        "time_embedding_dim": None,
         "time_embedding_type": "positional",
-        "timestep_post_act": None,
         "transformer_layers_per_block": 1,
     }
     IGNORED = ("addition_embed_type_num_heads", "upcast_attention")
