@@ -50,7 +50,7 @@ def main(args: Namespace) -> None:
         check_folder(args.outdir)
     if not args.skip_save:
         check_folder(args.outdir / "samples")
-    from ldm.interop.model_facts import read_facts
+    from ldm.interop.read_model import read_facts
 
     facts = read_facts(args.ckpt)
     requests = [request.check(facts) for request in requests]

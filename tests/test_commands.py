@@ -139,13 +139,13 @@ def test_an_average_that_was_never_kept_is_reconstructed(workshop, remembering):
     run, target = workshop / "runs" / "remembered", workshop / "reconstructed"
     names = {path.name for path in (run / "ema").iterdir()}
     assert names == {f"step_{s:07d}_{length}.safetensors" for s in (4, 8, 10) for length in ("0.05", "0.1")}
-    finished = start(["-m", "ldm.reconstruct", str(run), str(target), "--length", "0.1", "--step", "8"])
+    finished = start(["-m", "ldm.export", str(run), str(target), "--ema", "0.1", "--step", "8"])
     assert finished.returncode == 0, finished.stderr
     assert "mixing 6 snapshots: the profile is off by 0.00%" in finished.stdout and "warning" not in finished.stderr
     kept = load_file(run / "ema" / "step_0000008_0.1.safetensors")
     weights = TextToImage.load(target).denoiser.state_dict()
     assert kept.keys() == weights.keys() and all(torch.allclose(weights[key], kept[key], atol=1e-5) for key in kept)
-    between = start(["-m", "ldm.reconstruct", str(run), str(target), "--length", "0.02", "--step", "7"])
+    between = start(["-m", "ldm.export", str(run), str(target), "--ema", "0.02", "--step", "7"])
     assert between.returncode == 0
     assert "warning: the profile fits better at a step with a snapshot (as 8), or a length nearer to" in between.stderr
 
@@ -153,15 +153,15 @@ def test_an_average_that_was_never_kept_is_reconstructed(workshop, remembering):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("remembered --length 0.3", "the EMA's length is 0.3, expected 0.0001 or more and less than 0.289"),
-        ("remembered --length 0.1 --step 11", "--step is 11, expected 1 to 10, the step of the last snapshot in"),
-        ("nowhere --length 0.1", "there is no run"),
-        ("dit --length 0.1", "has no snapshots (ema/*.safetensors): train with optim.ema_lengths=[0.05,0.1]"),
+        ("remembered --ema 0.3", "the EMA's length is 0.3, expected 0.0001 or more and less than 0.289"),
+        ("remembered --ema 0.1 --step 11", "--step is 11, expected 1 to 10, the step of the last snapshot in"),
+        ("nowhere --ema 0.1", "there is no run"),
+        ("dit --ema 0.1", "has no snapshots (ema/*.safetensors): train with optim.ema_lengths=[0.05,0.1]"),
     ],
 )
 def test_what_cannot_be_reconstructed_is_told_in_one_line(words, message, workshop, remembering):
     run, *options = words.split()
-    finished = start(["-m", "ldm.reconstruct", str(workshop / "runs" / run), str(workshop / "none"), *options])
+    finished = start(["-m", "ldm.export", str(workshop / "runs" / run), str(workshop / "none"), *options])
     assert finished.returncode == 2 and finished.stderr.count("\n") == 1
     assert finished.stderr.startswith("error: ") and message in finished.stderr
     assert not (workshop / "none").exists()

@@ -236,7 +236,7 @@ import pathlib, sys
 import ldm.inference.contact_sheet
 from ldm import DrawRequest, TextToImage
 from ldm.inference.draw_all import draw_all
-from ldm.interop.model_facts import read_facts
+from ldm.interop.read_model import read_facts
 request = DrawRequest(prompt="a noto emoji of red apple", steps=1)
 request.check(read_facts(pathlib.Path("weights/emoji64")))
 pipe = TextToImage.load("weights/emoji64")

@@ -142,23 +142,30 @@ class TextToImage:
             network.eval().requires_grad_(False).to(device=place)
         return cls(parts, name=model_name(Path(path)), loaded_with=extra)
 
-    def save(self, path: str | Path, *, format: str = "diffusers", dtype: str = "fp32") -> None:
+    def save(self, path: str | Path, *, format: str = "diffusers", dtype: str | None = None) -> None:
         """Write the model, LoRAs merged, for other programs: "diffusers", a folder with a model card, or "single-file",
-        CompVis's layout with a .yaml next to it (only U-Nets). dtype: "fp32", "fp16" or "bf16".
+        CompVis's layout with a .yaml next to it (only U-Nets). dtype: "fp32", "fp16" or "bf16"; None: as it was loaded.
 
-        An older export is replaced once the new one is complete. Raises ValueError if the format cannot hold the model.
+        An older export is replaced once the new one is complete. Raises ValueError if the format cannot hold the model,
+        and for another precision of a model that was loaded in bf16: its weights are already rounded.
         """
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, expected {' or '.join(FORMATS)}")
-        if dtype not in STORED:
+        if dtype not in (None, *STORED):
             raise ValueError(f"dtype is {dtype!r}, expected {', '.join(STORED)}")
+        stored = STORED[dtype or self.precision]
+        if stored != self.dtype != torch.float32:
+            raise ValueError(
+                f"the model was loaded in {self.precision}, and a file in {dtype} would claim a precision that its "
+                "weights do not have: load it with dtype='fp32', or use python -m ldm.export"
+            )
         if format == "diffusers":
             from ldm.interop.model_card import CARD, model_card  # imports PyYAML, which drawing does not need
 
-            card = model_card(self.parts, name=Path(path).resolve().name)
-            write_folder(self.parts, Path(path), dtype=STORED[dtype], beside={CARD: card.encode()})
+            card = model_card(self.parts, name=Path(path).resolve().name, dtype=stored)
+            write_folder(self.parts, Path(path), dtype=stored, beside={CARD: card.encode()})
         else:
-            write_single_file(self.parts, Path(path), dtype=STORED[dtype])
+            write_single_file(self.parts, Path(path), dtype=stored)
 
     def __call__(
         self, prompt: str, *, n: int = 1, progress: Progress | None = None, **settings: Any

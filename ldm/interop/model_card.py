@@ -9,10 +9,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import torch
+
 from ldm.config import read_tree
 from ldm.interop.diffusers_layout.denoiser import layout_of
 from ldm.interop.diffusers_layout.folder import NOTES, own_file
 from ldm.interop.network_files import RUN_MODEL
+from ldm.interop.weight_reader import FLOATS
 from ldm.model.components import ModelComponents
 
 CARD, SHEET = "README.md", "assets/samples.png"
@@ -58,7 +61,9 @@ words of their captions, and has their biases.
 """)
 
 
-def files_beside(parts: ModelComponents, source: Path, *, name: str, length: float | None = None) -> dict[str, bytes]:
+def files_beside(
+    parts: ModelComponents, source: Path, *, name: str, dtype: torch.dtype, length: float | None = None
+) -> dict[str, bytes]:
     """Return the card and its images, by their path in the export.
 
     source: the run, its model, or another export, whose own card is copied if it has one. length: of an average
@@ -70,7 +75,7 @@ def files_beside(parts: ModelComponents, source: Path, *, name: str, length: flo
     run = source.resolve().parent if source.name == RUN_MODEL else source
     sheets = sorted((run / "samples").glob("step_*.png")) if length is None else []
     records = read_records(run) if length is None else []
-    card = model_card(parts, name=name, records=records, has_sheet=bool(sheets), length=length)
+    card = model_card(parts, name=name, dtype=dtype, records=records, has_sheet=bool(sheets), length=length)
     pictures = {SHEET: own_file(run, sheets[-1], most=MAX_PICTURE_BYTES)} if sheets else {}
     return {CARD: card.encode()} | pictures
 
@@ -90,17 +95,21 @@ def model_card(
     parts: ModelComponents,
     *,
     name: str,
+    dtype: torch.dtype = torch.float32,
     records: Iterable[dict[str, Any]] = (),
     has_sheet: bool = False,
     length: float | None = None,
 ) -> str:
-    """Return the text, without unknown facts of the training. length: of the average, if it is not the run's own."""
+    """Return the text, without unknown facts of the training.
+
+    dtype: of the weights as written. length: of the average, if it is not the run's own.
+    """
     config = _training_config(parts.notes)
     prompts = config["preview"]["prompts"] if config else ("a red apple",)
     size = parts.sample_size * parts.model.vae.config.factor
     return CARD_TEXT.substitute(
         name=name,
-        what=_what(parts, size),
+        what=_what(parts, size) + ("" if dtype == torch.float32 else f" Its weights were rounded to {FLOATS[dtype]}."),
         sheet=_sheet(config) if has_sheet else "",
         prompt=prompts[0].replace('"', "'"),
         extra=layout_of(parts.config).call_words(

@@ -1,10 +1,10 @@
-"""Read config.json and load weights into networks, strictly; write weights atomically."""
+"""Read and write a network's folder: config.json, and weights, which are loaded strictly and written atomically."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from ldm.errors import NonFiniteError
 from ldm.files.atomic import atomic_file
 from ldm.files.messages import describe_misfit
+from ldm.files.strict_json import read_json, write_json
 from ldm.interop.identify import looks_like, shapes_of
-from ldm.interop.weight_reader import Weights, is_finite
+from ldm.interop.weight_reader import Weights, is_finite, open_weights
 
 CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal")
 MAX_LEVELS, MAX_LAYERS = 16, 32  # of a U-Net or autoencoder, which is built before its weights are compared
+WEIGHTS_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"  # diffusers', transformers'
+OLD_TEXT_STEM = "pytorch_model"  # of transformers' pickles
+MAX_SHARDS = 1000
 RUN_MODEL = "model"  # folder in a run of ldm/train.py that holds its newest export
 
 
@@ -26,32 +30,13 @@ def model_folder(path: Path) -> Path:
     return path / RUN_MODEL if (path / RUN_MODEL / "model_index.json").exists() else path
 
 
-def refuse_other(content: dict[str, Any], known: dict[str, Any], *, source: Path) -> None:
-    """Raise ValueError if a config sets one of these keys to another value: the weights would load but compute wrongly.
-
-    A key that is absent, or null, has the known value in the layouts that are read here.
-    """
-    for key, value in known.items():
-        if content.get(key) not in (None, value):
-            raise ValueError(f"{source} has {key} {content[key]!r}, expected {value!r}: this network is not supported")
-
-
-def check_known(content: Mapping[str, Any], known: Iterable[str], *, source: Path) -> None:
-    """Raise ValueError if a config sets an unknown key: it may change the computation.
-
-    A key that is null, false or empty is ignored: a newer program may write it for an unused option.
-    """
-    unknown = [key for key, value in content.items() if value and not key.startswith("_") and key not in set(known)]
-    if unknown:
-        raise ValueError(
-            f"{source} has the unknown key {unknown[0]} {str(content[unknown[0]])[:60]}: this network is not supported"
-        )
-
-
-def check_no_code(content: Mapping[str, Any], *, source: Path) -> None:
-    """Raise ValueError for a config with classes of its own: they are never run, and without them it is incomplete."""
+def read_config(source: Path) -> dict[str, Any]:
+    """Read a config.json. Raises ValueError for one with classes of its own: they are never run, and without them it is
+    incomplete."""
+    content = read_json(source)
     if wanted := [key for key in CODE_KEYS if content.get(key)]:
         raise ValueError(f"{source} asks to run its own code ({wanted[0]}): refused; give a model that needs none")
+    return content
 
 
 def check_whole_numbers(content: Mapping[str, Any], limits: Mapping[str, int], *, source: Path) -> None:
@@ -77,6 +62,51 @@ def described_by(source: Path) -> Iterator[None]:
         raise error if str(source) in str(error) else ValueError(f"{source}: {error}") from error
     except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ValueError(f"{source} holds a value of another kind than expected ({error}): copy it again") from error
+
+
+def find_weights(folder: Path, stem: str) -> Weights:
+    """Open the weights of a folder in diffusers' or transformers' layout, preferring safetensors and full precision.
+
+    Raises ValueError or FileNotFoundError, naming the file.
+    """
+    old_stem = OLD_TEXT_STEM if stem == TEXT_STEM else stem
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{old_stem}.bin", f"{old_stem}.fp16.bin"):
+        index = folder / _index_name(name)
+        if (folder / name).exists():
+            return open_weights(folder / name)
+        if index.exists():
+            return open_weights(*_shards(index))
+    raise FileNotFoundError(f"{folder / stem}.safetensors is missing: give the folder of a complete model")
+
+
+def _index_name(name: str) -> str:
+    """Return the index's name, with the variant where diffusers puts it: model.fp16.safetensors has
+    model.safetensors.index.fp16.json."""
+    stem, *variant, kind = name.split(".")
+    return ".".join([stem, kind, "index", *variant, "json"])
+
+
+def _shards(index: Path) -> list[Path]:
+    """Read the file names of an index. Raises ValueError for a file outside its folder."""
+    with described_by(index):
+        named = read_json(index)["weight_map"].values()
+        if not all(isinstance(name, str) for name in named):
+            raise ValueError("its weight_map does not name files: copy it again")
+        names = sorted(set(named))
+        if not 1 <= len(names) <= MAX_SHARDS:
+            raise ValueError(f"it names {len(names)} files, expected 1 to {MAX_SHARDS}")
+        for name in names:
+            if PurePosixPath(name).name != name or PureWindowsPath(name).name != name or name in ("", ".", ".."):
+                raise ValueError(f"it names a file elsewhere, {name!r}: refused; the files must be next to it")
+    return [index.with_name(name) for name in names]
+
+
+def write_network(network: nn.Module, config: Mapping[str, Any], folder: Path, *, dtype: torch.dtype) -> None:
+    """Write config.json and the weights, as diffusers does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(config, folder / "config.json")
+    weights = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
+    write_weights(weights, folder / f"{WEIGHTS_STEM}.safetensors")
 
 
 def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -1,23 +1,26 @@
-"""Read a model from a folder or a single file, optionally with another autoencoder and with LoRAs."""
+"""Read a model from a folder or a single file, optionally with another autoencoder and with LoRAs; and what its small
+files say of it, before its weights are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ldm.diffusion import Prediction
-from ldm.interop.compvis.reading import read_single_file
-from ldm.interop.compvis.standalone_vae import read_vae
-from ldm.interop.diffusers_layout.denoiser import layout_of
+from ldm.interop.compvis.reading import read_single_file, read_vae
+from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, read_denoiser_config
 from ldm.interop.diffusers_layout.folder import read_folder
+from ldm.interop.diffusers_layout.scheduler import read_scheduler
+from ldm.interop.diffusers_layout.vae import open_vae
 from ldm.interop.lora import merge_lora, read_lora
 from ldm.interop.network_files import RUN_MODEL, model_folder
 from ldm.interop.weight_reader import open_weights
-from ldm.model.components import ModelComponents
+from ldm.model.components import ModelComponents, inpainting_channels
+from ldm.model.facts import ModelFacts
 
 
 class Lora(NamedTuple):
@@ -84,3 +87,26 @@ def model_name(path: Path) -> str:
     if place.is_file():
         return place.stem
     return place.parent.name if place.name == RUN_MODEL else place.name
+
+
+def read_facts(path: Path) -> ModelFacts:
+    """Read what the JSON files of a model's folder say of it; a single file says nothing before it is loaded.
+
+    A file that is not there leaves its facts unknown: its absence is reported by whoever loads the model. Raises
+    ValueError, naming the file, for one that is damaged or of another kind of model.
+    """
+    folder = model_folder(path)
+    facts: dict[str, Any] = {"name": model_name(path)}
+    if (scheduler := folder / "scheduler" / "scheduler_config.json").exists():
+        facts["path"] = read_scheduler(scheduler)[0]
+    networks = [file for layout in ALL_LAYOUTS if (file := folder / layout.folder / "config.json").exists()]
+    if len(networks) != 1:
+        return ModelFacts(**facts)
+    config, around = read_denoiser_config(networks[0])
+    facts["learned_variance"] = around.learned_variance
+    if (folder / "vae" / "config.json").exists():
+        vae = open_vae(folder / "vae")
+        facts["native_size"] = around.sample_size * vae.config.factor
+        facts["factor"] = vae.config.factor * config.stride
+        facts["for_inpainting"] = around.concat_channels == inpainting_channels(vae)
+    return ModelFacts(**facts)

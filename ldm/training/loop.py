@@ -219,7 +219,7 @@ def untouched_generators() -> Iterator[None]:
 
 
 def snapshots(engine: Engine, run: Run) -> None:
-    """Write the current average of each of optim.ema_lengths, for ldm.reconstruct."""
+    """Write the current average of each of optim.ema_lengths, for ldm.export."""
     for length in engine.optim.ema_lengths:
         weights = engine.averaged_weights(length)
         if run.is_main:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.stable_diffusion import stable_diffusion
+from helpers.stable_diffusion import stable_diffusion, states
 from safetensors.torch import load_file, save_file
 
 from ldm import DrawRequest, TextToImage
@@ -16,12 +16,14 @@ from ldm.config import dump, load_config
 from ldm.export import arguments, main
 from ldm.interop.compvis.names import ema_name
 from ldm.interop.compvis.writing import single_file_tensors
+from ldm.interop.diffusers_layout.denoiser import layout_of
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.identify import DENOISER
 from ldm.interop.model_card import model_card
 from ldm.training.denoiser_config import TrainConfig
 from ldm.training.optim.post_hoc_ema import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
+from text.conversion import flattened
 
 
 def export_command(*words: str) -> int:
@@ -100,7 +102,9 @@ def test_precisions_on_disk(dit_folder, dtype, tmp_path):
     ("words", "told"),
     [
         (["--ema", "maybe"], "--ema is 'maybe', expected yes, no, or an average's relative length"),
-        (["--ema", "0.1"], "has no snapshots, from which to reconstruct --ema 0.1: give yes or no"),
+        (["--ema", "0.1"], "has no snapshots (ema/*.safetensors): train with optim.ema_lengths=[0.05,0.1], or give"),
+        (["--step", "3"], "--step is 3, but --ema is yes: give --ema an average's length, as 0.13"),
+        (["--step", "3", "--ema", "no"], "--step is 3, but --ema is no: give --ema an average's length"),
         (["--format", "single-file"], "does not end in .safetensors"),
         (["--fp16", "--dtype", "bf16"], "--fp16 and --dtype bf16 ask for two precisions"),
         (["--format", "onnx"], "invalid choice: 'onnx'"),
@@ -134,6 +138,49 @@ def test_from_python_it_is_saved_in_either_format(dit_folder, tmp_path):
         pipe.save(tmp_path / "x", format="onnx")
     with pytest.raises(ValueError, match="dtype is 'int8', expected fp32, bf16, fp16"):
         pipe.save(tmp_path / "x", dtype="int8")
+
+
+def stored_tensors(folder: Path, kind: str, pipe: TextToImage) -> dict[str, torch.Tensor]:
+    """All tensors of what was written, under the names of the networks that hold them."""
+    if kind == "single-file":
+        found, names = load_file(folder), single_file_tensors(pipe.parts)
+        return {name: found[name] for name in names}
+    denoiser = layout_of(pipe.parts.config).folder
+    files = {f"{denoiser}/diffusion_pytorch_model": "denoiser", "vae/diffusion_pytorch_model": "vae"}
+    return {
+        f"{part}.{name}": tensor
+        for file, part in (files | {"text_encoder/model": "text"}).items()
+        for name, tensor in flattened(load_file(folder / f"{file}.safetensors")).items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["unet", "transformer", "single-file"])
+def test_what_was_loaded_in_bf16_is_saved_in_bf16_and_claims_no_more(kind, tmp_path):
+    write_folder(stable_diffusion(1, transformer=kind == "transformer"), tmp_path / "a", dtype=torch.float32)
+    pipe = TextToImage.load(tmp_path / "a", dtype="bf16", device="cpu")
+    target = tmp_path / ("b.safetensors" if kind == "single-file" else "b")
+    words = {"format": "single-file"} if kind == "single-file" else {}
+    for dtype in ("fp32", "fp16"):
+        with pytest.raises(
+            ValueError, match=f"loaded in bf16.*{dtype}.*load it with dtype='fp32'.*ldm.export"
+        ) as error:
+            pipe.save(target, dtype=dtype, **words)
+        assert len(str(error.value).splitlines()) == 1 and not target.exists()
+    pipe.save(target, **words)
+    held = single_file_tensors(pipe.parts) if kind == "single-file" else states(pipe.parts)
+    stored = stored_tensors(target, kind, pipe)
+    assert stored.keys() == held.keys()
+    assert all(stored[name].dtype == torch.bfloat16 and torch.equal(stored[name], held[name]) for name in held)
+    assert "bf16" in TextToImage.load(target, dtype="fp32", device="cpu").description
+    if kind != "single-file":
+        assert "Its weights were rounded to bf16." in (target / "README.md").read_text()
+
+
+def test_the_card_names_a_precision_to_which_an_export_was_rounded(dit_folder, tmp_path):
+    assert export_command(str(dit_folder), str(tmp_path / "half"), "--fp16") == 0
+    assert "Its weights were rounded to fp16." in (tmp_path / "half" / "README.md").read_text()
+    assert export_command(str(dit_folder), str(tmp_path / "full")) == 0
+    assert "rounded" not in (tmp_path / "full" / "README.md").read_text()
 
 
 def test_a_lora_is_rounded_once(tmp_path):

@@ -7,8 +7,6 @@ v = alpha eps - sigma x0 returns about -x0, an image of its own, because alpha i
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
@@ -21,29 +19,17 @@ ASKED_SIDE = 16  # of the latents: 1/16 of the work of the native 64 x 64
 LEAST_CORRELATION = 0.5  # of the output with the noise: near 1 for an eps network, near 0 for a v network
 
 
-class Found(NamedTuple):
-    prediction: Prediction
-    remarks: tuple[str, ...] = ()
-
-
 def find_prediction(
-    wanted: Prediction | None,
-    stated: Prediction | None,
-    *,
-    unet: UNet,
-    config: UNetConfig,
-    conditioner: Conditioner,
-) -> Found:
+    wanted: Prediction | None, stated: Prediction | None, unet: UNet, config: UNetConfig, conditioner: Conditioner
+) -> tuple[Prediction, tuple[str, ...]]:
     """Return what the network predicts, with a remark on how that was determined."""
     if wanted is not None:
-        return Found(wanted, ("prediction as requested",))
-    if stated is not None:
-        return Found(stated)
-    if not config.use_linear_projection:
-        return Found("eps")
+        return wanted, ("prediction as requested",)
+    if stated is not None or not config.use_linear_projection:
+        return stated or "eps", ()
     seen = noise_in_answer(unet, conditioner)
-    found: Prediction = "eps" if seen > LEAST_CORRELATION else "v"
-    return Found(found, (f"prediction found by a test (noise in its output: {seen:.2f}; --prediction sets it)",))
+    remark = f"prediction found by a test (noise in its output: {seen:.2f}; --prediction sets it)"
+    return "eps" if seen > LEAST_CORRELATION else "v", (remark,)
 
 
 @torch.no_grad()

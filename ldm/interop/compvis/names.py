@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from ldm.denoisers import UNetConfig
@@ -163,8 +162,3 @@ def vae_from_shapes(shapes: Shapes) -> AutoencoderKLConfig:
 
 def as_convolution(matrix: Tensor) -> Tensor:
     return matrix[:, :, None, None]
-
-
-def as_matrix(weight: Tensor) -> Tensor:
-    """Convert the weight of a 1 x 1 convolution to a matrix; some files already hold a matrix."""
-    return weight.flatten(1) if weight.shape[2:] == torch.Size((1, 1)) else weight

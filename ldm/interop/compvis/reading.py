@@ -1,4 +1,4 @@
-"""Read Stable Diffusion from a single file in CompVis's layout.
+"""Read Stable Diffusion from a single file in CompVis's layout, and standalone autoencoders, in place of a model's own.
 
 Settings that do not follow from the shapes come from the file's header or YAML (see sidecar), or else are those that
 Stable Diffusion 1 and 2 have in common. ldm.interop.compvis.writing writes such files.
@@ -19,7 +19,6 @@ from ldm.diffusion import PathConfig, Prediction, ScaledLinearBetaPath
 from ldm.interop.compvis.detect_prediction import find_prediction
 from ldm.interop.compvis.names import (
     EMA,
-    as_matrix,
     ema_name,
     is_attention_of_vae,
     unet_from_shapes,
@@ -31,7 +30,7 @@ from ldm.interop.compvis.sidecar import HIDDEN_KEY, Sidecar, read_sidecar, with_
 from ldm.interop.compvis.text_encoder import TextEncoderPlan, plan_text_encoder
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json, scheduler_from
 from ldm.interop.diffusers_layout.unet import UNetLayout
-from ldm.interop.diffusers_layout.vae import vae_config
+from ldm.interop.diffusers_layout.vae import load_vae, vae_config, with_new_names
 from ldm.interop.identify import (
     CONDITIONER,
     DENOISER,
@@ -42,7 +41,7 @@ from ldm.interop.identify import (
     refuse_foreign,
     shapes_of,
 )
-from ldm.interop.network_files import check_fit, described_by
+from ldm.interop.network_files import check_fit, described_by, fill
 from ldm.interop.weight_reader import Weights, describe, open_weights
 from ldm.model.components import LoadedDenoiser, ModelComponents, Origin, check_components_fit, inpainting_channels
 from ldm.model.conditioner import Conditioner, TextTower
@@ -51,7 +50,7 @@ from text.conversion import text_encoder_from_weights
 from text.encoder import TransformersTextEncoder
 from text.kinds import kind_of
 from text.tokenizer import Tokenizer
-from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL
+from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL, AutoencoderKLConfig
 
 # Left by training in such files: tables, EMA counters, and the autoencoder's discriminator and perceptual loss.
 LEFT_OVER = re.compile(
@@ -76,10 +75,6 @@ class Plan:
     vae_names: dict[str, str]
     averaged: bool = False  # whether unet_names are those of the averaged weights
 
-    @property
-    def text_names(self) -> list[str]:
-        return [CONDITIONER + name for name in self.text_encoder.wanted]
-
 
 def read_single_file(
     path: Path, *, dtype: torch.dtype, ema: bool = True, prediction: Prediction | None = None
@@ -101,20 +96,21 @@ def read_single_file(
         averaged = ema_names(plan, shapes)
     if averaged and ema:
         plan = replace(plan, unet_names=averaged, averaged=True)
-    loaded, vae, text = fill_networks(plan, weights, dtype=dtype)
+    text = fill_networks(plan, weights, dtype=dtype)
     tokenizer = Tokenizer(plan.text_encoder.config.tokenizer)
-    check_components_fit(loaded, vae, [(text.config, tokenizer)], source=path)
+    loaded = LoadedDenoiser(plan.unet, plan.config, DEFAULT_SIDE, plan.context_width)
+    check_components_fit(loaded, plan.vae, [(text.config, tokenizer)], source=path)
     conditioner = Conditioner(TextTower(text, tokenizer))
     with described_by(path):
         noise_path, stated = path_and_prediction(sidecar, weights, source=path)
-    found = find_prediction(prediction, stated, unet=plan.unet, config=plan.config, conditioner=conditioner)
-    scheduler_config_json(noise_path, found.prediction)  # raises for a prediction that this path does not have
+    prediction, remarks = find_prediction(prediction, stated, plan.unet, plan.config, conditioner)
+    scheduler_config_json(noise_path, prediction)  # raises for a prediction that this path does not have
     with described_by(path):
-        side = native_side(sidecar, plan, found.prediction)
-    remarks = (*_ema_remark(bool(averaged), ema=ema), *found.remarks)
+        side = native_side(sidecar, plan, prediction)
+    remarks = (*_ema_remark(bool(averaged), ema=ema), *remarks)
     return ModelComponents(
-        model=LatentDiffusion(vae=vae, conditioner=conditioner, path=noise_path, prediction=found.prediction),
-        denoiser=loaded.network,
+        model=LatentDiffusion(vae=plan.vae, conditioner=conditioner, path=noise_path, prediction=prediction),
+        denoiser=plan.unet,
         config=plan.config,
         sample_size=side,
         notes=weights.metadata.get("foundry.notes", ""),
@@ -122,24 +118,26 @@ def read_single_file(
     )
 
 
-def fill_networks(
-    plan: Plan, weights: Weights, *, dtype: torch.dtype
-) -> tuple[LoadedDenoiser, AutoencoderKL, TransformersTextEncoder]:
-    """Load the three networks, after checking that the file holds exactly their weights."""
+def fill_networks(plan: Plan, weights: Weights, *, dtype: torch.dtype) -> TransformersTextEncoder:
+    """Load the U-Net and the autoencoder, and return the text encoder, after checking that the file holds exactly their
+    weights."""
     check_all(plan, weights.tensors, source=weights.source)
     # The text encoder first, so that its mapped pages are released before the larger parts are read.
-    text_weights = plan.text_encoder.weights(weights.only(plan.text_names).read(dtype))
+    text_names = [CONDITIONER + name for name in plan.text_encoder.wanted]
+    text_weights = plan.text_encoder.weights(weights.only(text_names).read(dtype))
     text = text_encoder_from_weights(plan.text_encoder.config, text_weights, dtype=dtype)
     for network, names in ((plan.vae, plan.vae_names), (plan.unet, plan.unet_names)):
         found = weights.only(names.values()).read(dtype)
         network.load_state_dict({ours: found[theirs] for ours, theirs in names.items()}, strict=True, assign=True)
-    return LoadedDenoiser(plan.unet, plan.config, DEFAULT_SIDE, plan.context_width), plan.vae, text
+    return text
 
 
 def attention_as_matrices(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert the autoencoder's attention from 1 x 1 convolutions to our matrices."""
+    """Convert the autoencoder's attention from 1 x 1 convolutions to our matrices, which some files already hold."""
     return {
-        name: as_matrix(tensor) if is_attention_of_vae(name.removeprefix(FIRST_STAGE)) else tensor
+        name: tensor.flatten(1)
+        if is_attention_of_vae(name.removeprefix(FIRST_STAGE)) and tensor.shape[2:] == torch.Size((1, 1))
+        else tensor
         for name, tensor in tensors.items()
     }
 
@@ -275,3 +273,52 @@ def _what_it_is(shapes: Shapes) -> str:
     if any("encoder.layers." in name or "transformer.resblocks." in name for name in shapes):
         return "it looks like only a text encoder: give the model that it belongs to"
     return f"it has no {DENOISER}* among its {len(shapes)} tensors ({', '.join(sorted(shapes)[:3])})"
+
+
+def read_vae(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig) -> AutoencoderKL:
+    """Read an autoencoder from a folder that holds its config.json, or a vae/ with one; or from a file.
+
+    A file does not state the shift and scale of its latents: the model's own are used. Raises ValueError or
+    FileNotFoundError for anything else, and for latents of another shape than the model's.
+    """
+    if path.is_dir():
+        vae = load_vae(path if (path / "config.json").exists() else path / "vae", dtype=dtype)
+    else:
+        vae = _read_vae_file(path, dtype=dtype, in_place_of=in_place_of)
+    ours, theirs = in_place_of, vae.config
+    if (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
+        raise ValueError(
+            f"{path} makes latents of {theirs.latent_channels} channels at 1/{theirs.factor} of the image's side, "
+            f"expected {ours.latent_channels} at 1/{ours.factor}, as the model's own does: give one that fits the model"
+        )
+    return vae
+
+
+def _read_vae_file(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig) -> AutoencoderKL:
+    weights = open_weights(path).changed(_below_first_stage)
+    shapes = shapes_of(weights.tensors)
+    refuse_foreign(shapes, source=path)
+    if not is_vae(shapes):
+        raise ValueError(
+            f"{path} is not an autoencoder ({', '.join(sorted(shapes)[:3])}): give one of Stable Diffusion's"
+        )
+    with described_by(path), torch.device("meta"):
+        config = replace(vae_from_shapes(shapes), norm_num_groups=in_place_of.norm_num_groups)
+        if config.latent_channels == in_place_of.latent_channels:
+            config = replace(config, latent_mean=in_place_of.latent_mean, latent_std=in_place_of.latent_std)
+        vae = AutoencoderKL(config)
+    if any(".down_blocks." in name for name in shapes):
+        fill(vae, weights.changed(with_new_names), dtype=dtype)
+        return vae
+    names = {theirs: ours for ours, theirs in vae_names(vae.state_dict(), config).items()}
+    fill(vae, weights.changed(lambda found: {names.get(name, name): t for name, t in found.items()}), dtype=dtype)
+    return vae
+
+
+def _below_first_stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefix, and the networks of the training loss."""
+    return {
+        name.removeprefix(FIRST_STAGE): tensor
+        for name, tensor in attention_as_matrices(tensors).items()
+        if not name.startswith("loss.") and not LEFT_OVER.fullmatch(name)
+    }

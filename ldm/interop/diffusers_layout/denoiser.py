@@ -8,13 +8,10 @@ from typing import Any
 import torch
 
 from ldm.denoisers import Denoiser, DenoiserConfig, DiTConfig, UNetConfig
-from ldm.files.strict_json import read_json, write_json
-from ldm.interop.diffusers_layout.layout import DenoiserLayout, Surroundings
-from ldm.interop.diffusers_layout.own_denoiser import OwnLayout
+from ldm.interop.diffusers_layout.layout import DenoiserLayout, OwnLayout, Surroundings
 from ldm.interop.diffusers_layout.pixart import PixArtLayout
 from ldm.interop.diffusers_layout.unet import UNetLayout
-from ldm.interop.network_files import check_no_code, described_by, fill, write_weights
-from ldm.interop.weight_files import WEIGHTS_STEM, find_weights
+from ldm.interop.network_files import WEIGHTS_STEM, described_by, fill, find_weights, read_config, write_network
 from ldm.model.components import LoadedDenoiser
 
 OWN = OwnLayout()
@@ -42,13 +39,8 @@ def save_denoiser(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write config.json and the weights. sample_size: side of the latents that it was trained on."""
-    folder.mkdir(parents=True, exist_ok=True)
     around = Surroundings.of(denoiser, sample_size=sample_size, context_width=context_width)
-    write_json(layout_of(config).to_json(config, around), folder / "config.json")
-    write_weights(
-        {name: tensor.to(dtype) for name, tensor in denoiser.state_dict().items()},
-        folder / f"{WEIGHTS_STEM}.safetensors",
-    )
+    write_network(denoiser, layout_of(config).to_json(config, around), folder, dtype=dtype)
 
 
 def load_denoiser(folder: Path, *, dtype: torch.dtype = torch.float32) -> LoadedDenoiser:
@@ -68,8 +60,7 @@ def open_denoiser(folder: Path) -> LoadedDenoiser:
 
 def read_denoiser_config(source: Path) -> tuple[DenoiserConfig, Surroundings]:
     """Read a denoiser's config.json. Raises ValueError for another kind of network."""
-    content = read_json(source)
-    check_no_code(content, source=source)
+    content = read_config(source)
     kind = content.get("_class_name")
     for layout in ALL_LAYOUTS:
         if kind in layout.classes:

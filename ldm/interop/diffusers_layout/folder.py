@@ -10,7 +10,7 @@ import torch
 
 from ldm.diffusion import Prediction
 from ldm.files.atomic import atomic_folder
-from ldm.files.strict_json import read_json, write_json
+from ldm.files.strict_json import write_json
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, OWN, layout_of, open_denoiser, save_denoiser
 from ldm.interop.diffusers_layout.layout import VERSION, DenoiserLayout
 from ldm.interop.diffusers_layout.scheduler import read_scheduler, scheduler_config_json
@@ -21,8 +21,7 @@ from ldm.interop.diffusers_layout.text_part import (
     text_classes,
 )
 from ldm.interop.diffusers_layout.vae import folded, open_vae, save_vae, vae_weights
-from ldm.interop.network_files import check_no_code, fill
-from ldm.interop.weight_files import WEIGHTS_STEM, find_weights
+from ldm.interop.network_files import WEIGHTS_STEM, fill, find_weights, read_config
 from ldm.interop.weight_reader import Weights, describe
 from ldm.model.components import ModelComponents, Origin, check_components_fit
 from ldm.model.conditioner import Conditioner
@@ -91,8 +90,7 @@ def check_index(folder: Path) -> None:
     index = folder / INDEX
     if not index.exists():
         return
-    content = read_json(index)
-    check_no_code(content, source=index)
+    content = read_config(index)
     pipeline = str(content.get("_class_name", "StableDiffusionPipeline"))
     if pipeline not in PIPELINES:
         raise ValueError(f"{index} names a {pipeline[:60]!r}, expected one of {', '.join(sorted(PIPELINES))}")

@@ -15,8 +15,9 @@ from ldm.diffusion import (
     RectifiedFlowPath,
     ScaledLinearBetaPath,
 )
-from ldm.diffusion.paths import BetaTablePath, TablePath
+from ldm.diffusion.paths import BetaTablePath
 from ldm.files.strict_json import read_json
+from ldm.interop.diffusers_layout.layout import VERSION
 from ldm.interop.network_files import check_whole_numbers, described_by
 
 _NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -25,8 +26,10 @@ _SCHEDULES: dict[str, type[BetaTablePath]] = {
     "scaled_linear": ScaledLinearBetaPath,
     "squaredcos_cap_v2": CosinePath,
 }
+# Keys that the paths and diffusers have in common.
+_BETAS, _EDM_NUMBERS = ("beta_start", "beta_end"), ("sigma_min", "sigma_max", "sigma_data", "rho")
 _COMMON: dict[str, Any] = {
-    "_diffusers_version": "0.30.0",
+    "_diffusers_version": VERSION,
     "final_sigmas_type": "zero",
     "num_train_timesteps": 1000,
     "solver_order": 2,
@@ -55,27 +58,20 @@ def scheduler_config_json(path: PathConfig, prediction: Prediction) -> dict[str,
             flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": path.shift}
             return _COMMON | _DPM_SOLVER | flow
         case EDMPath():
-            numbers = {name: getattr(path, name) for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
+            numbers = {name: getattr(path, name) for name in _EDM_NUMBERS}
             # diffusers calls F "epsilon".
             return _COMMON | {"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon"} | numbers
         case LinearBetaPath() | ScaledLinearBetaPath() | CosinePath():
-            return _COMMON | _DPM_SOLVER | _table_json(path, prediction)
+            table = {
+                "beta_schedule": next(name for name, kind in _SCHEDULES.items() if isinstance(path, kind)),
+                "num_train_timesteps": path.num_train_timesteps,
+                "prediction_type": next(theirs for theirs, ours in _NAMES.items() if ours == prediction),
+                "rescale_betas_zero_snr": path.zero_terminal_snr,
+            }
+            betas = {} if isinstance(path, CosinePath) else {name: getattr(path, name) for name in _BETAS}
+            return _COMMON | _DPM_SOLVER | table | betas
         case _:
             assert_never(path)
-
-
-def _table_json(path: TablePath, prediction: Prediction) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        "beta_schedule": next(name for name, kind in _SCHEDULES.items() if isinstance(path, kind)),
-        "num_train_timesteps": path.num_train_timesteps,
-        "prediction_type": next(theirs for theirs, ours in _NAMES.items() if ours == prediction),
-        "rescale_betas_zero_snr": path.zero_terminal_snr,
-    }
-    return (
-        content
-        if isinstance(path, CosinePath)
-        else content | {"beta_start": path.beta_start, "beta_end": path.beta_end}
-    )
 
 
 def read_scheduler(file: Path) -> tuple[PathConfig, Prediction]:
@@ -87,11 +83,13 @@ def read_scheduler(file: Path) -> tuple[PathConfig, Prediction]:
 def scheduler_from(content: Mapping[str, Any], *, source: Path) -> tuple[PathConfig, Prediction]:
     """Parse a scheduler's config. Raises KeyError with the name of a missing key, or ValueError."""
     check_whole_numbers(content, {"num_train_timesteps": 10_000}, source=source)
+    kind = content.get("prediction_type", "epsilon")
     if str(content.get("_class_name", "")).startswith("EDM"):
-        return _read_edm(content), "edm"
+        if kind != "epsilon":
+            raise ValueError(f"an EDM scheduler for {kind!r} is not supported, only for 'epsilon'")
+        return EDMPath(**{name: content[name] for name in _EDM_NUMBERS if name in content}), "edm"
     if content.get("trained_betas") is not None:
         raise ValueError(f"{source} has trained_betas, a noise schedule of its own: this is not supported")
-    kind = content.get("prediction_type", "epsilon")
     if kind == "flow_prediction":
         return RectifiedFlowPath(shift=float(content.get("flow_shift", 1.0))), "velocity"
     schedule = content.get("beta_schedule", "linear")
@@ -105,17 +103,5 @@ def scheduler_from(content: Mapping[str, Any], *, source: Path) -> tuple[PathCon
         "zero_terminal_snr": bool(content.get("rescale_betas_zero_snr")),
     }
     if _SCHEDULES[schedule] is not CosinePath:
-        numbers |= {"beta_start": content["beta_start"], "beta_end": content["beta_end"]}
+        numbers |= {name: content[name] for name in _BETAS}
     return _SCHEDULES[schedule](**numbers), _NAMES[kind]  # pyright: ignore[reportReturnType]
-
-
-def _read_edm(content: Mapping[str, Any]) -> EDMPath:
-    if content.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(f"an EDM scheduler for {content['prediction_type']!r} is not supported, only for 'epsilon'")
-    defaults = EDMPath()
-    return EDMPath(
-        sigma_min=content.get("sigma_min", defaults.sigma_min),
-        sigma_max=content.get("sigma_max", defaults.sigma_max),
-        sigma_data=content.get("sigma_data", defaults.sigma_data),
-        rho=content.get("rho", defaults.rho),
-    )

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from ldm.files.strict_json import read_json
-from ldm.interop.network_files import check_no_code, described_by
-from ldm.interop.weight_files import TEXT_STEM, find_weights
+from ldm.interop.network_files import TEXT_STEM, described_by, find_weights, read_config
 from ldm.interop.weight_reader import Weights
 from ldm.model.conditioner import TextTower
 from text.encoder import TextEncoderConfig
@@ -49,8 +47,7 @@ def _present(folder: Path) -> Sequence[tuple[str, str]]:
 
 def _open(folder: Path, tokenizer: Path) -> TextPart:
     source = folder / "config.json"
-    content = read_json(source)
-    check_no_code(content, source=source)
+    content = read_config(source)
     with described_by(source):
         kind = kind_of(content)
         config = kind.read_config(content)

@@ -2,51 +2,62 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.files.strict_json import read_json, write_json
+from ldm.interop.diffusers_layout.layout import VERSION
+from ldm.interop.diffusers_layout.schema import ConfigJson, fixed, whole
 from ldm.interop.network_files import (
     MAX_LAYERS,
-    check_known,
-    check_no_code,
-    check_whole_numbers,
+    WEIGHTS_STEM,
     described_by,
     fill,
-    refuse_other,
-    write_weights,
+    find_weights,
+    read_config,
+    write_network,
 )
-from ldm.interop.weight_files import WEIGHTS_STEM, find_weights
 from ldm.interop.weight_reader import Weights
 from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL, AutoencoderKLConfig
 
-ALWAYS = {
-    "act_fn": "silu",
-    "in_channels": 3,
-    "mid_block_add_attention": True,
-    "out_channels": 3,
-    "use_post_quant_conv": True,
-    "use_quant_conv": True,
-}
-REST = ("down_block_types", "force_upcast", "latents_mean", "latents_std", "sample_size", "scaling_factor",
-        "shift_factor", "up_block_types")  # fmt: skip
-LIMITS = {"block_out_channels": 8192, "layers_per_block": MAX_LAYERS, "latent_channels": 256, "norm_num_groups": 1024}
+DOWN_BLOCK, UP_BLOCK = "DownEncoderBlock2D", "UpDecoderBlock2D"
 # Older files, such as Stable Diffusion 1.5's, use these names for the attention's layers.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
+@dataclass(frozen=True, kw_only=True)
+class VaeJson(ConfigJson):
+    """The keys of vae/config.json: latents = (z - latents_mean) * scaling_factor / latents_std."""
+
+    _class_name: str = "AutoencoderKL"
+    _diffusers_version: str = VERSION
+    act_fn: str = fixed("silu")
+    block_out_channels: list[int] = whole(8192)
+    down_block_types: list[str] | None = None
+    force_upcast: bool = False
+    in_channels: int = fixed(3)
+    latent_channels: int = whole(256)
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+    layers_per_block: int = whole(MAX_LAYERS)
+    mid_block_add_attention: bool = fixed(True)
+    norm_num_groups: int = whole(1024, default=32)
+    out_channels: int = fixed(3)
+    sample_size: int = 64
+    scaling_factor: float = STABLE_DIFFUSION_SCALE
+    shift_factor: float | None = None
+    up_block_types: list[str] | None = None
+    use_post_quant_conv: bool = fixed(True)
+    use_quant_conv: bool = fixed(True)
+
+
 def save_vae(vae: AutoencoderKL, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write the autoencoder; config.json gets the statistics of its latents unchanged."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(vae_config_json(vae.config), folder / "config.json")
-    write_weights(
-        {name: tensor.to(dtype) for name, tensor in vae.state_dict().items()}, folder / f"{WEIGHTS_STEM}.safetensors"
-    )
+    write_network(vae, vae_config_json(vae.config), folder, dtype=dtype)
 
 
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
@@ -59,8 +70,7 @@ def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> Autoencoder
 def open_vae(folder: Path) -> AutoencoderKL:
     """Build the autoencoder of meta tensors, from config.json alone; its weights are loaded later."""
     source = folder / "config.json"
-    content = read_json(source)
-    check_no_code(content, source=source)
+    content = read_config(source)
     with described_by(source), torch.device("meta"):
         return AutoencoderKL(vae_config(content, source=source))
 
@@ -84,7 +94,7 @@ def folded(vae: AutoencoderKL) -> AutoencoderKL:
     """
     if scale_of(vae.config) is not None:
         return vae
-    config = dataclasses.replace(vae.config, latent_mean=None, latent_std=None)
+    config = replace(vae.config, latent_mean=None, latent_std=None)
     copy = AutoencoderKL(config)
     copy.load_state_dict(vae.state_dict())
     channels = config.latent_channels
@@ -112,31 +122,19 @@ def scale_of(config: AutoencoderKLConfig) -> float | None:
 
 
 def vae_config_json(config: AutoencoderKLConfig) -> dict[str, Any]:
-    """Build config.json, as diffusers' AutoencoderKL writes it: latents = (z - latents_mean) * scaling_factor /
-    latents_std."""
+    """Build config.json, as diffusers' AutoencoderKL writes it."""
     levels, scale = len(config.block_out_channels), scale_of(config)
-    return {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": "0.30.0",
-        "act_fn": "silu",
-        "block_out_channels": list(config.block_out_channels),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "force_upcast": False,
-        "in_channels": 3,
-        "latent_channels": config.latent_channels,
-        "latents_mean": list(config.latent_mean) if config.latent_mean and scale is None else None,
-        "latents_std": list(config.latent_std) if config.latent_std and scale is None else None,
-        "layers_per_block": config.layers_per_block,
-        "mid_block_add_attention": True,
-        "norm_num_groups": config.norm_num_groups,
-        "out_channels": 3,
-        "sample_size": 64,
-        "scaling_factor": scale or (1.0 if config.latent_std else STABLE_DIFFUSION_SCALE),
-        "shift_factor": None,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_post_quant_conv": True,
-        "use_quant_conv": True,
-    }
+    return VaeJson(
+        block_out_channels=list(config.block_out_channels),
+        down_block_types=[DOWN_BLOCK] * levels,
+        latent_channels=config.latent_channels,
+        latents_mean=list(config.latent_mean) if config.latent_mean and scale is None else None,
+        latents_std=list(config.latent_std) if config.latent_std and scale is None else None,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_num_groups,
+        scaling_factor=scale or (1.0 if config.latent_std else STABLE_DIFFUSION_SCALE),
+        up_block_types=[UP_BLOCK] * levels,
+    ).to_json()
 
 
 def vae_config(content: dict[str, Any], *, source: Path) -> AutoencoderKLConfig:
@@ -145,29 +143,21 @@ def vae_config(content: dict[str, Any], *, source: Path) -> AutoencoderKLConfig:
         raise ValueError(
             f"{source} describes {content.get('_class_name')!r}, expected 'AutoencoderKL': give a VAE's folder"
         )
-    lacking = {"block_out_channels", "layers_per_block", "latent_channels"} - content.keys()
-    if lacking:
-        raise ValueError(f"{source} lacks {', '.join(sorted(lacking))}: copy it again")
-    refuse_other(content, ALWAYS, source=source)
-    check_known(content, (*ALWAYS, *LIMITS, *REST), source=source)
-    check_whole_numbers(content, LIMITS, source=source)
-    blocks = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+    found = VaeJson.from_json(content, source=source)
+    blocks = {"down_block_types": DOWN_BLOCK, "up_block_types": UP_BLOCK}
     for key, block in blocks.items():
-        if other := set(content.get(key) or [block]) - {block}:
+        if other := set(getattr(found, key) or [block]) - {block}:
             raise ValueError(
                 f"{source} has a {min(other)} in {key}, expected {block}: this autoencoder is not supported"
             )
-    channels = content["latent_channels"]
-    mean = content.get("latents_mean") or [content.get("shift_factor") or 0.0] * channels
-    scale = content.get("scaling_factor", STABLE_DIFFUSION_SCALE)
+    channels, scale = found.latent_channels, found.scaling_factor
     if not 0 < scale < math.inf:
         raise ValueError(f"{source} has scaling_factor {scale}, expected a number above 0")
-    std = [value / scale for value in content.get("latents_std") or [1.0] * channels]
     return AutoencoderKLConfig(
-        block_out_channels=tuple(content["block_out_channels"]),
-        layers_per_block=content["layers_per_block"],
+        block_out_channels=tuple(found.block_out_channels),
+        layers_per_block=found.layers_per_block,
         latent_channels=channels,
-        norm_num_groups=content.get("norm_num_groups") or 32,  # diffusers' default in files that do not state it
-        latent_mean=tuple(mean),
-        latent_std=tuple(std),
+        norm_num_groups=found.norm_num_groups,
+        latent_mean=tuple(found.latents_mean or [found.shift_factor or 0.0] * channels),
+        latent_std=tuple(value / scale for value in found.latents_std or [1.0] * channels),
     )

@@ -55,15 +55,13 @@ def read_lora(
 
 def _by_layer(weights: Mapping[str, Tensor]) -> Tensors:
     refuse_other_kinds(weights)
-    names = {key: split_name(key) for key in weights}
-    if not any(names.values()):
+    names = {key: name for key in weights if (name := split_name(key))}
+    if not names:
         raise ValueError(_what_it_is(weights))
-    if strange := [key for key, name in names.items() if name is None]:
+    if strange := [key for key in weights if key not in names]:
         raise ValueError(f"{_some(strange, 'tensors')} belong to no layer of a LoRA: not supported")
     tensors: Tensors = {}
-    for key, name in names.items():
-        assert name is not None
-        path, role = name
+    for key, (path, role) in names.items():
         if role in tensors.setdefault(path, {}):
             raise ValueError(f"layer {path} has a second {role}, {key}: get the file again")
         _check_numbers(key, weights[key], role)

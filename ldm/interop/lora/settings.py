@@ -6,7 +6,6 @@ path.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -14,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ldm.files.strict_json import parse_json
 from ldm.interop.lora.layers import OLD_TEXT_PREFIX, LoraLayer
 from ldm.interop.lora.names import DENOISER_PREFIXES, TEXT_PREFIX
 
@@ -28,19 +28,11 @@ def read_settings(metadata: Mapping[str, str]) -> dict[str, Settings]:
     """Read a file's settings by prefix; "": without one. Raises ValueError for settings that are not supported."""
     if METADATA_KEY not in metadata:
         return {}
-    try:
-        content = json.loads(metadata[METADATA_KEY])
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"metadata {METADATA_KEY} is not JSON ({error}): get the file again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"metadata {METADATA_KEY} does not hold a JSON object: get the file again")
     found: dict[str, dict[str, Any]] = {}
-    for key, value in content.items():
+    for key, value in parse_json(metadata[METADATA_KEY], source=f"metadata {METADATA_KEY}").items():
         prefix, _, name = key.partition(".")
-        if prefix in PREFIXES:
-            found.setdefault(prefix, {})[name] = value
-        else:
-            found.setdefault("", {})[key] = value
+        prefix, name = (prefix, name) if prefix in PREFIXES else ("", key)
+        found.setdefault(prefix, {})[name] = value
     for settings in found.values():
         _check(settings)
     return dict(found)

@@ -26,7 +26,7 @@ from ldm.inference.pictures import picture_hash, read_picture
 from ldm.inference.recipe import LoadedWith, Recipe, software
 from ldm.inference.request import MAX_SEED
 from ldm.interop.compvis.writing import write_single_file
-from ldm.interop.model_facts import read_facts
+from ldm.interop.read_model import read_facts
 from ldm.model.facts import UNKNOWN, ModelFacts
 
 PHOTO = Image.new("RGB", (50, 41), "red")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm import DrawRequest, TextToImage
 from ldm.interop.compvis.names import as_convolution, is_attention_of_vae, vae_names
-from ldm.interop.compvis.standalone_vae import read_vae
+from ldm.interop.compvis.reading import read_vae
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.diffusers_layout.vae import OLD_NAMES, save_vae
 from vae import AutoencoderKL, AutoencoderKLConfig

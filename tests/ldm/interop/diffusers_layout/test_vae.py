@@ -189,7 +189,7 @@ def test_the_config_has_every_key_that_diffusers_asks_for(tmp_path: Path, vae: A
             "describes 'UNet2DConditionModel', expected 'AutoencoderKL'",
         ),
         ({"_class_name": None}, "describes None, expected 'AutoencoderKL'"),
-        ({"norm_num_groups": None, "latent_channels": None}, "lacks latent_channels"),
+        ({"norm_num_groups": None, "latent_channels": None}, "lacks the key 'latent_channels'"),
     ],
 )
 def test_a_config_of_something_else_is_named(change: dict[str, Any], told: str, tmp_path: Path):

@@ -146,7 +146,7 @@ def test_what_is_no_lora_at_all_is_refused(weights: dict[str, Tensor], message: 
     [
         ({"lora_adapter_metadata": "{half"}, "metadata lora_adapter_metadata is not JSON"),
         ({"lora_adapter_metadata": "[" * 100_000}, "metadata lora_adapter_metadata is not JSON"),
-        ({"lora_adapter_metadata": "[1]"}, "does not hold a JSON object"),
+        ({"lora_adapter_metadata": "[1]"}, "metadata lora_adapter_metadata must hold a JSON object, not a list"),
         (settings(unet__r=4), "gives .*to_k the alpha None, expected a number"),
         (settings(unet__lora_alpha="8"), "the alpha '8', expected a number"),
         (settings(unet__lora_alpha=True), "the alpha True, expected a number"),
