@@ -18,7 +18,7 @@ from ldm.cli.run import run_command
 
 
 def main(args: Namespace) -> None:
-    from ldm.training.tasks import run_task
+    from ldm.training.task import run_task
 
     run_task(args, default="vae")
 

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from data.loader import Batch
 from ldm.errors import IN_TRAINING, CheckpointError, NonFiniteError, is_broken_connection
-from ldm.training.checkpoints.rng_state import generator_states, restore_generators
 from ldm.training.checkpoints.select import resume
-from ldm.training.checkpoints.train_state import RunFacts, Saved
+from ldm.training.checkpoints.train_state import RunFacts, Saved, generator_states, restore_generators
 from ldm.training.engine.engine import Engine, Update
 from ldm.training.faults.watchdog import Watchdog
-from ldm.training.optim.post_hoc_ema import Snapshot
+from ldm.training.optim.averages import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
 from ldm.training.run import DATA_WAIT, Run
 from ldm.training.session import Session

@@ -16,7 +16,7 @@ from data.quarantine import Quarantine
 from data.readers import Reader
 from ldm.config import dump
 from ldm.errors import DataError
-from ldm.training.checkpoints.rng_state import seed_generators
+from ldm.training.checkpoints.train_state import seed_generators
 from ldm.training.engine.config import Resolved, resolved_precision
 from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.launch import start_process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,11 +21,10 @@ from ldm.errors import CheckpointError
 from ldm.files.messages import one_line
 from ldm.training.checkpoints.folders import Checkpoints
 from ldm.training.checkpoints.fragments import Fragments, Span
-from ldm.training.checkpoints.rng_state import generator_states, restore_generators
 from ldm.training.checkpoints.saver import POLL_SECONDS, STATE, Saver, Status
 from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.zero_partition import Partition
-from ldm.training.optim.ema import EMA
+from ldm.training.optim.averages import EMA
 
 
 class Saved(NamedTuple):
@@ -232,3 +233,43 @@ def _readable(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # safetensors' own errors derive from Exception only
         raise CheckpointError(f"{folder} cannot be read ({one_line(error, 200)}): take an earlier one") from error
+
+
+# Training itself draws only from (seed, position); dropout and libraries use these generators.
+
+
+def seed_generators(seed: int) -> None:
+    """Seed all generators: Python's and NumPy's would otherwise start differently in each process."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def generator_states() -> dict[str, Tensor]:
+    """Read the states of torch, Python and NumPy, and of torch on this process's GPU, as tensors."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    numpy_state = [str(kind), np.asarray(keys).tolist(), *rest]
+    states = {"cpu": torch.get_rng_state(), "python": _bytes(random.getstate()), "numpy": _bytes(numpy_state)}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def restore_generators(states: Mapping[str, Tensor]) -> None:
+    """Restore each generator whose state is given."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    if "python" in states:
+        version, numbers, gauss = _value(states["python"])
+        random.setstate((version, tuple(numbers), gauss))
+    if "numpy" in states:
+        kind, keys, *rest = _value(states["numpy"])
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _bytes(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
+
+
+def _value(tensor: Tensor) -> list:
+    return json.loads(tensor.numpy().tobytes())

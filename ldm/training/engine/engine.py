@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import NonFiniteError
 from ldm.training.checkpoints.folders import Checkpoints
 from ldm.training.checkpoints.train_state import RunFacts, Saved, StateCheckpointer, TrainState, versions
-from ldm.training.engine.activation_checkpointing import recompute_blocks
 from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_settings, resolved_precision
 from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.zero_partition import partition_of
-from ldm.training.optim.ema import EMA, WarmedUp
-from ldm.training.optim.loss_scale import LossScale
+from ldm.training.optim.averages import EMA, PowerProfile, WarmedUp
 from ldm.training.optim.lr_schedule import lr_at
 from ldm.training.optim.optimizers import ParameterGroup, build_optimizer
-from ldm.training.optim.power_profile import PowerProfile
 
 SKIPPED_AT_MOST = 10  # batches in a row without a finite gradient before training stops
 
@@ -257,3 +256,55 @@ class Engine:
         if self.loss_scale is not None and state.loss_scale is not None:
             self.loss_scale = LossScale(**state.loss_scale)
         return state
+
+
+START, LARGEST = 2.0**16, 2.0**24  # of the loss scale
+PATIENCE = 2000  # steps without overflow before the scale is doubled
+
+
+class LossScale(NamedTuple):
+    """The current loss scale of float16, whose small gradients would underflow. Immutable: each step returns the next.
+
+    Micikevicius et al. 2017 (arXiv 1710.03740).
+    """
+
+    scale: float = START
+    good_steps: int = 0  # since the last change
+
+    def after(self, *, overflowed: bool) -> LossScale:
+        """Halve the scale after a gradient that is not finite, double it after PATIENCE finite ones."""
+        if overflowed:
+            return LossScale(max(self.scale / 2, 1.0), 0)
+        if self.good_steps + 1 >= PATIENCE:
+            return LossScale(min(self.scale * 2, LARGEST), 0)
+        return LossScale(self.scale, self.good_steps + 1)
+
+
+def recompute_blocks(network: nn.Module, *, reentrant: bool) -> list[nn.Module]:
+    """Recompute the activations of a network's blocks, the entries of its module lists, in the backward pass.
+
+    Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): they are not kept in memory. Only the innermost lists
+    count, so that blocks are not nested. A single layer in a list (attention has one, for the name of its output) is
+    not a block. reentrant: use PyTorch's older implementation, which does not compare tensor shapes: ZeRO 3 empties
+    weights between the two passes. Returns the blocks. Raises ValueError if there are none.
+    """
+    entries = [entry for own in network.modules() if isinstance(own, nn.ModuleList) for entry in own]
+    candidates = {e: None for e in entries if not isinstance(e, nn.ModuleList) and any(True for _ in e.children())}
+    blocks = [block for block in candidates if not any(m in candidates for m in block.modules() if m is not block)]
+    if not blocks:
+        raise ValueError(f"engine.recompute: {type(network).__name__} has no list of blocks to recompute: leave it out")
+    for block in blocks:
+        block.forward = partial(_recomputed, block.forward, reentrant)
+    return blocks
+
+
+def _recomputed(forward: Callable[..., Any], reentrant: bool, *inputs: Any, **named: Any) -> Any:
+    if not reentrant:
+        return checkpoint(forward, *inputs, use_reentrant=False, **named)
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in (*inputs, *named.values())):
+        return forward(*inputs, **named)  # the reentrant version would give such a block's weights no gradient
+
+    def positional(*values: Any) -> Any:  # the reentrant version tracks gradients only through positional arguments
+        return forward(*values[: len(inputs)], **dict(zip(named, values[len(inputs) :], strict=True)))
+
+    return checkpoint(positional, *inputs, *named.values(), use_reentrant=True)
