@@ -21,8 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.parser import OneLineParser
-from ldm.cli.run import run_command
+from ldm.cli import OneLineParser, run_command
 from ldm.inference.options import FORMATS
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 import txt2img
 from data.shards import Shard
 from ldm import export
-from ldm.cli.run import run_command
+from ldm.cli import run_command
 from ldm.interop.compvis.writing import single_file_tensors
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.training.clip_task import TextTrainConfig

@@ -13,8 +13,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 
-from ldm.cli.parser import training_arguments
-from ldm.cli.run import run_command
+from ldm.cli import run_command, training_arguments
 
 
 def main(args: Namespace) -> None:

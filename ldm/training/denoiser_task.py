@@ -16,19 +16,10 @@ from torch import Tensor
 from data.loader import Batch
 from ldm.config import BY_KIND
 from ldm.denoisers import Denoiser, DenoiserConfig, choose_attention, describe_attention
-from ldm.diffusion import (
-    EDMPath,
-    LossHistory,
-    ObjectiveConfig,
-    PathConfig,
-    RectifiedFlowPath,
-    by_quantile,
-    draw_times,
-    drop_captions,
-    sample_randomness,
-    spread_uniforms,
-    training_noise,
-)
+from ldm.diffusion.importance import LossHistory
+from ldm.diffusion.objective import ObjectiveConfig, by_quantile, draw_times
+from ldm.diffusion.paths import EDMPath, PathConfig, RectifiedFlowPath
+from ldm.diffusion.randomness import drop_captions, sample_randomness, spread_uniforms, training_noise
 from ldm.inference.contact_sheet import save_image, sheet
 from ldm.inference.pipeline import TextToImage
 from ldm.inference.request import DrawRequest
@@ -180,10 +171,8 @@ class DenoiserTask(Task[TrainConfig]):
         millions = sum(p.numel() for p in self.network.parameters()) / 1e6
         precision, images = self.session.precision, len(self.session.images)
         length = self.config.model.denoiser.attention_length(self.side)
-        return [
-            f"{millions:.1f} M parameters, {images} pictures, {precision} on {self.device}",
-            describe_attention(self.device, length, self.dtype),
-        ]
+        attention = describe_attention(self.device, length, self.dtype)
+        return [f"{millions:.1f} M parameters, {images} pictures, {precision} on {self.device}", attention]
 
     def losses(self, network: Callable[..., Any], batch: Batch, step: int) -> dict[str, Tensor]:
         positions, seed, objective = batch.positions, self.config.run.seed, self.config.model.objective
@@ -235,11 +224,8 @@ class DenoiserTask(Task[TrainConfig]):
         """Write a contact sheet of the preview's prompts, one row each, from the same noise at every step."""
         preview = self.config.preview
         pipe = TextToImage(self._components(network), name=self.config.run.name, weights_hash=f"step {step}")
-        images = [
-            drawing.image
-            for prompt in preview.prompts
-            for drawing in pipe.draw(preview.request(prompt), n=preview.pictures)
-        ]
+        rows = [pipe.draw(preview.request(prompt), n=preview.pictures) for prompt in preview.prompts]
+        images = [drawing.image for row in rows for drawing in row]
         save_image(sheet(images, columns=preview.pictures, labels=preview.prompts), path)
 
     def export(self, step: int, network: Denoiser) -> None:
@@ -253,13 +239,8 @@ class DenoiserTask(Task[TrainConfig]):
             self.history.load_state_dict(state)
 
     def _components(self, network: Denoiser) -> ModelComponents:
-        return ModelComponents(
-            model=self.model,
-            denoiser=network,
-            config=self.config.model.denoiser,
-            sample_size=self.side,
-            notes=self.session.run.config_text,
-        )
+        config, notes = self.config.model.denoiser, self.session.run.config_text
+        return ModelComponents(model=self.model, denoiser=network, config=config, sample_size=self.side, notes=notes)
 
 
 def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:

@@ -11,7 +11,7 @@ from helpers.stable_diffusion import stable_diffusion, states
 from safetensors.torch import load_file, save_file
 
 from ldm import DrawRequest, TextToImage
-from ldm.cli.run import run_command
+from ldm.cli import run_command
 from ldm.config import dump, load_config
 from ldm.export import arguments, main
 from ldm.interop.compvis.names import ema_name

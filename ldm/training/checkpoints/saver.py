@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ldm.errors import NonFiniteError
 from ldm.files.atomic import atomic_file, to_disk
-from ldm.training.checkpoints.folders import Checkpoints
+from ldm.training.checkpoints.folders import Checkpoints, Digest, write_json
 from ldm.training.checkpoints.fragments import Span, rank_file, write_fragments
-from ldm.training.checkpoints.manifest import Digest, write_json
 
 STATE = "state.json"
 POLL_SECONDS = 0.02
@@ -96,9 +95,8 @@ class Saver:
             self._abandoned.set()
         if self._thread is not None:
             self._thread.join()
-        if abandon:
-            if self.rank == 0:
-                shutil.rmtree(self._partial, ignore_errors=True)
+        if abandon and self.rank == 0:
+            shutil.rmtree(self._partial, ignore_errors=True)
         self.status, self._thread = Status.IDLE, None
 
     def _leave(self) -> None:

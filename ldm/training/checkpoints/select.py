@@ -13,8 +13,7 @@ from data.config import ReadingConfig
 from data.loader import CaptionedImages
 from ldm.config import dump, parse, read_tree
 from ldm.errors import CheckpointError
-from ldm.training.checkpoints.folders import NAME, Checkpoints, step_of
-from ldm.training.checkpoints.manifest import fault
+from ldm.training.checkpoints.folders import NAME, Checkpoints, fault, step_of
 from ldm.training.checkpoints.saver import STATE
 from ldm.training.checkpoints.train_state import TrainState, read_train_state
 from ldm.training.engine.distributed import Ranks
@@ -189,10 +188,7 @@ def damage(path: Path, world: Ranks) -> str | None:
 
 
 # Settings that change how a step is computed but not its result; they may differ on resume.
-FREE_OF_ENGINE = tuple(
-    f"engine.{key}"
-    for key in ("zero_stage", "accumulation", "offload", "recompute", "save_in_background", "hang_seconds")
-)
+FREE_OF_ENGINE = ("zero_stage", "accumulation", "offload", "recompute", "save_in_background", "hang_seconds")
 READING = {entry.name for entry in dataclasses.fields(ReadingConfig)}  # how shards are reached: no number depends on it
 
 
@@ -230,7 +226,9 @@ def _is_free(key: str) -> bool:
     """Whether a setting may differ on resume without being asked for by name."""
     if key != "run.seed" and key.split(".")[0] in ("run", "preview", "validation"):
         return True
-    return key in ("data.prefetch", "model.keep_latents", *FREE_OF_ENGINE) or key.removeprefix("data.") in READING
+    if key in ("data.prefetch", "model.keep_latents") or key.removeprefix("data.") in READING:
+        return True
+    return key.removeprefix("engine.") in FREE_OF_ENGINE
 
 
 def _placeless(tree: Any) -> Any:

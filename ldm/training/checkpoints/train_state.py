@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.errors import CheckpointError
 from ldm.files.messages import one_line
 from ldm.training.checkpoints.folders import Checkpoints
 from ldm.training.checkpoints.fragments import Fragments, Span
 from ldm.training.checkpoints.saver import POLL_SECONDS, STATE, Saver, Status
-from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.zero_partition import Partition
 from ldm.training.optim.averages import EMA
 
@@ -82,22 +81,17 @@ def _is_required(entry: Field[Any]) -> bool:
 class StateCheckpointer:
     """Collects this rank's part of the training state for checkpoints, and restores it."""
 
-    def __init__(
-        self,
-        world: Ranks,
-        partition: Partition,
-        averages: Mapping[str, EMA],
-        checkpoints: Checkpoints | None,
-        module: nn.Module,
-    ) -> None:
-        self.world, self.partition, self.averages, self.module = world, partition, averages, module
-        self._saver = Saver(checkpoints, rank=world.rank, ranks=world.ranks) if checkpoints is not None else None
+    def __init__(self, partition: Partition, averages: Mapping[str, EMA], checkpoints: Checkpoints | None) -> None:
+        self.world, self.partition, self.averages = partition.world, partition, averages
+        rank, ranks = self.world.rank, self.world.ranks
+        self._saver = None if checkpoints is None else Saver(checkpoints, rank=rank, ranks=ranks)
         self._writing = Path()
 
     def buffers(self) -> dict[str, Tensor]:
         """Collect the network's persistent buffers, which are not sharded."""
-        saved = self.module.state_dict().keys()
-        return {name: buffer for name, buffer in self.module.named_buffers() if name in saved}
+        network = self.partition.network
+        saved = network.state_dict().keys()
+        return {name: buffer for name, buffer in network.named_buffers() if name in saved}
 
     def begin(self, state: TrainState) -> Saved | None:
         """Copy the state and start to write it. Returns the failure if the folder cannot be created, else None."""
@@ -169,15 +163,11 @@ class StateCheckpointer:
         tensors: dict[str, Tensor] = {}
         spans: dict[str, Span] = {}
         for fragment in self.partition.owned:
+            name = fragment.span.name
             parts = {"weights": fragment.of(fragment.optimizer_tensor)} | self.partition.moments(fragment)
-            parts |= {
-                group: average.shadow[fragment.span.name]
-                for group, average in self.averages.items()
-                if fragment.span.name in average.shadow
-            }
+            parts |= {group: ema.shadow[name] for group, ema in self.averages.items() if name in ema.shadow}
             for group, part in parts.items():
-                tensors[f"{group}/{fragment.span.name}"] = part
-                spans[f"{group}/{fragment.span.name}"] = fragment.span
+                tensors[f"{group}/{name}"], spans[f"{group}/{name}"] = part, fragment.span
         return tensors, spans
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Span]]:

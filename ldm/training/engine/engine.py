@@ -67,12 +67,10 @@ class Engine:
         settings = deepspeed_settings(config, batch_size=batch_size, ranks=world.ranks, precision=self.precision)
         self._engine = self._initialize(network, settings, groups)
         self._partition = partition_of(self._engine.module, self._engine.optimizer, world, zero_stage=config.zero_stage)
-        # Each rank averages the weights that it owns: nothing is gathered during training.
-        self.ema = EMA(self._averaged(), WarmedUp(optim.ema_decay))
-        self.power_emas = {length: EMA(self._averaged(), PowerProfile(length)) for length in optim.ema_lengths}
-        self._checkpointer = StateCheckpointer(
-            world, self._partition, self._averages(), checkpoints, self._engine.module
-        )
+        # By group name in a checkpoint. Each rank averages the weights that it owns: training gathers nothing.
+        profiles = {"ema": WarmedUp(optim.ema_decay)} | {f"ema_{n:g}": PowerProfile(n) for n in optim.ema_lengths}
+        self.averages = {group: EMA(self._averaged(), profile) for group, profile in profiles.items()}
+        self._checkpointer = StateCheckpointer(self._partition, self.averages, checkpoints)
 
     def _initialize(self, network: nn.Module, settings: dict[str, Any], groups: Sequence[ParameterGroup] | None) -> Any:
         """Build DeepSpeed's engine. It adds attributes to modules and parameters that type checkers do not know."""
@@ -95,10 +93,6 @@ class Engine:
     def __call__(self, *inputs: Any) -> Any:
         """Run the network's forward pass, under autocast unless precision is fp32."""
         return self._engine(*inputs)
-
-    @property
-    def bf16(self) -> bool:
-        return self.precision == "bf16"
 
     @property
     def lr(self) -> float:
@@ -183,7 +177,7 @@ class Engine:
             self.loss_scale = self.loss_scale.after(overflowed=fault is not None)
         if fault is None:
             self.step, self.skipped_in_a_row = self.step + 1, 0
-            for average in self._averages().values():
+            for average in self.averages.values():
                 average.update(self._averaged())
             return
         self.skipped_in_a_row += 1
@@ -193,10 +187,6 @@ class Engine:
                 "last checkpoint with a lower optim.lr and run.allow=[optim.lr], or with engine.precision=fp32 and "
                 "run.allow=[engine.precision]"
             )
-
-    def _averages(self) -> dict[str, EMA]:
-        """The averages by their group name in a checkpoint."""
-        return {"ema": self.ema} | {f"ema_{length:g}": average for length, average in self.power_emas.items()}
 
     def _averaged(self) -> Iterator[tuple[str, Tensor]]:
         """The float32 weights that this rank averages."""
@@ -208,7 +198,7 @@ class Engine:
 
         length: one of optim.ema_lengths; None: the average of optim.ema_decay.
         """
-        average = self.ema if length is None else self.power_emas[length]
+        average = self.averages["ema" if length is None else f"ema_{length:g}"]
         starts = {fragment.span.name: fragment.span.start for fragment in self._partition.owned}
         found: dict[str, Tensor] = {}
         here = everywhere or self.world.is_main
