@@ -58,7 +58,7 @@ MUTATE := $(BIN)/python benchmarks/mutation.py
 mutation: $(VENV)/installed-dev
 	$(MUTATE) --target ldm/samplers/guidance.py ldm/samplers/likelihood.py --tests tests/ldm/samplers/test_guidance.py \
 		tests/ldm/samplers/test_likelihood.py
-	$(MUTATE) --target ldm/training/optim/ema.py ldm/training/optim/power_profile.py ldm/training/optim/post_hoc_ema.py \
+	$(MUTATE) --target ldm/training/optim/averages.py \
 		--tests tests/ldm/training/optim/test_ema.py tests/ldm/training/optim/test_power_profile.py
 	$(MUTATE) --target ldm/diffusion --tests tests/ldm/diffusion tests/ldm/samplers/test_published.py \
 		tests/ldm/samplers/test_single_step.py tests/ldm/samplers/test_time_grids.py

@@ -22,8 +22,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.parser import OneLineParser, hyphenated
-from ldm.cli.run import run_command
+from ldm.cli import OneLineParser, hyphenated, run_command
 from ldm.files.messages import printable
 from ldm.inference.flags import add_options, load_keywords, requests_of
 from ldm.inference.numbered_files import NumberedFiles, check_folder

@@ -121,8 +121,7 @@ def _child(rank: int, ranks: int, port: str, log: Path, words: list[str], before
         os.chdir(ROOT)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
         os.environ["MASTER_ADDR"] = "127.0.0.1"
-        from ldm.cli.parser import training_arguments
-        from ldm.cli.run import run_command
+        from ldm.cli import run_command, training_arguments
         from ldm.train import main
 
         note_order()
@@ -170,9 +169,8 @@ def order(run: Path, ranks: int) -> dict[int, list[str]]:
 def final_state(run: Path) -> dict[str, str]:
     """Everything that a run ends with, as one sha256 each: weights, optimiser and averages; generators; counters and
     learning rate's position; the exported model."""
-    from ldm.training.checkpoints.folders import Checkpoints
+    from ldm.training.checkpoints.folders import Checkpoints, fault
     from ldm.training.checkpoints.fragments import Fragments
-    from ldm.training.checkpoints.manifest import fault
 
     newest = Checkpoints(run / "checkpoints", keep=1).all()[-1]
     assert fault(newest) is None, fault(newest)

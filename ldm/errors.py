@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 USER_ERROR = 2
-INTERRUPTED = 130  # Ctrl-C, as in shells
 IN_TRAINING = "in training"  # starts a note on errors that only one rank may raise; before training, all raise the same
 
 

@@ -21,8 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.parser import OneLineParser
-from ldm.cli.run import run_command
+from ldm.cli import OneLineParser, run_command
 from ldm.inference.options import FORMATS
 
 if TYPE_CHECKING:
@@ -72,8 +71,7 @@ def average_length(ema: str) -> float | None:
 def reconstructed(run: Path, length: float, step: int | None) -> ModelComponents:
     """Mix the average of this length up to this step (None: the last snapshot's) from a run's snapshots, and warn if
     they do not suffice. Raises ValueError or FileNotFoundError if it cannot be reconstructed."""
-    from ldm.training.optim.post_hoc_ema import Snapshot, mixture
-    from ldm.training.optim.power_profile import PowerProfile
+    from ldm.training.optim.averages import PowerProfile, Snapshot, mixture
     from ldm.training.optim.snapshot_files import mixed_components, read_snapshots
 
     if not run.is_dir():

@@ -13,12 +13,11 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 
-from ldm.cli.parser import training_arguments
-from ldm.cli.run import run_command
+from ldm.cli import run_command, training_arguments
 
 
 def main(args: Namespace) -> None:
-    from ldm.training.tasks import run_task
+    from ldm.training.task import run_task
 
     run_task(args, default="denoiser")
 

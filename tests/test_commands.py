@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from data.shards import Shard
 from ldm import TextToImage
 from ldm.diffusion import EDMPath
-from ldm.files.lock import lock_folder
+from ldm.files.atomic import lock_folder
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ import importlib, sys
 ours, *theirs = sys.argv[1:]
 picture_maker = importlib.import_module(ours).TextToImage
 assert picture_maker.__module__ == f"{ours}.inference.pipeline", picture_maker.__module__
-for name in ("vae.autoencoder", "text.tokenizer", "data.shards", "data.manifest", "training.tasks"):
+for name in ("vae.autoencoder", "text.tokenizer", "data.shards", "data.manifest", "training.task"):
     module = importlib.import_module(f"{ours}.{name}")
     assert module.__name__ == f"{ours}.{name}" and not hasattr(module, "WHOSE"), module
 for name in theirs:

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 import txt2img
 from data.shards import Shard
 from ldm import export
-from ldm.cli.run import run_command
+from ldm.cli import run_command
 from ldm.interop.compvis.writing import single_file_tensors
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.training.clip_task import TextTrainConfig
-from ldm.training.denoiser_config import TrainConfig
+from ldm.training.denoiser_task import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "extending.md")]

@@ -33,11 +33,11 @@ def climbs(tmp_path: Path, *words: str) -> dict[tuple[str, str], str]:
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     calls = {(caller, callee): function for caller, callee, function in json.loads(out.read_text())}
-    assert ("ldm.cli.run", words[0].removesuffix(".py").replace("/", ".")) in calls
+    assert ("ldm.cli", words[0].removesuffix(".py").replace("/", ".")) in calls
     return {
         (caller, callee): function
         for (caller, callee), function in calls.items()
-        if place(callee)[0] < place(caller)[0] and caller not in ("ldm.cli.run", "ldm.config")
+        if place(callee)[0] < place(caller)[0] and caller not in ("ldm.cli", "ldm.config")
     }
 
 

@@ -51,14 +51,10 @@ def describe_misfit(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> 
 
     For example "2 missing (a, b); 1 of another shape (c (3, 4) for (4, 4))".
     """
-    shapes = {
-        f"{name} {tuple(found[name])} for {tuple(wanted[name])}"
-        for name in wanted.keys() & found.keys()
-        if tuple(wanted[name]) != tuple(found[name])
-    }
+    differing = [name for name in wanted.keys() & found.keys() if tuple(wanted[name]) != tuple(found[name])]
     faults = {
         "missing": wanted.keys() - found.keys(),
         "unexpected": found.keys() - wanted.keys(),
-        "of another shape": shapes,
+        "of another shape": {f"{name} {tuple(found[name])} for {tuple(wanted[name])}" for name in differing},
     }
     return "; ".join(f"{len(names)} {fault} ({some(names)})" for fault, names in faults.items() if names)

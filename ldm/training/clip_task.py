@@ -18,15 +18,7 @@ from ldm.files.strict_json import write_json
 from ldm.interop.network_files import write_weights
 from ldm.training.session import Session
 from ldm.training.task import Task, TrainingConfig
-from text.clip import (
-    MAX_LOGIT_SCALE,
-    ImageTowerConfig,
-    build_clip,
-    features,
-    open_clip_config_json,
-    recall,
-    shifted,
-)
+from text.clip import MAX_LOGIT_SCALE, ImageTowerConfig, build_clip, features, open_clip_config_json, recall, shifted
 from text.conversion import save_text_encoder
 from text.encoder import OpenClipTextEncoder, TextEncoderConfig
 from text.tokenizer import Tokenizer, save_tokenizer

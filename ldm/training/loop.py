@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from data.loader import Batch
 from ldm.errors import IN_TRAINING, CheckpointError, NonFiniteError, is_broken_connection
-from ldm.training.checkpoints.rng_state import generator_states, restore_generators
 from ldm.training.checkpoints.select import resume
-from ldm.training.checkpoints.train_state import RunFacts, Saved
+from ldm.training.checkpoints.train_state import RunFacts, Saved, generator_states, restore_generators
 from ldm.training.engine.engine import Engine, Update
 from ldm.training.faults.watchdog import Watchdog
-from ldm.training.optim.post_hoc_ema import Snapshot
+from ldm.training.optim.averages import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
 from ldm.training.run import DATA_WAIT, Run
 from ldm.training.session import Session
@@ -76,10 +75,8 @@ class Training:
             yield found["loss"]
 
     def _log(self, loss: float, lr: float) -> None:
-        measures: dict[str, float] = {}
         step = self.engine.step
-        if self.run.should_log(step):  # the ranks exchange measures only for steps that are logged
-            measures = self._measures()
+        measures = self._measures() if self.run.should_log(step) else {}  # a log line costs two all-reduces
         seen = self.engine.position * self.batch_size
         self.run.log_step(step=step, loss=loss, lr=lr, batch_size=self.batch_size, samples_seen=seen, measures=measures)
 
@@ -89,10 +86,10 @@ class Training:
         names = self._since[0] if self._since else {}
         together = {name: torch.cat([parts[name].flatten() for parts in self._since]) for name in names}
         fraction = self._waited / max(self.run.seconds_since_logged, 1e-9)
-        bad = self.world.all_reduce_int(len(self.images.bad_samples))
         self._since, self._waited = [], 0.0
-        waited = self.world.all_reduce([fraction])[0] / self.world.ranks
-        return self.world.mean(together) | {DATA_WAIT: waited} | ({"bad_samples": bad} if bad else {})
+        bad, waited = self.world.all_reduce([len(self.images.bad_samples), fraction])
+        shares = {DATA_WAIT: waited / self.world.ranks}
+        return self.world.mean(together) | shares | ({"bad_samples": round(bad)} if bad else {})
 
     def _log_skip(self, update: Update, batch: Batch) -> None:
         """Log which batch was skipped and why. Each rank that caused it, or may have, records its samples."""
@@ -132,8 +129,7 @@ class Training:
     def _finish_save(self) -> None:
         """Wait for the last checkpoint. Raises CheckpointError if it could not be written."""
         with self.session.watch.elsewhere():
-            saved = self.engine.finish_save()
-        self._log_save(saved)
+            self._log_save(self.engine.finish_save())
         if self._failed_saves:
             raise CheckpointError("the last checkpoint could not be written: free disk space, and start again")
 
@@ -236,9 +232,7 @@ def in_training(engine: Engine, watch: Watchdog) -> Iterator[None]:
     except Exception as error:
         if engine.world.ranks > 1 and is_broken_connection(error):
             raise watch.lost(error) from error
-        if isinstance(
-            error, NonFiniteError | CheckpointError
-        ):  # raised on all ranks: the watchdog must not blame one for leaving
-            watch.done()
+        if isinstance(error, NonFiniteError | CheckpointError):
+            watch.done()  # raised on all ranks: the watchdog must not blame one for leaving
         error.add_note(f"{IN_TRAINING}, rank {engine.world.rank}, step {engine.step + 1}")
         raise

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.files.atomic import atomic_file
-from ldm.files.lock import Taken, lock_folder
+from ldm.files.atomic import Taken, atomic_file, lock_folder
 from ldm.files.messages import one_line
 from ldm.training.checkpoints.folders import Checkpoints
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,18 +16,15 @@ from data.quarantine import Quarantine
 from data.readers import Reader
 from ldm.config import dump
 from ldm.errors import DataError
-from ldm.training.checkpoints.rng_state import seed_generators
+from ldm.training.checkpoints.train_state import seed_generators
 from ldm.training.engine.config import Resolved, resolved_precision
 from ldm.training.engine.distributed import Ranks
+from ldm.training.engine.engine import Engine
 from ldm.training.engine.launch import start_process
 from ldm.training.faults.signals import StopSignal
 from ldm.training.faults.watchdog import Watchdog, meeting_store
 from ldm.training.run import Run
-from ldm.training.task import TrainingConfig
-
-if TYPE_CHECKING:
-    from ldm.training.engine.engine import Engine
-    from ldm.training.task import Task
+from ldm.training.task import Task, TrainingConfig
 
 PROGRESS_SECONDS = 2.0
 
@@ -60,8 +57,6 @@ class Session(Generic[Config]):
         seed_generators(self.config.run.seed)
 
     def engine(self, task: Task[Config]) -> Engine:
-        from ldm.training.engine.engine import Engine
-
         config = self.config
         return Engine(
             task.network,
@@ -120,13 +115,8 @@ def open_session(config: Config, stop: StopSignal, *, reader: Reader) -> Session
     engine = config.engine
     watch = Watchdog(world, meeting_store(world), hang_seconds=engine.hang_seconds, compiles=engine.compile, stop=stop)
     run = Run(config.run, is_main=world.is_main, config_text=dump(config))
-    images = CaptionedImages(
-        config.data,
-        seed=config.run.seed,
-        reader=reader,
-        rank=world.rank,
-        ranks=world.ranks,
-        quarantine=Quarantine(config.run.path / "bad_samples.jsonl", rank=world.rank),
-    )
+    seed, rank, ranks = config.run.seed, world.rank, world.ranks
+    quarantine = Quarantine(config.run.path / "bad_samples.jsonl", rank=rank)
+    images = CaptionedImages(config.data, seed=seed, reader=reader, rank=rank, ranks=ranks, quarantine=quarantine)
     validation = held_out(config.validation, image_size=config.data.image_size, reader=reader)
     return Session(config, world, run, images, validation, stop, watch)

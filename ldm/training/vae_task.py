@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.loader import Batch
@@ -21,9 +22,6 @@ from ldm.training.task import Task, TrainingConfig
 from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from vae.losses import VAELoss, VAELossConfig
 from vae.measure import latent_statistics, psnr
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 GRID_PICTURES, GRID_COLUMNS = 32, 16
 STATISTICS_PICTURES = 4096  # training images over which latents are measured, each of hundreds of numbers a channel

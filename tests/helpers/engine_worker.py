@@ -112,10 +112,12 @@ def outcome(engine: Engine, folder: Path | None) -> dict[str, Any]:
     for name, weights in averages.items():
         found[name] = {key: tensor.double().flatten().tolist()[:4000] for key, tensor in weights.items()}
     found["shapes"] = {key: list(tensor.shape) for key, tensor in averages["ema"].items()}
-    found["held"] = sum(shadow.numel() for shadow in engine.ema.shadow.values())  # of the average, by this rank
+    found["held"] = sum(
+        shadow.numel() for shadow in engine.averages["ema"].shadow.values()
+    )  # of the average, by this rank
     found["compiled"] = engine._engine.module._compiled_call_impl is not None
     output = engine(torch.zeros(2, INPUTS))
-    found["dtypes"] = [str(output.dtype), str({shadow.dtype for shadow in engine.ema.shadow.values()})]
+    found["dtypes"] = [str(output.dtype), str({shadow.dtype for shadow in engine.averages["ema"].shadow.values()})]
     return found
 
 
@@ -131,7 +133,7 @@ def told(world: Ranks) -> dict[str, Any]:
         "means": world.mean({"rank": torch.tensor(float(world.rank)), "uneven": uneven, "none": torch.empty(0)}),
         "gathered": world.gather(torch.tensor([[world.rank, 1.0]], dtype=torch.float64)).tolist(),
         "agreed": [world.any_rank(world.rank == wishing) for wishing in range(2)],
-        "total": world.all_reduce_int(world.rank + 2),
+        "total": world.all_reduce([world.rank + 2])[0],
         "uneven_in_order": in_order(world, [[2, 0], [1]][world.rank]),
         "the_last_ranks": in_order(world, [2, 0] if world.rank == world.ranks - 1 else []),
     }

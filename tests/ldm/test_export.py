@@ -11,7 +11,7 @@ from helpers.stable_diffusion import stable_diffusion, states
 from safetensors.torch import load_file, save_file
 
 from ldm import DrawRequest, TextToImage
-from ldm.cli.run import run_command
+from ldm.cli import run_command
 from ldm.config import dump, load_config
 from ldm.export import arguments, main
 from ldm.interop.compvis.names import ema_name
@@ -20,8 +20,8 @@ from ldm.interop.diffusers_layout.denoiser import layout_of
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.identify import DENOISER
 from ldm.interop.model_card import model_card
-from ldm.training.denoiser_config import TrainConfig
-from ldm.training.optim.post_hoc_ema import Snapshot
+from ldm.training.denoiser_task import TrainConfig
+from ldm.training.optim.averages import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
 from text.conversion import flattened
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.painting import FakeTextToImage
 
-from ldm.cli.parser import hyphenated
-from ldm.cli.run import run_command
+from ldm.cli import hyphenated, run_command
 
 SCRIPT = Path(__file__).parents[2] / "txt2img.py"
 

@@ -81,11 +81,8 @@ class Fragments:
 
     def sizes(self, group: str) -> dict[str, int]:
         """Map NAME to the number of elements of each flattened tensor GROUP/NAME."""
-        return {
-            key.removeprefix(group + "/"): places[-1][1]
-            for key, places in self._places.items()
-            if key.startswith(group + "/")
-        }
+        own = group + "/"
+        return {key.removeprefix(own): places[-1][1] for key, places in self._places.items() if key.startswith(own)}
 
     def whole(self, key: str) -> Tensor:
         """Read a tensor that one rank wrote unsharded."""

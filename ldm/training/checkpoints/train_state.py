@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -12,18 +13,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.errors import CheckpointError
 from ldm.files.messages import one_line
 from ldm.training.checkpoints.folders import Checkpoints
 from ldm.training.checkpoints.fragments import Fragments, Span
-from ldm.training.checkpoints.rng_state import generator_states, restore_generators
 from ldm.training.checkpoints.saver import POLL_SECONDS, STATE, Saver, Status
-from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.zero_partition import Partition
-from ldm.training.optim.ema import EMA
+from ldm.training.optim.averages import EMA
 
 
 class Saved(NamedTuple):
@@ -81,22 +81,17 @@ def _is_required(entry: Field[Any]) -> bool:
 class StateCheckpointer:
     """Collects this rank's part of the training state for checkpoints, and restores it."""
 
-    def __init__(
-        self,
-        world: Ranks,
-        partition: Partition,
-        averages: Mapping[str, EMA],
-        checkpoints: Checkpoints | None,
-        module: nn.Module,
-    ) -> None:
-        self.world, self.partition, self.averages, self.module = world, partition, averages, module
-        self._saver = Saver(checkpoints, rank=world.rank, ranks=world.ranks) if checkpoints is not None else None
+    def __init__(self, partition: Partition, averages: Mapping[str, EMA], checkpoints: Checkpoints | None) -> None:
+        self.world, self.partition, self.averages = partition.world, partition, averages
+        rank, ranks = self.world.rank, self.world.ranks
+        self._saver = None if checkpoints is None else Saver(checkpoints, rank=rank, ranks=ranks)
         self._writing = Path()
 
     def buffers(self) -> dict[str, Tensor]:
         """Collect the network's persistent buffers, which are not sharded."""
-        saved = self.module.state_dict().keys()
-        return {name: buffer for name, buffer in self.module.named_buffers() if name in saved}
+        network = self.partition.network
+        saved = network.state_dict().keys()
+        return {name: buffer for name, buffer in network.named_buffers() if name in saved}
 
     def begin(self, state: TrainState) -> Saved | None:
         """Copy the state and start to write it. Returns the failure if the folder cannot be created, else None."""
@@ -168,15 +163,11 @@ class StateCheckpointer:
         tensors: dict[str, Tensor] = {}
         spans: dict[str, Span] = {}
         for fragment in self.partition.owned:
+            name = fragment.span.name
             parts = {"weights": fragment.of(fragment.optimizer_tensor)} | self.partition.moments(fragment)
-            parts |= {
-                group: average.shadow[fragment.span.name]
-                for group, average in self.averages.items()
-                if fragment.span.name in average.shadow
-            }
+            parts |= {group: ema.shadow[name] for group, ema in self.averages.items() if name in ema.shadow}
             for group, part in parts.items():
-                tensors[f"{group}/{fragment.span.name}"] = part
-                spans[f"{group}/{fragment.span.name}"] = fragment.span
+                tensors[f"{group}/{name}"], spans[f"{group}/{name}"] = part, fragment.span
         return tensors, spans
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Span]]:
@@ -232,3 +223,43 @@ def _readable(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # safetensors' own errors derive from Exception only
         raise CheckpointError(f"{folder} cannot be read ({one_line(error, 200)}): take an earlier one") from error
+
+
+# Training itself draws only from (seed, position); dropout and libraries use these generators.
+
+
+def seed_generators(seed: int) -> None:
+    """Seed all generators: Python's and NumPy's would otherwise start differently in each process."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def generator_states() -> dict[str, Tensor]:
+    """Read the states of torch, Python and NumPy, and of torch on this process's GPU, as tensors."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    numpy_state = [str(kind), np.asarray(keys).tolist(), *rest]
+    states = {"cpu": torch.get_rng_state(), "python": _bytes(random.getstate()), "numpy": _bytes(numpy_state)}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def restore_generators(states: Mapping[str, Tensor]) -> None:
+    """Restore each generator whose state is given."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    if "python" in states:
+        version, numbers, gauss = _value(states["python"])
+        random.setstate((version, tuple(numbers), gauss))
+    if "numpy" in states:
+        kind, keys, *rest = _value(states["numpy"])
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _bytes(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
+
+
+def _value(tensor: Tensor) -> list:
+    return json.loads(tensor.numpy().tobytes())

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from ldm.training.optim.ema import WarmedUp
+from ldm.training.optim.averages import PowerProfile, WarmedUp
 from ldm.training.optim.lr_schedule import LRConfig
-from ldm.training.optim.power_profile import PowerProfile
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Resolved = Literal["bf16", "fp16", "fp32"]

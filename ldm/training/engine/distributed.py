@@ -69,10 +69,6 @@ class Ranks:
         orders, gathered = (torch.cat(parts) for parts in zip(*some, strict=True))
         return gathered[orders.argsort()].to(self.device)
 
-    def all_reduce_int(self, count: int) -> int:
-        """Sum one integer over all ranks."""
-        return round(self.all_reduce([count])[0])
-
     def any_rank(self, wish: bool) -> bool:
         """Return whether the wish is true on any rank, so that all ranks decide alike."""
         return self.all_reduce([wish])[0] > 0

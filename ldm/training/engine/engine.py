@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import NonFiniteError
 from ldm.training.checkpoints.folders import Checkpoints
 from ldm.training.checkpoints.train_state import RunFacts, Saved, StateCheckpointer, TrainState, versions
-from ldm.training.engine.activation_checkpointing import recompute_blocks
 from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_settings, resolved_precision
 from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.zero_partition import partition_of
-from ldm.training.optim.ema import EMA, WarmedUp
-from ldm.training.optim.loss_scale import LossScale
+from ldm.training.optim.averages import EMA, PowerProfile, WarmedUp
 from ldm.training.optim.lr_schedule import lr_at
 from ldm.training.optim.optimizers import ParameterGroup, build_optimizer
-from ldm.training.optim.power_profile import PowerProfile
 
 SKIPPED_AT_MOST = 10  # batches in a row without a finite gradient before training stops
 
@@ -68,12 +67,10 @@ class Engine:
         settings = deepspeed_settings(config, batch_size=batch_size, ranks=world.ranks, precision=self.precision)
         self._engine = self._initialize(network, settings, groups)
         self._partition = partition_of(self._engine.module, self._engine.optimizer, world, zero_stage=config.zero_stage)
-        # Each rank averages the weights that it owns: nothing is gathered during training.
-        self.ema = EMA(self._averaged(), WarmedUp(optim.ema_decay))
-        self.power_emas = {length: EMA(self._averaged(), PowerProfile(length)) for length in optim.ema_lengths}
-        self._checkpointer = StateCheckpointer(
-            world, self._partition, self._averages(), checkpoints, self._engine.module
-        )
+        # By group name in a checkpoint. Each rank averages the weights that it owns: training gathers nothing.
+        profiles = {"ema": WarmedUp(optim.ema_decay)} | {f"ema_{n:g}": PowerProfile(n) for n in optim.ema_lengths}
+        self.averages = {group: EMA(self._averaged(), profile) for group, profile in profiles.items()}
+        self._checkpointer = StateCheckpointer(self._partition, self.averages, checkpoints)
 
     def _initialize(self, network: nn.Module, settings: dict[str, Any], groups: Sequence[ParameterGroup] | None) -> Any:
         """Build DeepSpeed's engine. It adds attributes to modules and parameters that type checkers do not know."""
@@ -96,10 +93,6 @@ class Engine:
     def __call__(self, *inputs: Any) -> Any:
         """Run the network's forward pass, under autocast unless precision is fp32."""
         return self._engine(*inputs)
-
-    @property
-    def bf16(self) -> bool:
-        return self.precision == "bf16"
 
     @property
     def lr(self) -> float:
@@ -184,7 +177,7 @@ class Engine:
             self.loss_scale = self.loss_scale.after(overflowed=fault is not None)
         if fault is None:
             self.step, self.skipped_in_a_row = self.step + 1, 0
-            for average in self._averages().values():
+            for average in self.averages.values():
                 average.update(self._averaged())
             return
         self.skipped_in_a_row += 1
@@ -194,10 +187,6 @@ class Engine:
                 "last checkpoint with a lower optim.lr and run.allow=[optim.lr], or with engine.precision=fp32 and "
                 "run.allow=[engine.precision]"
             )
-
-    def _averages(self) -> dict[str, EMA]:
-        """The averages by their group name in a checkpoint."""
-        return {"ema": self.ema} | {f"ema_{length:g}": average for length, average in self.power_emas.items()}
 
     def _averaged(self) -> Iterator[tuple[str, Tensor]]:
         """The float32 weights that this rank averages."""
@@ -209,7 +198,7 @@ class Engine:
 
         length: one of optim.ema_lengths; None: the average of optim.ema_decay.
         """
-        average = self.ema if length is None else self.power_emas[length]
+        average = self.averages["ema" if length is None else f"ema_{length:g}"]
         starts = {fragment.span.name: fragment.span.start for fragment in self._partition.owned}
         found: dict[str, Tensor] = {}
         here = everywhere or self.world.is_main
@@ -257,3 +246,55 @@ class Engine:
         if self.loss_scale is not None and state.loss_scale is not None:
             self.loss_scale = LossScale(**state.loss_scale)
         return state
+
+
+START, LARGEST = 2.0**16, 2.0**24  # of the loss scale
+PATIENCE = 2000  # steps without overflow before the scale is doubled
+
+
+class LossScale(NamedTuple):
+    """The current loss scale of float16, whose small gradients would underflow. Immutable: each step returns the next.
+
+    Micikevicius et al. 2017 (arXiv 1710.03740).
+    """
+
+    scale: float = START
+    good_steps: int = 0  # since the last change
+
+    def after(self, *, overflowed: bool) -> LossScale:
+        """Halve the scale after a gradient that is not finite, double it after PATIENCE finite ones."""
+        if overflowed:
+            return LossScale(max(self.scale / 2, 1.0), 0)
+        if self.good_steps + 1 >= PATIENCE:
+            return LossScale(min(self.scale * 2, LARGEST), 0)
+        return LossScale(self.scale, self.good_steps + 1)
+
+
+def recompute_blocks(network: nn.Module, *, reentrant: bool) -> list[nn.Module]:
+    """Recompute the activations of a network's blocks, the entries of its module lists, in the backward pass.
+
+    Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): they are not kept in memory. Only the innermost lists
+    count, so that blocks are not nested. A single layer in a list (attention has one, for the name of its output) is
+    not a block. reentrant: use PyTorch's older implementation, which does not compare tensor shapes: ZeRO 3 empties
+    weights between the two passes. Returns the blocks. Raises ValueError if there are none.
+    """
+    entries = [entry for own in network.modules() if isinstance(own, nn.ModuleList) for entry in own]
+    candidates = {e: None for e in entries if not isinstance(e, nn.ModuleList) and any(True for _ in e.children())}
+    blocks = [block for block in candidates if not any(m in candidates for m in block.modules() if m is not block)]
+    if not blocks:
+        raise ValueError(f"engine.recompute: {type(network).__name__} has no list of blocks to recompute: leave it out")
+    for block in blocks:
+        block.forward = partial(_recomputed, block.forward, reentrant)
+    return blocks
+
+
+def _recomputed(forward: Callable[..., Any], reentrant: bool, *inputs: Any, **named: Any) -> Any:
+    if not reentrant:
+        return checkpoint(forward, *inputs, use_reentrant=False, **named)
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in (*inputs, *named.values())):
+        return forward(*inputs, **named)  # the reentrant version would give such a block's weights no gradient
+
+    def positional(*values: Any) -> Any:  # the reentrant version tracks gradients only through positional arguments
+        return forward(*values[: len(inputs)], **dict(zip(named, values[len(inputs) :], strict=True)))
+
+    return checkpoint(positional, *inputs, *named.values(), use_reentrant=True)

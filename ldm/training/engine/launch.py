@@ -81,9 +81,7 @@ def _meet_again() -> None:
     environment = os.environ
     hosts = environment["RANK"] == "0" and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=hosts)
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        store=dist.PrefixStore(f"attempt_{environment['TORCHELASTIC_RESTART_COUNT']}", store),
-        rank=int(environment["RANK"]),
-        world_size=int(environment["WORLD_SIZE"]),
-    )
+    store = dist.PrefixStore(f"attempt_{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    rank, ranks = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)

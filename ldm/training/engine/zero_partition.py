@@ -41,21 +41,21 @@ class Partition:
     """This rank's fragments of all weights. optimizer: DeepSpeed's, or under ZeRO 0 PyTorch's."""
 
     def __init__(self, network: nn.Module, optimizer: Any, world: Ranks) -> None:
-        self.world = world
+        self.world, self.network = world, network
         self.weights = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.shapes: dict[str, torch.Size] = {n: getattr(p, "ds_shape", p.shape) for n, p in self.weights.items()}
         self.zero = optimizer
         self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.owned, self.held = self._owned(), self._held()
+        self.owned, self.held = list(self._owned()), list(self._held())
         if isinstance(self.optimizer, MuonAndAdamW):
             self._set_layout(self.optimizer)
         for fragment in self.held:
             prepare_state(self.optimizer, fragment.optimizer_tensor)
 
-    def _owned(self) -> list[Fragment]:
+    def _owned(self) -> Iterator[Fragment]:
         raise NotImplementedError
 
-    def _held(self) -> list[Fragment]:
+    def _held(self) -> Iterator[Fragment]:
         """The fragments that this rank keeps in memory, and must load on resume."""
         return self._owned()
 
@@ -89,16 +89,14 @@ class Partition:
 class Replicated(Partition):
     """ZeRO 0: every rank holds all weights, and owns an equal part of the elements of each."""
 
-    def _held(self) -> list[Fragment]:
-        return [Fragment(Span(name, 0, p.numel()), p, 0) for name, p in self.weights.items()]
+    def _held(self) -> Iterator[Fragment]:
+        return (Fragment(Span(name, 0, p.numel()), p, 0) for name, p in self.weights.items())
 
-    def _owned(self) -> list[Fragment]:
-        found = []
+    def _owned(self) -> Iterator[Fragment]:
         for name, p in self.weights.items():
             start, stop = (p.numel() * part // self.world.ranks for part in (self.world.rank, self.world.rank + 1))
             if start < stop:
-                found.append(Fragment(Span(name, start, stop), p, start))
-        return found
+                yield Fragment(Span(name, start, stop), p, start)
 
 
 class FlatPartition(Partition):
@@ -122,17 +120,14 @@ class FlatPartition(Partition):
 class Flattened(FlatPartition):
     """ZeRO 1 and 2: all weights of a group form one flat tensor, of which each rank's optimiser updates a part."""
 
-    def _owned(self) -> list[Fragment]:
-        found = []
+    def _owned(self) -> Iterator[Fragment]:
         for name, p in self.weights.items():
             mapping = p._hp_mapping  # pyright: ignore[reportAttributeAccessIssue] - DeepSpeed's
             if mapping is None:
                 continue
             ours, theirs = mapping.lp_fragment_address, mapping.hp_fragment_address
-            found.append(
-                Fragment(Span(name, ours.start, ours.start + ours.numel), self._optimizer_tensor(name), theirs.start)
-            )
-        return found
+            span = Span(name, ours.start, ours.start + ours.numel)
+            yield Fragment(span, self._optimizer_tensor(name), theirs.start)
 
     def _optimizer_tensor(self, name: str) -> Tensor:
         return self.zero.single_partition_of_fp32_groups[self._group_numbers[self.weights[name]]]
@@ -148,15 +143,13 @@ class Flattened(FlatPartition):
 class Sharded(FlatPartition):
     """ZeRO 3: each weight is split into equal parts, one per rank; the last part is padded."""
 
-    def _owned(self) -> list[Fragment]:
-        found = []
+    def _owned(self) -> Iterator[Fragment]:
         for name in self.weights:
             _, offset, size = self._position(name)
             start, numel = self.world.rank * size, self.shapes[name].numel()
             stop = min(start + size, numel)
             if start < stop:
-                found.append(Fragment(Span(name, start, stop), self._optimizer_tensor(name), offset))
-        return found
+                yield Fragment(Span(name, start, stop), self._optimizer_tensor(name), offset)
 
     def _optimizer_tensor(self, name: str) -> Tensor:
         return self.zero.fp32_partitioned_groups_flat[self._position(name)[0]]

@@ -12,7 +12,7 @@ from ldm.interop.diffusers_layout.folder import read_folder
 from ldm.interop.network_files import RUN_MODEL, load_strictly, write_weights
 from ldm.interop.weight_reader import open_weights
 from ldm.model.components import ModelComponents
-from ldm.training.optim.post_hoc_ema import Snapshot
+from ldm.training.optim.averages import Snapshot
 
 FOLDER = "ema"
 

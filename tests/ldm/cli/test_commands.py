@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from ldm.cli.parser import OneLineParser, hyphenated, training_arguments
-from ldm.cli.run import run_command
+from ldm.cli import OneLineParser, hyphenated, run_command, training_arguments
 from ldm.errors import IN_TRAINING, CheckpointError, DataError, NonFiniteError, PeerError, Stopped
 from ldm.training.checkpoints.saver import NonFiniteStateError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.files.lock import LOCK, Taken, lock_folder
+from ldm.files.atomic import LOCK, Taken, lock_folder
 
 
 def test_the_owner_is_named_and_a_folder_that_was_left_is_free(tmp_path: Path):
@@ -31,7 +31,7 @@ def test_an_owner_that_has_not_yet_told_its_name_is_another_process(tmp_path: Pa
 
 def test_a_killed_process_keeps_nothing(tmp_path: Path):
     script = (
-        "import sys; from pathlib import Path; from ldm.files.lock import lock_folder; "
+        "import sys; from pathlib import Path; from ldm.files.atomic import lock_folder; "
         f"lock_folder(Path({str(tmp_path)!r}))"
     )
     script += "; print('kept', flush=True); sys.stdin.read()"

@@ -195,7 +195,7 @@ def test_a_config_that_never_ends(part, instead, folder, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["foundry.yaml", "README.md", "assets/a.png"])
 def test_what_lies_elsewhere_is_not_published(name, folder, tmp_path, capsys):
     """An export carries notes, card and pictures along: a link among them must not bring a secret."""
-    from ldm.cli.run import run_command
+    from ldm.cli import run_command
     from ldm.export import arguments, main
 
     copy = copied(folder, tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ldm.training.checkpoints.manifest import Digest
+from ldm.training.checkpoints.folders import Digest
 from ldm.training.run import Run, RunConfig, duration
 
 

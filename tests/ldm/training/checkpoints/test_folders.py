@@ -26,8 +26,7 @@ from helpers.points import Calls, Death
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.training.checkpoints.folders import Checkpoints, remove, step_of
-from ldm.training.checkpoints.manifest import Digest, fault
+from ldm.training.checkpoints.folders import Checkpoints, Digest, fault, remove, step_of
 
 NAMES = ("rank_00000.safetensors", "rank_00001.safetensors", "state.json")
 TEARS = [a_block_is_zero, a_file_is_a_folder, a_file_is_cut, a_file_is_missing, a_file_is_stray, one_bit_flips]

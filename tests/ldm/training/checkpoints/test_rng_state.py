@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.training.checkpoints.rng_state import generator_states, restore_generators, seed_generators
+from ldm.training.checkpoints.train_state import generator_states, restore_generators, seed_generators
 
 DRAWS: dict[str, Callable[[], object]] = {
     "cpu": lambda: torch.randn(7).tolist() + torch.randperm(5).tolist(),

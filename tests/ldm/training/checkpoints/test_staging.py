@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ldm.training.checkpoints.staging import StagingBuffers, adjacent_runs
+from ldm.training.checkpoints.saver import StagingBuffers, adjacent_runs
 
 
 def test_a_copy_is_of_the_moment_when_it_is_taken():

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ldm.denoisers import DiT, DiTConfig, UNet, UNetConfig
 from ldm.denoisers.contract import Condition, Output
-from ldm.training.engine.activation_checkpointing import recompute_blocks
+from ldm.training.engine.engine import recompute_blocks
 from vae import AutoencoderKL, AutoencoderKLConfig
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["new", "reentrant"])
@@ -177,7 +177,7 @@ def test_the_way_that_is_asked_for_is_taken(reentrant: bool, monkeypatch: pytest
     """They differ only in what they allow others to do to weights between the passes, as ZeRO 3 does."""
     taken = []
     noted = lambda *_, use_reentrant, **__: taken.append(use_reentrant)  # noqa: E731
-    monkeypatch.setattr("ldm.training.engine.activation_checkpointing.checkpoint", noted)
+    monkeypatch.setattr("ldm.training.engine.engine.checkpoint", noted)
     block = Block()
     recompute_blocks(nn.Sequential(nn.ModuleList([block])), reentrant=reentrant)
     block(torch.ones(8, requires_grad=True), scale=torch.ones(()))

@@ -7,8 +7,7 @@ import torch
 from helpers.engine_worker import batch_at, network
 from torch import nn
 
-from ldm.training.optim.ema import EMA, WarmedUp
-from ldm.training.optim.power_profile import PowerProfile
+from ldm.training.optim.averages import EMA, PowerProfile, WarmedUp
 
 STAGES = range(4)
 

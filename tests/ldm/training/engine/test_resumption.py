@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers.engines import work
 
-from ldm.training.checkpoints.manifest import fault
+from ldm.training.checkpoints.folders import fault
 
 STAGES = range(4)
 MUON = {"optimizer": "muon"}

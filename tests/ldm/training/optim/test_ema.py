@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.training.optim.ema import EMA, WarmedUp
+from ldm.training.optim.averages import EMA, WarmedUp
 
 
 def test_closed_form_towards_a_constant():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.training.optim.loss_scale import LARGEST, PATIENCE, START, LossScale
+from ldm.training.engine.engine import LARGEST, PATIENCE, START, LossScale
 
 
 def after(scale: LossScale, *, good: int = 0, bad: int = 0) -> LossScale:

@@ -5,9 +5,16 @@ import math
 import pytest
 import torch
 
-from ldm.training.optim.ema import EMA
-from ldm.training.optim.post_hoc_ema import Snapshot, mixture
-from ldm.training.optim.power_profile import LONGEST, PowerProfile, gamma_of_length, length_of_gamma, overlap
+from ldm.training.optim.averages import (
+    EMA,
+    LONGEST,
+    PowerProfile,
+    Snapshot,
+    gamma_of_length,
+    length_of_gamma,
+    mixture,
+    overlap,
+)
 
 
 def profile(gamma: float, end: float, t: torch.Tensor) -> torch.Tensor:
