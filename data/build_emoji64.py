@@ -21,8 +21,8 @@ from typing import Any
 
 from PIL import Image
 
-from data.keyed import keyed_hash
-from data.samples import over_white
+from data.order import keyed_hash
+from data.readers import over_white
 from data.write import write_shards
 
 PACKAGES = {"emoji-datasource-google": "16.0.0", "emoji-datasource-twitter": "16.0.0", "emojibase-data": "17.0.0"}

@@ -18,10 +18,10 @@ from PIL import ImageFile
 from torch import Tensor
 
 from data.config import DataConfig, HeldOutConfig
-from data.ledger import FEWEST_BAD, BadShare, Ledger
+from data.ledger import FEWEST_BAD, LONGEST, BadSample, BadShare, Ledger, Quarantine
 from data.order import SampleOrder, SetSpan, Visit, default_lanes
-from data.quarantine import LONGEST, BadSample, BadSampleError, MissingSampleError, Quarantine
 from data.readers import Column, ImageCaptionReader, Reader
+from data.shards import BadSampleError, MissingSampleError
 from data.sources import Source, expand
 from data.store import ShardStore
 from ldm.errors import DataError

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data.quarantine import BadSampleError, MissingSampleError
 from data.tar import Damage, Kind, Member, read_members
 from ldm.errors import DataError
 
@@ -27,6 +26,14 @@ LARGEST_MEMBER = {"txt": 1 << 20, "json": 1 << 20}  # bytes
 LARGEST_IMAGE = 64 << 20  # bytes
 LARGEST_UNPACKED = 4 << 30  # bytes of a gzipped shard
 GZIP = b"\x1f\x8b"
+
+
+class BadSampleError(Exception):
+    """A sample cannot be used, for the reason in the message; the loader turns it into a BadSample."""
+
+
+class MissingSampleError(BadSampleError):
+    """A sample is missing from its shard."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from text.conversion import (
     flattened,
+    load_text_encoder,
     open_clip_to_transformers,
     prefixed_weights,
     read_text_encoder_config,
@@ -18,7 +19,6 @@ from text.encoder import (
     TransformersTextEncoder,
     open_clip_text_cfg,
 )
-from text.kinds import load_text_encoder
 from text.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, save_tokenizer
 from text.weighting import (
     Piece,

@@ -1,21 +1,22 @@
 """Convert CLIP text weights between open_clip and transformers; read and write diffusers' `text_encoder/` folder.
 
 transformers 5.6 removed the prefix `text_model.` from CLIPTextModel's keys. Both forms are read; the prefixed form,
-which versions 4 and 5 load, is written.
+which versions 4 and 5 load, is written. To add another kind of text encoder, describe it in an entry of TEXT_ENCODERS.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.files.messages import describe_misfit, some
-from ldm.files.strict_json import write_json
+from ldm.files.strict_json import read_json, write_json
 from text.encoder import (
     LAYER_NORM_EPS,
     Hidden,
@@ -24,7 +25,7 @@ from text.encoder import (
     TextEncoderConfig,
     TransformersTextEncoder,
 )
-from text.tokenizer import BOS_ID, EOS_ID
+from text.tokenizer import BOS_ID, EOS_ID, Tokenizer, load_tokenizer, save_tokenizer
 
 StateDict = Mapping[str, Tensor]
 PREFIX = "text_model."
@@ -187,10 +188,7 @@ def read_text_encoder_config(content: Mapping[str, Any], hidden: Hidden = "last"
 
 
 def save_text_encoder(
-    encoder: TransformersTextEncoder | OpenClipTextEncoder,
-    folder: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
+    encoder: TransformersTextEncoder | OpenClipTextEncoder, folder: str | Path, *, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write config.json and model.safetensors, which transformers and diffusers load as a CLIPTextModel.
 
@@ -241,3 +239,62 @@ def _integer(content: Mapping[str, Any], name: str, default: int | None = None) 
     if type(value) is not int or not 0 <= value <= limit:
         raise ValueError(f"{name} in a text encoder's config.json must be an integer from 0 to {limit}, not {value!r}")
     return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoderKind:
+    """How to read and write text encoders of one kind, and their tokenizers."""
+
+    class_name: str  # in transformers, as model_index.json has it
+    tokenizer_classes: tuple[str, ...]  # likewise; the first is written
+    read_config: Callable[..., TextEncoderConfig]  # (content of config.json, hidden)
+    own_names: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # renames a file's weights for `build`
+    build: Callable[..., TextEncoder]  # (config, weights, *, dtype)
+    save: Callable[..., None]  # (encoder, folder, *, dtype)
+    load_tokenizer: Callable[[Path], Tokenizer]
+    save_tokenizer: Callable[[Tokenizer, Path], None]
+
+
+# The kinds that a model's folder may hold, by TextEncoder.kind, which is the model_type of config.json.
+TEXT_ENCODERS = {
+    "clip_text_model": TextEncoderKind(
+        class_name="CLIPTextModel",
+        tokenizer_classes=("CLIPTokenizer", "CLIPTokenizerFast"),
+        read_config=read_text_encoder_config,
+        own_names=flattened,
+        build=text_encoder_from_weights,
+        save=save_text_encoder,
+        load_tokenizer=load_tokenizer,
+        save_tokenizer=save_tokenizer,
+    )
+}
+
+
+def kind_of(content: Mapping[str, Any]) -> TextEncoderKind:
+    """Look up the kind of a text_encoder/config.json. Raises ValueError for an unknown one."""
+    kind = content.get("model_type")
+    if kind not in TEXT_ENCODERS:
+        raise ValueError(f"model_type is {str(kind)[:60]!r}, not {' or '.join(map(repr, TEXT_ENCODERS))}")
+    return TEXT_ENCODERS[str(kind)]
+
+
+def load_text_encoder(folder: str | Path, hidden: Hidden = "last") -> TextEncoder:
+    """Load a diffusers `text_encoder/` folder on the CPU in float32; nothing in it is executed.
+
+    Leave `hidden` at "last" for Stable Diffusion 1 and for Stable Diffusion 2, whose folders lack the last layer;
+    "penultimate" is for a complete OpenCLIP tower. Raises FileNotFoundError for a missing file; ValueError if the
+    folder does not hold a known text encoder, or if weights and configuration disagree.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing; a text encoder's folder has config.json and model.safetensors"
+            )
+    content = read_json(folder / "config.json")
+    try:
+        kind = kind_of(content)
+        weights = kind.own_names(load_file(folder / "model.safetensors"))
+        return kind.build(kind.read_config(content, hidden), weights)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: {error}") from error

@@ -79,7 +79,7 @@ class TextEncoderConfig:
 class TextEncoder(nn.Module, ABC):
     """Token ids B x L (int64) -> TextCondition; both backends compute the same for the same weights."""
 
-    kind: ClassVar[str] = "clip_text_model"  # its entry in text.kinds.TEXT_ENCODERS
+    kind: ClassVar[str] = "clip_text_model"  # its entry in text.conversion.TEXT_ENCODERS
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()

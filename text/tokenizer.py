@@ -212,11 +212,7 @@ def _byte_pair_encoder(ids: dict[str, int], merges: list[tuple[str, str]], pad: 
 
 def _byte_letters() -> list[str]:
     """Map each byte to a letter, printable ones first; the others get letters from U+0100 on."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 

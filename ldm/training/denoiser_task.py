@@ -38,7 +38,7 @@ from ldm.training.engine.distributed import Ranks
 from ldm.training.latent_cache import LatentEncoder
 from ldm.training.session import Session
 from ldm.training.task import Task
-from text.kinds import load_text_encoder
+from text.conversion import load_text_encoder
 from text.tokenizer import load_tokenizer
 
 NOISE, POSTERIOR = 0, 1  # streams of random numbers, each a function of (seed, position) alone

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
-from vae.autoencoder import AutoencoderKL
-from vae.gaussian import DiagonalGaussian
+from vae.autoencoder import AutoencoderKL, DiagonalGaussian
 
 
 class LatentEncoder:

@@ -19,8 +19,7 @@ from ldm.interop.diffusers_layout.vae import save_vae
 from ldm.training.session import Session
 from ldm.training.task import Task, TrainingConfig
 from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from vae.losses import VAELoss, VAELossConfig
-from vae.measure import latent_statistics, psnr
+from vae.losses import VAELoss, VAELossConfig, latent_statistics, psnr
 
 if TYPE_CHECKING:
     from PIL import Image
