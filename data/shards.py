@@ -89,11 +89,10 @@ class Shard:
             problem = problem or found
         except OSError as error:
             raise DataError(f"shard {self.name} cannot be read as a tar ({error}): copy it again") from error
-        if expected is None and problem:
+        if problem and (expected is None or not self._table):
             raise DataError(f"shard {self.name} cannot be read as a tar ({problem}): copy it again")
         if not self._table:
-            why = f"cannot be read as a tar ({problem}): copy it again" if problem else "holds no samples: remove it"
-            raise DataError(f"shard {self.name} {why}")
+            raise DataError(f"shard {self.name} holds no samples: remove it")
         self.damage = problem or self._surplus()
 
     def __len__(self) -> int:

@@ -19,11 +19,13 @@ from ldm.files.messages import describe_misfit, some
 from ldm.files.strict_json import read_json, write_json
 from text.encoder import (
     LAYER_NORM_EPS,
+    TRANSFORMERS_SIZES,
     Hidden,
     OpenClipTextEncoder,
     TextEncoder,
     TextEncoderConfig,
     TransformersTextEncoder,
+    transformers_settings,
 )
 from text.tokenizer import BOS_ID, EOS_ID, Tokenizer, load_tokenizer, save_tokenizer
 
@@ -59,10 +61,9 @@ def open_clip_to_transformers(state_dict: StateDict) -> dict[str, Tensor]:
     The projection into the joint space with images is left out, because CLIPTextModel has none. Raises ValueError for
     keys that CLIP's text tower does not have.
     """
-    tower = _without_prefix(state_dict, "text.")
     result: dict[str, Tensor] = {}
     unknown: list[str] = []
-    for key, value in tower.items():
+    for key, value in _without_prefix(state_dict, "text.").items():
         block = _BLOCK.fullmatch(key)
         if key in _OUTER:
             result[PREFIX + _OUTER[key]] = value
@@ -122,7 +123,9 @@ def text_encoder_from_weights(
     with torch.device("meta"):  # no memory or random numbers for weights that are replaced at once
         encoder = TransformersTextEncoder(config)
     given = flattened(state_dict)
-    _check_fit(given, encoder.model.state_dict())
+    shapes = [{key: tensor.shape for key, tensor in state.items()} for state in (encoder.model.state_dict(), given)]
+    if misfit := describe_misfit(*shapes):
+        raise ValueError(f"the weights do not fit the text encoder's configuration: {misfit}")
     encoder.model.load_state_dict({key: value.to("cpu", dtype) for key, value in given.items()}, assign=True)
     # The only tensor not in the file: transformers keeps it as a non-persistent buffer.
     positions = torch.arange(config.context_length).expand((1, -1))
@@ -135,26 +138,15 @@ def text_encoder_config_json(config: TextEncoderConfig, *, whole: bool = False) 
 
     whole: include the last layer even if `hidden` is "penultimate".
     """
-    saved = config if whole else _saved_config(config)
-    return {
+    content = transformers_settings(config if whole else _saved_config(config)) | {
         "architectures": ["CLIPTextModel"],
         "attention_dropout": 0.0,
-        "bos_token_id": saved.bos_id,
-        "eos_token_id": saved.eos_id,
-        "hidden_act": saved.activation,
-        "hidden_size": saved.width,
         "initializer_factor": 1.0,
         "initializer_range": 0.02,
-        "intermediate_size": saved.intermediate_size,
         "layer_norm_eps": LAYER_NORM_EPS,
-        "max_position_embeddings": saved.context_length,
         "model_type": TextEncoder.kind,
-        "num_attention_heads": saved.heads,
-        "num_hidden_layers": saved.layers,
-        "pad_token_id": saved.pad_id,
-        "projection_dim": saved.projection_dim,
-        "vocab_size": saved.vocab_size,
     }
+    return dict(sorted(content.items()))
 
 
 def read_text_encoder_config(content: Mapping[str, Any], hidden: Hidden = "last") -> TextEncoderConfig:
@@ -172,12 +164,7 @@ def read_text_encoder_config(content: Mapping[str, Any], hidden: Hidden = "last"
         bos_id, eos_id = _integer(content, "bos_token_id", bos_id), _integer(content, "eos_token_id")
     pad_id = _integer(content, "pad_token_id", eos_id)
     return TextEncoderConfig(
-        width=_integer(content, "hidden_size"),
-        layers=_integer(content, "num_hidden_layers"),
-        heads=_integer(content, "num_attention_heads"),
-        intermediate_size=_integer(content, "intermediate_size"),
-        context_length=_integer(content, "max_position_embeddings"),
-        vocab_size=vocab_size,
+        **{ours: _integer(content, theirs) for theirs, ours in TRANSFORMERS_SIZES.items()},
         activation=activation,
         hidden=hidden,
         projection_dim=None if content.get("projection_dim") is None else _integer(content, "projection_dim"),
@@ -215,15 +202,7 @@ def prefixed_weights(encoder: TransformersTextEncoder | OpenClipTextEncoder) -> 
 
 def _saved_config(config: TextEncoderConfig) -> TextEncoderConfig:
     """Return the configuration with which the saved encoder is loaded again."""
-    if config.hidden == "last":
-        return config
-    return replace(config, layers=config.layers - 1, hidden="last")
-
-
-def _check_fit(given: StateDict, wanted: StateDict) -> None:
-    shapes = [{key: tensor.shape for key, tensor in state.items()} for state in (wanted, given)]
-    if misfit := describe_misfit(*shapes):
-        raise ValueError(f"the weights do not fit the text encoder's configuration: {misfit}")
+    return config if config.hidden == "last" else replace(config, layers=config.layers - 1, hidden="last")
 
 
 def _without_prefix(state_dict: StateDict, prefix: str) -> dict[str, Tensor]:
