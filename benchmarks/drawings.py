@@ -25,7 +25,7 @@ from torch import Tensor
 from data.loader import CaptionedImages, DataConfig
 from ldm import DrawRequest, TextToImage
 from ldm.inference.contact_sheet import save_image, sheet, to_images
-from vae.perceptual import EfficientNetDistance
+from vae.losses import EfficientNetDistance
 
 COLUMNS = 10
 TOPS = (1, 5, 10)

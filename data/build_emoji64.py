@@ -14,15 +14,15 @@ import argparse
 import io
 import json
 import sys
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from data.keyed import keyed_hash
-from data.samples import over_white
+from data.order import keyed_hash
+from data.readers import over_white
 from data.write import write_shards
 
 PACKAGES = {"emoji-datasource-google": "16.0.0", "emoji-datasource-twitter": "16.0.0", "emojibase-data": "17.0.0"}
@@ -67,11 +67,8 @@ def _plain(code: str) -> str:
 
 def _read_labels(path: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Map code points to (the emoji's own record, the record of its form without skin tone)."""
-    labels: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-    for base in json.loads(path.read_text(encoding="utf-8")):
-        for record in [base, *base.get("skins", [])]:
-            labels[_plain(record["hexcode"])] = (record, base)
-    return labels
+    bases = json.loads(path.read_text(encoding="utf-8"))
+    return {_plain(record["hexcode"]): (record, base) for base in bases for record in [base, *base.get("skins", [])]}
 
 
 def _read_images(path: Path, source: str) -> dict[str, str]:
@@ -85,14 +82,10 @@ def _read_images(path: Path, source: str) -> dict[str, str]:
 
 def choose_unseen(emoji: list[Emoji]) -> set[str]:
     """Choose UNSEEN toned emoji by hash; for each, another tone of the emoji and another emoji of the tone remain."""
-    variants: dict[str, int] = defaultdict(int)
-    with_tones: dict[tuple[int, ...], int] = defaultdict(int)
-    for one in emoji:
-        if one.tones:
-            variants[one.base] += 1
-            with_tones[one.tones] += 1
+    toned = [one for one in emoji if one.tones]
+    variants, with_tones = Counter(one.base for one in toned), Counter(one.tones for one in toned)
     chosen: set[str] = set()
-    for one in sorted((one for one in emoji if one.tones), key=lambda one: keyed_hash("unseen", one.code)):
+    for one in sorted(toned, key=lambda one: keyed_hash("unseen", one.code)):
         if len(chosen) < UNSEEN and variants[one.base] > 1 and with_tones[one.tones] > 1:
             chosen.add(one.code)
             variants[one.base] -= 1
@@ -127,9 +120,8 @@ def captions(one: Emoji, style: str) -> list[str]:
     # Choose tags by hash, because they are listed in alphabetical order.
     spare.sort(key=lambda tag: keyed_hash("tags", one.code, style, tag))
     with_tags = ", ".join([f"{style} emoji", spoken, *spare[:3]])
-    return list(
-        dict.fromkeys([f"a {style} emoji of {spoken}", one.label, with_tags, ", ".join([spoken, *spare[3:5], style])])
-    )
+    more_tags = ", ".join([spoken, *spare[3:5], style])
+    return list(dict.fromkeys([f"a {style} emoji of {spoken}", one.label, with_tags, more_tags]))
 
 
 def encode(one: Emoji, style: str, packages: Path) -> tuple[bytes, str, dict[str, Any]]:

@@ -18,11 +18,11 @@ from PIL import ImageFile
 from torch import Tensor
 
 from data.config import DataConfig, HeldOutConfig
-from data.ledger import FEWEST_BAD, BadShare, Ledger
+from data.ledger import FEWEST_BAD, LONGEST, BadSample, BadShare, Ledger, Quarantine
 from data.order import SampleOrder, SetSpan, Visit, default_lanes
-from data.quarantine import LONGEST, BadSample, BadSampleError, MissingSampleError, Quarantine
 from data.readers import Column, ImageCaptionReader, Reader
-from data.sources import Source, expand
+from data.shards import BadSampleError, MissingSampleError
+from data.sources import expand
 from data.store import ShardStore
 from ldm.errors import DataError
 from ldm.files.messages import printable
@@ -112,7 +112,9 @@ class CaptionedImages:
         self.reader = reader if reader is not None else ImageCaptionReader(config, seed=seed)
         self.on_bad, self.quarantine = on_bad, quarantine
         found = [expand(patterns, allow_pipe=config.allow_pipe) for patterns in config.patterns]
-        self._spans = _spans(config, found)
+        self._spans = [  # with the weights as written: 0.1 is exactly a tenth
+            SetSpan(one.name, Fraction(str(one.weight)), len(own)) for one, own in zip(config.sets, found, strict=False)
+        ]
         lanes = config.lanes if config.lanes is not None else default_lanes(config.batch_size, min(map(len, found)))
         # Two shards per lane and set: the current one and the next.
         open_at_once = 2 * lanes * len(found)
@@ -287,10 +289,3 @@ def held_out(config: HeldOutConfig, *, image_size: int, reader: Reader | None = 
     reading = {entry.name: getattr(config, entry.name) for entry in fields(HeldOutConfig)}
     in_order = DataConfig(**reading, image_size=image_size, lanes=1, captions="best")
     return CaptionedImages(in_order, seed=0, reader=reader)
-
-
-def _spans(config: DataConfig, found: list[list[Source]]) -> list[SetSpan]:
-    """Describe the sets for SampleOrder. Weights are taken as written: 0.1 is exactly a tenth."""
-    return [
-        SetSpan(one.name, Fraction(str(one.weight)), len(own)) for one, own in zip(config.sets, found, strict=False)
-    ]

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,31 +63,20 @@ def entries_for(
 
     Raises DataError for a manifest that does not parse or cannot be reached, or if `manifest` does not exist.
     """
-    named: dict[str, Entry] = {}
-    if manifest is not None:
-        found = _read(Source(manifest), patience)
-        if found is None:
-            shown = Source(manifest).shown
-            raise DataError(f"data.manifest: {shown} is missing: write it with python -m data.manifest")
-        named = found
-    adjacent: dict[Source | None, dict[str, Entry]] = {}
-    entries: list[Entry | None] = []
-    for source in sources:
-        if source.location in named:
-            entries.append(named[source.location])
-            continue
-        place = source.beside(NAME)
-        if place not in adjacent:
-            adjacent[place] = _read_adjacent(source, patience)
-        entries.append(adjacent[place].get(source.name))
-    return entries
+    named = None if manifest is None else _read(Source(manifest), patience)
+    if manifest is not None and named is None:
+        shown = Source(manifest).shown
+        raise DataError(f"data.manifest: {shown} is missing: write it with python -m data.manifest")
 
+    @cache  # each folder's files are read once
+    def adjacent(sizes: Source | None, manifest: Source | None) -> dict[str, Entry]:
+        found = [_read(place, patience) or {} for place in (sizes, manifest) if place is not None]
+        return {name: entry for own in found for name, entry in own.items()}
 
-def _read_adjacent(source: Source, patience: Patience) -> dict[str, Entry]:
-    sizes, manifest = source.beside(SIZES), source.beside(NAME)
-    if sizes is None or manifest is None:
-        return {}
-    return (_read(sizes, patience) or {}) | (_read(manifest, patience) or {})
+    return [
+        (named or {}).get(source.location) or adjacent(source.beside(SIZES), source.beside(NAME)).get(source.name)
+        for source in sources
+    ]
 
 
 def _read(source: Source, patience: Patience) -> dict[str, Entry] | None:
@@ -137,8 +127,8 @@ def _adjacent(source: Source) -> Path:
 def _entry_at(source: Source) -> Entry:
     if source.is_local:
         return entry_of(Path(source.location))
-    cache = Cache(None, most=0, keep=1)
-    return entry_of(cache.get(source))
+    copies = Cache(None, most=0, keep=1)
+    return entry_of(copies.get(source))
 
 
 def _suffixes(folder: Path) -> list[str]:

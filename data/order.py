@@ -3,8 +3,9 @@
 Shards are permuted by (seed, epoch) and dealt to a fixed number of *lanes*. A lane is an endless, deterministic
 stream of samples. Every global batch takes the same number of samples from each lane, and each lane belongs to one
 rank. So the content of global batch b does not depend on the number of ranks or workers, or on where the run was
-stopped. With several shard sets, each set has its own streams, which a lane mixes by data.mixture. WebDataset's own
-shuffling is not used, because it repeats one shard order every epoch and loses its buffer when a run stops.
+stopped. With several shard sets, each set has its own streams, which a lane mixes by `Mixture`. All random draws are
+computed from keys, not from a generator whose state could be lost. WebDataset's own shuffling is not used, because it
+repeats one shard order every epoch and loses its buffer when a run stops.
 """
 
 from __future__ import annotations
@@ -12,14 +13,26 @@ from __future__ import annotations
 import bisect
 import itertools
 import threading
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-
-from data.keyed import permutation
-from data.mixture import Mixture
+from functools import lru_cache
+from hashlib import blake2b
+from math import lcm
 
 MOST_LANES = 32  # by default
+
+
+def keyed_hash(*key: object) -> int:
+    """Hash a key to a 64-bit number that is the same on any machine, library version and process."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+
+
+@lru_cache(maxsize=2048)  # at least one per lane and set; at 10,000 samples each, they take 80 MB
+def permutation(size: int, *key: object) -> Sequence[int]:
+    """Permute range(size) by sorting keyed hashes: stable across versions of every library."""
+    return array("I", sorted(range(size), key=lambda index: keyed_hash(*key, index)))
 
 
 def default_lanes(batch_size: int, shards: int) -> int:
@@ -168,3 +181,38 @@ class SetOrder:
 
     def _length(self, shards: Iterable[int]) -> int:
         return sum(self.sizes[shard] for shard in shards)
+
+
+class Mixture:
+    """Mixes several shard sets within a lane: by weight, exactly, and without any state.
+
+    Maps a lane's n-th sample to its set, and to its position among the lane's samples of that set.
+
+    The list of sets is halved until one is left. Of the first n samples that reach a halving, floor(f * n + phase) go
+    to the first half, f being its fraction of the weight. So each set's count is always off by less than one per
+    halving, and any position is computed directly. The phases are spread evenly over the lanes (by Hermite's identity
+    the first halving then divides each global batch exactly); otherwise all lanes would switch to a set at once.
+    """
+
+    def __init__(self, weights: Sequence[Fraction], *, lanes: int, seed: int) -> None:
+        scale = lcm(*(weight.denominator for weight in weights))
+        self._sums = (0, *itertools.accumulate(int(weight * scale) for weight in weights))  # exact: floats would drift
+        self.lanes, self.seed = lanes, seed
+
+    def place(self, lane: int, position: int) -> tuple[int, int]:
+        """Return the set of a lane's sample `position`, and its position among the lane's samples of that set."""
+        low, high = 0, len(self._sums) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            first = self._first(low, middle, high, lane, position)
+            if self._first(low, middle, high, lane, position + 1) > first:
+                high, position = middle, first
+            else:
+                low, position = middle, position - first
+        return low, position
+
+    def _first(self, low: int, middle: int, high: int, lane: int, count: int) -> int:
+        """Count how many of the first `count` samples of sets low to high go to the sets below middle."""
+        part, total = self._sums[middle] - self._sums[low], self._sums[high] - self._sums[low]
+        phase = permutation(self.lanes, "mixture", self.seed, low, high)[lane]  # divided by `lanes`: in [0, 1)
+        return (part * self.lanes * count + phase * total) // (total * self.lanes)

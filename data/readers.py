@@ -1,20 +1,28 @@
-"""Readers: what a sample becomes, column by column, in the loader's threads.
+"""Readers: what a sample becomes, column by column, in the loader's threads: its bytes, pixels and captions.
 
 To add a column (precomputed latents, a hint, sizes): a reader that returns it. Nothing else in data/ knows of columns.
 """
 
 from __future__ import annotations
 
+import io
+import json
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from data.config import DataConfig
-from data.keyed import keyed_hash
-from data.samples import decode_pixels, read_captions
-from data.shards import RawSample
+from data.order import keyed_hash
+from data.shards import IMAGE_EXTENSIONS, BadSampleError, RawSample
+
+IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
+MOST_PIXELS = 64_000_000
+LONGEST_CAPTION = 64 << 10  # bytes of UTF-8
+CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")  # Unicode's category Cc
 
 Tokenize = Callable[[list[str]], Tensor]
 Column = Tensor | list[Any]  # B x ..., or B values
@@ -56,3 +64,90 @@ class ImageCaptionReader:
         if positions is None or not self.any_caption:
             return captions[0]
         return captions[keyed_hash("caption", self.seed, positions[row]) % len(captions)]
+
+
+def decode_pixels(raw: RawSample, image_size: int) -> Tensor:
+    """Decode to 3 x S x S, float32 in [-1, 1]; transparency becomes white, other shapes are centre-cropped.
+
+    Raises BadSampleError if there is no image or it does not decode.
+    """
+    data = next((raw.members[extension] for extension in IMAGE_EXTENSIONS if extension in raw.members), None)
+    if data is None:
+        raise BadSampleError(f"no image among its members {sorted(raw.members)}")
+    try:
+        # Only these formats: Pillow would pass others, such as EPS, to external programs.
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:  # checked in the header, before memory is allocated
+                raise BadSampleError(f"the image has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+            picture = over_white(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:  # its own message contains a memory address
+        raise BadSampleError(f"the image does not decode (no {', '.join(IMAGE_FORMATS)})") from error
+    except BadSampleError:
+        raise
+    except Exception as error:  # Pillow raises many kinds of errors for malformed data
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadSampleError(f"the image does not decode ({first})") from error
+    return to_pixels(square(picture, image_size))
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """Convert an RGB image to 3 x H x W, float32 in [-1, 1]."""
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.height, image.width, 3).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """Convert to RGB, composited over white."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image.copy()
+    layer = eight_bits(image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits, which Pillow would clip to 255; return any other image as it is."""
+    return image.point(lambda value: value * (1 / 256)).convert("L") if image.mode == "I;16" else image
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """Crop the centred square and resize it to size x size; an image of that size is returned unchanged."""
+    if image.size == (size, size):
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+
+
+def read_captions(raw: RawSample) -> list[str]:
+    """Read all captions, best first: the .txt, then json["caption"] and json["captions"], each once.
+
+    Captions are normalised to NFC, and control characters become spaces. Raises BadSampleError for a caption that is
+    not UTF-8, not text or above 64 KiB, or if all are empty: those would teach that the prompt means nothing.
+    """
+    found: list[Any] = []
+    try:
+        if "txt" in raw.members:
+            found.append(raw.members["txt"].decode("utf-8-sig"))  # without a byte-order mark
+        if "json" in raw.members:
+            record = json.loads(raw.members["json"].decode("utf-8-sig"))
+            more: Any = record.get("captions") or []
+            found += [record.get("caption") or "", *(more if isinstance(more, list) else [more])]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise BadSampleError(f"its caption or json does not parse ({error})") from error
+    captions = list(dict.fromkeys(text for caption in found if (text := _clean(caption))))
+    if not captions:
+        raise BadSampleError("no caption (neither in .txt nor in .json)")
+    return captions
+
+
+def _clean(caption: Any) -> str:
+    if not isinstance(caption, str):
+        raise BadSampleError("a caption is not text")
+    if caption.isascii() and caption.isprintable() and len(caption) <= LONGEST_CAPTION:  # nearly all: nothing to clean
+        return caption.strip()
+    if unpaired := next((character for character in caption if "\ud800" <= character <= "\udfff"), None):
+        raise BadSampleError(f"a caption contains an unpaired surrogate ({unpaired!r}), which no tokenizer can read")
+    if len(caption.encode()) > LONGEST_CAPTION:
+        raise BadSampleError(f"a caption has {len(caption.encode()):,} bytes, more than {LONGEST_CAPTION:,}")
+    return unicodedata.normalize("NFC", caption.translate(CONTROLS)).strip()

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from data.quarantine import BadSampleError, MissingSampleError
 from data.tar import Damage, Kind, Member, read_members
 from ldm.errors import DataError
 
@@ -27,6 +26,14 @@ LARGEST_MEMBER = {"txt": 1 << 20, "json": 1 << 20}  # bytes
 LARGEST_IMAGE = 64 << 20  # bytes
 LARGEST_UNPACKED = 4 << 30  # bytes of a gzipped shard
 GZIP = b"\x1f\x8b"
+
+
+class BadSampleError(Exception):
+    """A sample cannot be used, for the reason in the message; the loader turns it into a BadSample."""
+
+
+class MissingSampleError(BadSampleError):
+    """A sample is missing from its shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +89,10 @@ class Shard:
             problem = problem or found
         except OSError as error:
             raise DataError(f"shard {self.name} cannot be read as a tar ({error}): copy it again") from error
-        if expected is None and problem:
+        if problem and (expected is None or not self._table):
             raise DataError(f"shard {self.name} cannot be read as a tar ({problem}): copy it again")
         if not self._table:
-            why = f"cannot be read as a tar ({problem}): copy it again" if problem else "holds no samples: remove it"
-            raise DataError(f"shard {self.name} {why}")
+            raise DataError(f"shard {self.name} holds no samples: remove it")
         self.damage = problem or self._surplus()
 
     def __len__(self) -> int:

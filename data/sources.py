@@ -52,7 +52,9 @@ class Source:
     @property
     def name(self) -> str:
         """The file name; for a pipe the full location."""
-        return self.location if self.is_pipe else self._path.rpartition("/")[2]
+        if self.is_pipe:
+            return self.location
+        return (self.location if self.is_local else self._url_path).rpartition("/")[2]
 
     @property
     def shown(self) -> str:
@@ -80,10 +82,6 @@ class Source:
         parts = urlsplit(self.location)
         folder = self._url_path.rpartition("/")[0]
         return Source(urlunsplit((parts.scheme, parts.netloc, f"{folder}/{name}", parts.query, "")))
-
-    @property
-    def _path(self) -> str:
-        return self.location if self.is_local else self._url_path
 
     @property
     def _url_path(self) -> str:

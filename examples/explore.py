@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from data.samples import to_pixels
+from data.readers import to_pixels
 from ldm import TextToImage
 from ldm.diffusion import noise_sample
 from ldm.samplers import SAMPLERS, invert, time_grid

@@ -131,10 +131,10 @@ def test_commands_run_where_others_have_a_data_folder(environment: str, tmp_path
 
 def test_a_program_in_the_repository_has_one_copy_of_each_module(tmp_path: Path):
     program = """
-import vae.gaussian, ldm.vae.gaussian, latent_foundry.vae.gaussian, latent_foundry.config, ldm.config
-assert vae.gaussian is ldm.vae.gaussian is latent_foundry.vae.gaussian
+import vae.autoencoder, ldm.vae.autoencoder, latent_foundry.vae.autoencoder, latent_foundry.config, ldm.config
+assert vae.autoencoder is ldm.vae.autoencoder is latent_foundry.vae.autoencoder
 assert latent_foundry.config is ldm.config
-assert vae.gaussian.__spec__.name == "vae.gaussian"
+assert vae.autoencoder.__spec__.name == "vae.autoencoder"
 assert not hasattr(ldm, "nothing")
 """
     run(Path(sys.executable), ROOT, "-c", program)

@@ -110,9 +110,9 @@ def place(module: str) -> tuple[int, str]:
 def test_the_walk_sees_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A walk that finds nothing would let everything pass."""
     assert {"vae.autoencoder", "data.loader", "ldm.interop.diffusers_layout.vae", "ldm", "text"} <= FILES.keys()
-    assert {"torch", "vae.gaussian", "dataclasses"} <= imports("vae.autoencoder")
+    assert {"torch", "vae.autoencoder", "dataclasses"} <= imports("vae.losses")
     assert "deepspeed" in imports("ldm.training.engine.engine")
-    assert "efficientnet_lite_pytorch" in imports("vae.perceptual")
+    assert "efficientnet_lite_pytorch" in imports("vae.losses")
     source = """
 from typing import TYPE_CHECKING
 import importlib

@@ -81,7 +81,7 @@ def test_latents_of_the_training_pictures_have_unit_variance(pipe):
 
 
 def test_the_autoencoder_reaches_28_decibels(pipe):
-    from vae.measure import psnr
+    from vae.losses import psnr
 
     config = DataConfig(shards=(str(ROOT / "data/emoji64/val/*.tar.gz"),), lanes=1)
     batch = next(CaptionedImages(config, seed=0).once(96))

@@ -1,30 +1,33 @@
 """Convert CLIP text weights between open_clip and transformers; read and write diffusers' `text_encoder/` folder.
 
 transformers 5.6 removed the prefix `text_model.` from CLIPTextModel's keys. Both forms are read; the prefixed form,
-which versions 4 and 5 load, is written.
+which versions 4 and 5 load, is written. To add another kind of text encoder, describe it in an entry of TEXT_ENCODERS.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.files.messages import describe_misfit, some
-from ldm.files.strict_json import write_json
+from ldm.files.strict_json import read_json, write_json
 from text.encoder import (
     LAYER_NORM_EPS,
+    TRANSFORMERS_SIZES,
     Hidden,
     OpenClipTextEncoder,
     TextEncoder,
     TextEncoderConfig,
     TransformersTextEncoder,
+    transformers_settings,
 )
-from text.tokenizer import BOS_ID, EOS_ID
+from text.tokenizer import BOS_ID, EOS_ID, Tokenizer, load_tokenizer, save_tokenizer
 
 StateDict = Mapping[str, Tensor]
 PREFIX = "text_model."
@@ -58,10 +61,9 @@ def open_clip_to_transformers(state_dict: StateDict) -> dict[str, Tensor]:
     The projection into the joint space with images is left out, because CLIPTextModel has none. Raises ValueError for
     keys that CLIP's text tower does not have.
     """
-    tower = _without_prefix(state_dict, "text.")
     result: dict[str, Tensor] = {}
     unknown: list[str] = []
-    for key, value in tower.items():
+    for key, value in _without_prefix(state_dict, "text.").items():
         block = _BLOCK.fullmatch(key)
         if key in _OUTER:
             result[PREFIX + _OUTER[key]] = value
@@ -121,7 +123,9 @@ def text_encoder_from_weights(
     with torch.device("meta"):  # no memory or random numbers for weights that are replaced at once
         encoder = TransformersTextEncoder(config)
     given = flattened(state_dict)
-    _check_fit(given, encoder.model.state_dict())
+    shapes = [{key: tensor.shape for key, tensor in state.items()} for state in (encoder.model.state_dict(), given)]
+    if misfit := describe_misfit(*shapes):
+        raise ValueError(f"the weights do not fit the text encoder's configuration: {misfit}")
     encoder.model.load_state_dict({key: value.to("cpu", dtype) for key, value in given.items()}, assign=True)
     # The only tensor not in the file: transformers keeps it as a non-persistent buffer.
     positions = torch.arange(config.context_length).expand((1, -1))
@@ -134,26 +138,15 @@ def text_encoder_config_json(config: TextEncoderConfig, *, whole: bool = False) 
 
     whole: include the last layer even if `hidden` is "penultimate".
     """
-    saved = config if whole else _saved_config(config)
-    return {
+    content = transformers_settings(config if whole else _saved_config(config)) | {
         "architectures": ["CLIPTextModel"],
         "attention_dropout": 0.0,
-        "bos_token_id": saved.bos_id,
-        "eos_token_id": saved.eos_id,
-        "hidden_act": saved.activation,
-        "hidden_size": saved.width,
         "initializer_factor": 1.0,
         "initializer_range": 0.02,
-        "intermediate_size": saved.intermediate_size,
         "layer_norm_eps": LAYER_NORM_EPS,
-        "max_position_embeddings": saved.context_length,
         "model_type": TextEncoder.kind,
-        "num_attention_heads": saved.heads,
-        "num_hidden_layers": saved.layers,
-        "pad_token_id": saved.pad_id,
-        "projection_dim": saved.projection_dim,
-        "vocab_size": saved.vocab_size,
     }
+    return dict(sorted(content.items()))
 
 
 def read_text_encoder_config(content: Mapping[str, Any], hidden: Hidden = "last") -> TextEncoderConfig:
@@ -171,12 +164,7 @@ def read_text_encoder_config(content: Mapping[str, Any], hidden: Hidden = "last"
         bos_id, eos_id = _integer(content, "bos_token_id", bos_id), _integer(content, "eos_token_id")
     pad_id = _integer(content, "pad_token_id", eos_id)
     return TextEncoderConfig(
-        width=_integer(content, "hidden_size"),
-        layers=_integer(content, "num_hidden_layers"),
-        heads=_integer(content, "num_attention_heads"),
-        intermediate_size=_integer(content, "intermediate_size"),
-        context_length=_integer(content, "max_position_embeddings"),
-        vocab_size=vocab_size,
+        **{ours: _integer(content, theirs) for theirs, ours in TRANSFORMERS_SIZES.items()},
         activation=activation,
         hidden=hidden,
         projection_dim=None if content.get("projection_dim") is None else _integer(content, "projection_dim"),
@@ -187,10 +175,7 @@ def read_text_encoder_config(content: Mapping[str, Any], hidden: Hidden = "last"
 
 
 def save_text_encoder(
-    encoder: TransformersTextEncoder | OpenClipTextEncoder,
-    folder: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
+    encoder: TransformersTextEncoder | OpenClipTextEncoder, folder: str | Path, *, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write config.json and model.safetensors, which transformers and diffusers load as a CLIPTextModel.
 
@@ -217,15 +202,7 @@ def prefixed_weights(encoder: TransformersTextEncoder | OpenClipTextEncoder) -> 
 
 def _saved_config(config: TextEncoderConfig) -> TextEncoderConfig:
     """Return the configuration with which the saved encoder is loaded again."""
-    if config.hidden == "last":
-        return config
-    return replace(config, layers=config.layers - 1, hidden="last")
-
-
-def _check_fit(given: StateDict, wanted: StateDict) -> None:
-    shapes = [{key: tensor.shape for key, tensor in state.items()} for state in (wanted, given)]
-    if misfit := describe_misfit(*shapes):
-        raise ValueError(f"the weights do not fit the text encoder's configuration: {misfit}")
+    return config if config.hidden == "last" else replace(config, layers=config.layers - 1, hidden="last")
 
 
 def _without_prefix(state_dict: StateDict, prefix: str) -> dict[str, Tensor]:
@@ -241,3 +218,62 @@ def _integer(content: Mapping[str, Any], name: str, default: int | None = None) 
     if type(value) is not int or not 0 <= value <= limit:
         raise ValueError(f"{name} in a text encoder's config.json must be an integer from 0 to {limit}, not {value!r}")
     return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoderKind:
+    """How to read and write text encoders of one kind, and their tokenizers."""
+
+    class_name: str  # in transformers, as model_index.json has it
+    tokenizer_classes: tuple[str, ...]  # likewise; the first is written
+    read_config: Callable[..., TextEncoderConfig]  # (content of config.json, hidden)
+    own_names: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # renames a file's weights for `build`
+    build: Callable[..., TextEncoder]  # (config, weights, *, dtype)
+    save: Callable[..., None]  # (encoder, folder, *, dtype)
+    load_tokenizer: Callable[[Path], Tokenizer]
+    save_tokenizer: Callable[[Tokenizer, Path], None]
+
+
+# The kinds that a model's folder may hold, by TextEncoder.kind, which is the model_type of config.json.
+TEXT_ENCODERS = {
+    "clip_text_model": TextEncoderKind(
+        class_name="CLIPTextModel",
+        tokenizer_classes=("CLIPTokenizer", "CLIPTokenizerFast"),
+        read_config=read_text_encoder_config,
+        own_names=flattened,
+        build=text_encoder_from_weights,
+        save=save_text_encoder,
+        load_tokenizer=load_tokenizer,
+        save_tokenizer=save_tokenizer,
+    )
+}
+
+
+def kind_of(content: Mapping[str, Any]) -> TextEncoderKind:
+    """Look up the kind of a text_encoder/config.json. Raises ValueError for an unknown one."""
+    kind = content.get("model_type")
+    if kind not in TEXT_ENCODERS:
+        raise ValueError(f"model_type is {str(kind)[:60]!r}, not {' or '.join(map(repr, TEXT_ENCODERS))}")
+    return TEXT_ENCODERS[str(kind)]
+
+
+def load_text_encoder(folder: str | Path, hidden: Hidden = "last") -> TextEncoder:
+    """Load a diffusers `text_encoder/` folder on the CPU in float32; nothing in it is executed.
+
+    Leave `hidden` at "last" for Stable Diffusion 1 and for Stable Diffusion 2, whose folders lack the last layer;
+    "penultimate" is for a complete OpenCLIP tower. Raises FileNotFoundError for a missing file; ValueError if the
+    folder does not hold a known text encoder, or if weights and configuration disagree.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing; a text encoder's folder has config.json and model.safetensors"
+            )
+    content = read_json(folder / "config.json")
+    try:
+        kind = kind_of(content)
+        weights = kind.own_names(load_file(folder / "model.safetensors"))
+        return kind.build(kind.read_config(content, hidden), weights)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: {error}") from error

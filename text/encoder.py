@@ -6,19 +6,25 @@ section 2.4. Shapes: B captions, L tokens (at most `context_length`), D width.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from text.tokenizer import BOS_ID, EOS_ID, TokenizerConfig, mask_to_eos
 
-if TYPE_CHECKING:
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
-
 Activation = Literal["quick_gelu", "gelu"]
 Hidden = Literal["last", "penultimate"]
 LAYER_NORM_EPS = 1e-5  # of every published CLIP; other values are refused
+# Fields of TextEncoderConfig, by their names in transformers' CLIPTextConfig.
+TRANSFORMERS_SIZES = {
+    "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+    "intermediate_size": "intermediate_size", "max_position_embeddings": "context_length", "vocab_size": "vocab_size",
+}
+TRANSFORMERS_NAMES = TRANSFORMERS_SIZES | {
+    "hidden_act": "activation", "projection_dim": "projection_dim",
+    "pad_token_id": "pad_id", "bos_token_id": "bos_id", "eos_token_id": "eos_id",
+}
 
 
 class TextCondition(NamedTuple):
@@ -79,7 +85,7 @@ class TextEncoderConfig:
 class TextEncoder(nn.Module, ABC):
     """Token ids B x L (int64) -> TextCondition; both backends compute the same for the same weights."""
 
-    kind: ClassVar[str] = "clip_text_model"  # its entry in text.kinds.TEXT_ENCODERS
+    kind: ClassVar[str] = "clip_text_model"  # its entry in text.conversion.TEXT_ENCODERS
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -108,9 +114,10 @@ class TransformersTextEncoder(TextEncoder):
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__(config)
         # Imported here, because it takes longer than torch and tokenizing does not need it.
+        from transformers.models.clip.configuration_clip import CLIPTextConfig
         from transformers.models.clip.modeling_clip import CLIPTextModel
 
-        self.model = CLIPTextModel(_transformers_config(config))
+        self.model = CLIPTextModel(CLIPTextConfig(layer_norm_eps=LAYER_NORM_EPS, **transformers_settings(config)))
 
     def _context_and_last(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         penultimate = self.config.hidden == "penultimate"
@@ -145,6 +152,11 @@ class OpenClipTextEncoder(TextEncoder):
         return self.ln_final(states[0]), self.ln_final(last)
 
 
+def transformers_settings(config: TextEncoderConfig) -> dict[str, Any]:
+    """Name the fields of a configuration as CLIPTextConfig does."""
+    return {theirs: getattr(config, ours) for theirs, ours in TRANSFORMERS_NAMES.items()}
+
+
 def open_clip_text_cfg(config: TextEncoderConfig) -> dict[str, Any]:
     """Build the `text_cfg` with which open_clip's CLIP or CustomTextCLIP creates this tower.
 
@@ -161,38 +173,15 @@ def open_clip_text_cfg(config: TextEncoderConfig) -> dict[str, Any]:
     }
 
 
-def _transformers_config(config: TextEncoderConfig) -> "CLIPTextConfig":
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
-
-    return CLIPTextConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        intermediate_size=config.intermediate_size,
-        projection_dim=config.projection_dim,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        max_position_embeddings=config.context_length,
-        hidden_act=config.activation,
-        layer_norm_eps=LAYER_NORM_EPS,
-        pad_token_id=config.pad_id,
-        bos_token_id=config.bos_id,
-        eos_token_id=config.eos_id,
-    )
-
-
 def _text_tower(model: nn.Module) -> Any:
     from open_clip.model import CLIP, CustomTextCLIP
     from open_clip.transformer import TextTransformer
 
     tower = model.text if isinstance(model, CustomTextCLIP) else model
     if not isinstance(tower, CLIP | TextTransformer):
-        raise TypeError(
-            f"{type(tower).__name__} is not a text tower of open_clip; use its CLIP or CustomTextCLIP"
-        )
+        raise TypeError(f"{type(tower).__name__} is not a text tower of open_clip; use its CLIP or CustomTextCLIP")
     if getattr(tower, "cls_emb", None) is not None or tower.attn_mask is None:
-        raise ValueError(
-            "this text tower has a class token or attends to later tokens, which CLIP's does not"
-        )
+        raise ValueError("this text tower has a class token or attends to later tokens, which CLIP's does not")
     return tower
 
 

@@ -166,14 +166,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
     settings = _read_json(folder / "tokenizer_config.json")
-    special = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token") if settings.get(key)}
+    roles = ("bos_token", "eos_token", "pad_token")
+    special = {key: settings[key] for key in roles if settings.get(key)}
     # Stable Diffusion 2 gives its padding token only in special_tokens_map.json. In newer folders, which have
     # added_tokens_decoder, tokenizer_config.json takes precedence, as in transformers.
     if "added_tokens_decoder" not in settings and (folder / "special_tokens_map.json").is_file():
         special |= _read_json(folder / "special_tokens_map.json")
-    names = {
-        key: _token_name(value) for key, value in special.items() if key in ("bos_token", "eos_token", "pad_token")
-    }
+    names = {key: _token_name(value) for key, value in special.items() if key in roles}
     vocabulary, added = _read_vocabulary(folder)
     added |= {_token_name(token) for token in settings.get("added_tokens_decoder", {}).values()}
     pad = names.get("pad_token", EOS)
@@ -193,15 +192,10 @@ def _byte_pair_encoder(ids: dict[str, int], merges: list[tuple[str, str]], pad: 
     except Exception as error:  # the Rust library raises plain Exception
         raise ValueError(f"the merges do not fit the vocabulary: {error}") from error
     encoder = tokenizers.Tokenizer(model)
-    encoder.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    encoder.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    encoder.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     encoder.post_processor = processors.RobertaProcessing(
         (EOS, ids[EOS]), (BOS, ids[BOS]), trim_offsets=False, add_prefix_space=False
     )
@@ -212,11 +206,7 @@ def _byte_pair_encoder(ids: dict[str, int], merges: list[tuple[str, str]], pad: 
 
 def _byte_letters() -> list[str]:
     """Map each byte to a letter, printable ones first; the others get letters from U+0100 on."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 

@@ -1,6 +1,5 @@
 """The KL autoencoder: pixels <-> latents."""
 
-from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from vae.gaussian import DiagonalGaussian
+from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
 
 __all__ = ["AutoencoderKL", "AutoencoderKLConfig", "DiagonalGaussian"]

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae.gaussian import DiagonalGaussian
-
 NORM_EPS = 1e-6  # Stable Diffusion's VAE; its U-Net uses 1e-5
 STABLE_DIFFUSION_SCALE = 0.18215  # 1 / standard deviation of its latents, which all software for its files assumes
 
@@ -193,6 +191,30 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             h = block(h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+@dataclass(frozen=True, slots=True)
+class DiagonalGaussian:
+    """The encoder's posterior q(z|x) (Kingma & Welling 2013): N(mean, diag(exp(logvar))), both B x C x h x w."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> DiagonalGaussian:
+        """Split moments B x 2C x h x w into mean and log-variance, which is clamped so that exp stays finite."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar.clamp(-30.0, 20.0))
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Sample by reparametrisation: z = mu + sigma * eps, eps ~ N(0, I), shaped like the mean."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """Compute KL(q || N(0, I)) = 1/2 sum(mu^2 + sigma^2 - 1 - log sigma^2), in nats per image: B."""
+        mean, logvar = self.mean.float(), self.logvar.float()  # in bfloat16, sums of thousands of terms lose precision
+        terms = mean.square() + logvar.exp() - 1.0 - logvar
+        return 0.5 * terms.flatten(1).sum(dim=1)
 
 
 class AutoencoderKL(nn.Module):

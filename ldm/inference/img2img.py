@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.samples import eight_bits, over_white, to_pixels
+from data.readers import eight_bits, over_white, to_pixels
 from ldm.diffusion import PathConfig, noise_sample
 from ldm.inference.request import steps_left
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.samplers import Denoise
-from vae.gaussian import DiagonalGaussian
+from vae.autoencoder import DiagonalGaussian
 
 if TYPE_CHECKING:
     from PIL import Image

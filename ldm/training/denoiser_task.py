@@ -36,10 +36,9 @@ from ldm.samplers import sampler_named
 from ldm.training.engine.distributed import Ranks
 from ldm.training.session import Session
 from ldm.training.task import Task, TrainingConfig
-from text.kinds import load_text_encoder
+from text.conversion import load_text_encoder
 from text.tokenizer import load_tokenizer
-from vae.autoencoder import AutoencoderKL
-from vae.gaussian import DiagonalGaussian
+from vae.autoencoder import AutoencoderKL, DiagonalGaussian
 
 
 @dataclass(frozen=True, kw_only=True)

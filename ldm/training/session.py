@@ -11,8 +11,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from data.ledger import Quarantine
 from data.loader import Batch, CaptionedImages, held_out
-from data.quarantine import Quarantine
 from data.readers import Reader
 from ldm.config import dump
 from ldm.errors import DataError

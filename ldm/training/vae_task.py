@@ -20,8 +20,7 @@ from ldm.interop.diffusers_layout.vae import save_vae
 from ldm.training.session import Session
 from ldm.training.task import Task, TrainingConfig
 from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from vae.losses import VAELoss, VAELossConfig
-from vae.measure import latent_statistics, psnr
+from vae.losses import VAELoss, VAELossConfig, latent_statistics, psnr
 
 GRID_PICTURES, GRID_COLUMNS = 32, 16
 STATISTICS_PICTURES = 4096  # training images over which latents are measured, each of hundreds of numbers a channel

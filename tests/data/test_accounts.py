@@ -15,9 +15,9 @@ from helpers.serving import served, until
 from PIL import ImageFile
 
 from data.config import DataConfig, HeldOutConfig, ShardSet
+from data.ledger import BadSample, Quarantine
 from data.loader import CaptionedImages, held_out
 from data.manifest import main as write_manifest
-from data.quarantine import BadSample, Quarantine
 from ldm.errors import DataError
 
 # --- mixtures ---

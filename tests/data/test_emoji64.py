@@ -29,7 +29,7 @@ from data.build_emoji64 import (
     read_emoji,
 )
 from data.manifest import entries_for, entry_of, manifest_text
-from data.samples import read_captions
+from data.readers import read_captions
 from data.shards import RawSample, Shard
 from data.sources import expand
 

@@ -12,11 +12,11 @@ import torch
 from helpers.loading import BAD, SIZES, first, images, same
 
 from data.config import DataConfig, HeldOutConfig
+from data.ledger import BadSample
 from data.loader import held_out
 from data.manifest import main as write_manifest
-from data.quarantine import BadSample, BadSampleError
 from data.readers import ImageCaptionReader
-from data.shards import RawSample
+from data.shards import BadSampleError, RawSample
 from ldm.errors import DataError
 
 

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.mixture import Mixture
-from data.order import SampleOrder, SetSpan, Visit
+from data.order import Mixture, SampleOrder, SetSpan, Visit
 
 WEIGHTS = st.lists(st.fractions(Fraction(1, 997), 1000, max_denominator=997), min_size=1, max_size=7)
 

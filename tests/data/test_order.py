@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.keyed import keyed_hash, permutation
-from data.order import SampleOrder, SetOrder, Visit, default_lanes
+from data.order import SampleOrder, SetOrder, Visit, default_lanes, keyed_hash, permutation
 
 
 @st.composite

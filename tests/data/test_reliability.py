@@ -16,10 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.order
+from data.ledger import BadSample
 from data.loader import CaptionedImages
-from data.mixture import Mixture
-from data.order import SampleOrder, SetOrder, Visit
-from data.quarantine import BadSample
+from data.order import Mixture, SampleOrder, SetOrder, Visit
 from data.shards import Shard
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reliability_data.py"

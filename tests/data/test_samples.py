@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.quarantine import BadSample, BadSampleError
-from data.samples import CONTROLS, decode_pixels, read_captions
-from data.shards import RawSample
+from data.ledger import BadSample
+from data.readers import CONTROLS, decode_pixels, read_captions
+from data.shards import BadSampleError, RawSample
 
 
 def raw(**members: bytes) -> RawSample:
@@ -311,7 +311,7 @@ def test_an_error_without_words_is_told_by_its_kind(image_bytes: Callable[..., b
     def fails(image: Image.Image) -> Image.Image:
         raise AssertionError
 
-    monkeypatch.setattr("data.samples.over_white", fails)
+    monkeypatch.setattr("data.readers.over_white", fails)
     with pytest.raises(BadSampleError, match=r"does not decode \(AssertionError\)"):
         decode_pixels(raw(png=image_bytes((1, 2, 3))), 8)
 

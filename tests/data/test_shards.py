@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data.quarantine import BadSampleError
-from data.shards import Shard
+from data.shards import BadSampleError, Shard
 from data.sources import Source, expand
 from ldm.errors import DataError
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from text.conversion import (
     flattened,
+    kind_of,
+    load_text_encoder,
     open_clip_to_transformers,
     read_text_encoder_config,
     save_text_encoder,
@@ -21,7 +23,6 @@ from text.conversion import (
     transformers_to_open_clip,
 )
 from text.encoder import OpenClipTextEncoder, TextEncoderConfig, TransformersTextEncoder, open_clip_text_cfg
-from text.kinds import kind_of, load_text_encoder
 
 TINY = TextEncoderConfig(
     width=32,

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from vae import DiagonalGaussian
-from vae.losses import VAELoss, VAELossConfig
-from vae.perceptual import EfficientNetDistance
+from vae.losses import EfficientNetDistance, VAELoss, VAELossConfig
 
 
 @pytest.fixture(scope="module")

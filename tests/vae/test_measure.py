@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vae import AutoencoderKL, AutoencoderKLConfig
-from vae.measure import latent_statistics, psnr
+from vae.losses import latent_statistics, psnr
 
 
 def test_psnr_is_its_formula():

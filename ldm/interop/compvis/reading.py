@@ -46,9 +46,8 @@ from ldm.interop.weight_reader import Weights, describe, open_weights
 from ldm.model.components import LoadedDenoiser, ModelComponents, Origin, check_components_fit, inpainting_channels
 from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
-from text.conversion import text_encoder_from_weights
+from text.conversion import kind_of, text_encoder_from_weights
 from text.encoder import TransformersTextEncoder
-from text.kinds import kind_of
 from text.tokenizer import Tokenizer
 from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL, AutoencoderKLConfig
 

@@ -12,8 +12,8 @@ import torch
 from ldm.interop.network_files import TEXT_STEM, described_by, find_weights, read_config
 from ldm.interop.weight_reader import Weights
 from ldm.model.conditioner import TextTower
+from text.conversion import TEXT_ENCODERS, TextEncoderKind, kind_of
 from text.encoder import TextEncoderConfig
-from text.kinds import TEXT_ENCODERS, TextEncoderKind, kind_of
 from text.tokenizer import Tokenizer
 
 FOLDERS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))

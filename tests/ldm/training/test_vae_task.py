@@ -17,7 +17,7 @@ from ldm.training import session as sessions
 from ldm.training import vae_task
 from ldm.training.session import Session
 from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from vae.measure import latent_statistics
+from vae.losses import latent_statistics
 
 BATCH, ALL = 4, sum(SIZES)
 

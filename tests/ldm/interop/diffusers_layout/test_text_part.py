@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ldm.interop.diffusers_layout.folder import read_folder, write_folder
 from ldm.model.conditioner import Conditioner, TextTower
+from text.conversion import TEXT_ENCODERS
 from text.encoder import TextEncoder, TextEncoderConfig
-from text.kinds import TEXT_ENCODERS
 
 SIZES = ("width", "context_length", "vocab_size", "eos_id")
 
