@@ -26,7 +26,7 @@ from ldm.diffusion import (
 )
 from ldm.inference.contact_sheet import save_image, sheet
 from ldm.inference.pipeline import TextToImage
-from ldm.interop.diffusers_layout.denoiser import denoiser_folder, load_denoiser
+from ldm.interop.diffusers_layout.denoiser import layout_of, load_denoiser
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.diffusers_layout.vae import load_vae
 from ldm.interop.network_files import RUN_MODEL, load_strictly, model_folder
@@ -183,7 +183,7 @@ def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
 
 def start_from(denoiser: Denoiser, config: TrainConfig, folder: str) -> None:
     """Load the weights of a model or run into a fresh denoiser. Raises ValueError if they are of another network."""
-    source = model_folder(Path(folder)) / denoiser_folder(config.model.denoiser)
+    source = model_folder(Path(folder)) / layout_of(config.model.denoiser).folder
     load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)
 
 
