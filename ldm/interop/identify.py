@@ -10,6 +10,7 @@ from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 DENOISER, FIRST_STAGE, CONDITIONER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+EMA = "model_ema."  # averaged weights of the denoiser, in the same file
 
 
 class Foreign(NamedTuple):
@@ -18,24 +19,13 @@ class Foreign(NamedTuple):
     remedy: str = "which is not supported yet: give Stable Diffusion 1 or 2"
 
 
+LORA_MARKS = (
+    "lora_unet_", "lora_te", ".lora_A.", ".lora_down.", ".lora.down.", "_lora.down.", "lora_linear_layer",
+    ".hada_w1", ".lokr_w", ".dora_scale",
+)  # fmt: skip
 # The first match counts, so parts are listed after the models that contain them.
 FOREIGN = (
-    Foreign(
-        "a LoRA",
-        (
-            "lora_unet_",
-            "lora_te",
-            ".lora_A.",
-            ".lora_down.",
-            ".lora.down.",
-            "_lora.down.",
-            "lora_linear_layer",
-            ".hada_w1",
-            ".lokr_w",
-            ".dora_scale",
-        ),
-        "which is added to a model: give it with --lora",
-    ),
+    Foreign("a LoRA", LORA_MARKS, "which is added to a model: give it with --lora"),
     Foreign("a ControlNet", ("control_model.", "controlnet_", "input_hint_block.")),
     Foreign("a T2I-Adapter or IP-Adapter", ("ip_adapter.", "adapter.body.", "image_proj.")),
     Foreign("a motion module (AnimateDiff)", ("motion_modules.", "temporal_transformer.")),
@@ -89,3 +79,20 @@ def is_single_file(shapes: Shapes) -> bool:
 def is_vae(shapes: Shapes) -> bool:
     """Return whether this is an autoencoder, in either layout, with or without its prefix in a complete model."""
     return any(name.removeprefix(FIRST_STAGE).startswith("decoder.conv_in.") for name in shapes)
+
+
+def refuse_parts(shapes: Shapes, *, source: Path) -> None:
+    """Raise ValueError for a file that is not a complete model in CompVis's layout, naming the part that it holds."""
+    if is_single_file(shapes):
+        return
+    if is_vae(shapes):
+        problem = "it looks like only an autoencoder, which is used with a model: give it with --vae"
+    elif any(name.startswith(EMA) for name in shapes):
+        problem = "it holds only averaged weights: give the file that has both"
+    elif any(name.startswith(("down_blocks.", "transformer_blocks.")) for name in shapes):
+        problem = "it looks like only a denoiser, in diffusers' layout: give the folder that it comes from"
+    elif any("encoder.layers." in name or "transformer.resblocks." in name for name in shapes):
+        problem = "it looks like only a text encoder: give the model that it belongs to"
+    else:
+        problem = f"it has no {DENOISER}* among its {len(shapes)} tensors ({', '.join(sorted(shapes)[:3])})"
+    raise ValueError(f"{source} is not a complete model: {problem}")

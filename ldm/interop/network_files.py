@@ -64,7 +64,7 @@ def described_by(source: Path) -> Iterator[None]:
         raise ValueError(f"{source} holds a value of another kind than expected ({error}): copy it again") from error
 
 
-def find_weights(folder: Path, stem: str) -> Weights:
+def find_weights(folder: Path, stem: str = WEIGHTS_STEM) -> Weights:
     """Open the weights of a folder in diffusers' or transformers' layout, preferring safetensors and full precision.
 
     Raises ValueError or FileNotFoundError, naming the file.

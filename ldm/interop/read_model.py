@@ -1,5 +1,5 @@
-"""Read a model from a folder or a single file, optionally with another autoencoder and with LoRAs; and what its small
-files say of it, before its weights are read."""
+"""Read a model from a folder or a single file, optionally with another autoencoder, from a file of its own, and with
+LoRAs; and what its small files say of it, before its weights are read."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ldm.diffusion import Prediction
-from ldm.interop.compvis.reading import read_single_file, read_vae
+from ldm.interop.compvis.names import vae_from_shapes, vae_names
+from ldm.interop.compvis.reading import LEFT_OVER, attention_as_matrices, read_single_file
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, read_denoiser_config
 from ldm.interop.diffusers_layout.folder import read_folder
 from ldm.interop.diffusers_layout.scheduler import read_scheduler
-from ldm.interop.diffusers_layout.vae import open_vae
+from ldm.interop.diffusers_layout.vae import load_vae, open_vae, with_new_names
+from ldm.interop.identify import FIRST_STAGE, is_vae, refuse_foreign, shapes_of
 from ldm.interop.lora import merge_lora, read_lora
-from ldm.interop.network_files import RUN_MODEL, model_folder
+from ldm.interop.network_files import RUN_MODEL, described_by, fill, model_folder
 from ldm.interop.weight_reader import open_weights
 from ldm.model.components import ModelComponents, inpainting_channels
 from ldm.model.facts import ModelFacts
+from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
 
 class Lora(NamedTuple):
@@ -65,14 +69,7 @@ def add_lora(parts: ModelComponents, file: Path, strength: float) -> None:
     weights = open_weights(file)
     names = layout_of(parts.config).other_names(parts.denoiser, parts.config)
     encoder = parts.model.conditioner.encoders[0]
-    layers = read_lora(
-        weights.tensors,
-        weights.metadata,
-        denoiser=parts.denoiser,
-        text_encoder=encoder,
-        source=file,
-        compvis_names=names,
-    )
+    layers = read_lora(weights, denoiser=parts.denoiser, text_encoder=encoder, compvis_names=names)
     merge_lora(layers, denoiser=parts.denoiser, text_encoder=encoder, strength=strength)
 
 
@@ -110,3 +107,52 @@ def read_facts(path: Path) -> ModelFacts:
         facts["factor"] = vae.config.factor * config.stride
         facts["for_inpainting"] = around.concat_channels == inpainting_channels(vae)
     return ModelFacts(**facts)
+
+
+def read_vae(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig) -> AutoencoderKL:
+    """Read an autoencoder from a folder that holds its config.json, or a vae/ with one; or from a file.
+
+    A file does not state the shift and scale of its latents: the model's own are used. Raises ValueError or
+    FileNotFoundError for anything else, and for latents of another shape than the model's.
+    """
+    if path.is_dir():
+        vae = load_vae(path if (path / "config.json").exists() else path / "vae", dtype=dtype)
+    else:
+        vae = _read_vae_file(path, dtype=dtype, in_place_of=in_place_of)
+    ours, theirs = in_place_of, vae.config
+    if (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
+        raise ValueError(
+            f"{path} makes latents of {theirs.latent_channels} channels at 1/{theirs.factor} of the image's side, "
+            f"expected {ours.latent_channels} at 1/{ours.factor}, as the model's own does: give one that fits the model"
+        )
+    return vae
+
+
+def _read_vae_file(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig) -> AutoencoderKL:
+    weights = open_weights(path).changed(_below_first_stage)
+    shapes = shapes_of(weights.tensors)
+    refuse_foreign(shapes, source=path)
+    if not is_vae(shapes):
+        raise ValueError(
+            f"{path} is not an autoencoder ({', '.join(sorted(shapes)[:3])}): give one of Stable Diffusion's"
+        )
+    with described_by(path), torch.device("meta"):
+        config = replace(vae_from_shapes(shapes), norm_num_groups=in_place_of.norm_num_groups)
+        if config.latent_channels == in_place_of.latent_channels:
+            config = replace(config, latent_mean=in_place_of.latent_mean, latent_std=in_place_of.latent_std)
+        vae = AutoencoderKL(config)
+    if any(".down_blocks." in name for name in shapes):
+        fill(vae, weights.changed(with_new_names), dtype=dtype)
+        return vae
+    names = {theirs: ours for ours, theirs in vae_names(vae.state_dict(), config).items()}
+    fill(vae, weights.changed(lambda found: {names.get(name, name): t for name, t in found.items()}), dtype=dtype)
+    return vae
+
+
+def _below_first_stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefix, and the networks of the training loss."""
+    return {
+        name.removeprefix(FIRST_STAGE): tensor
+        for name, tensor in attention_as_matrices(tensors).items()
+        if not name.startswith("loss.") and not LEFT_OVER.fullmatch(name)
+    }

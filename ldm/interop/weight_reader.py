@@ -57,11 +57,8 @@ class Weights:
         Tensors already in this precision stay mapped; of the others, at most GROUP_BYTES of the file are in memory in
         addition to the result.
         """
-        found = {
-            name: _converted(name, tensor, dtype, self.source)
-            for name, tensor in self.tensors.items()
-            if tensor.dtype == dtype
-        }
+        same = [name for name, tensor in self.tensors.items() if tensor.dtype == dtype]
+        found = {name: _converted(name, self.tensors[name], dtype, self.source) for name in same}
         for names in _groups({name: tensor for name, tensor in self.tensors.items() if tensor.dtype != dtype}):
             mapped = self.remap()
             found |= {name: _converted(name, mapped[name], dtype, self.source) for name in names}
@@ -152,10 +149,8 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _check_plain(tensors: Mapping[str, Tensor], source: Path) -> None:
     """Raise ValueError for anything but plain tensors: a file of a kilobyte may claim a tensor of many gigabytes."""
-    if len(tensors) > MAX_TENSORS:
-        raise ValueError(
-            f"{source} contains {len(tensors)} tensors, expected at most {MAX_TENSORS}: this is not a model"
-        )
+    if (count := len(tensors)) > MAX_TENSORS:
+        raise ValueError(f"{source} contains {count} tensors, expected at most {MAX_TENSORS}: this is not a model")
     for name, tensor in tensors.items():
         if len(name) > MAX_NAME or not name.isprintable():
             raise ValueError(f"{source} has a tensor with the invalid name {name[:40]!r}: this is not a model")

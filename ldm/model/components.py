@@ -49,6 +49,10 @@ class ModelComponents:
     origin: Origin | None = field(default=None, compare=False)
 
     @property
+    def as_loaded(self) -> LoadedDenoiser:
+        return LoadedDenoiser(self.denoiser, self.config, self.sample_size, self.model.conditioner.width)
+
+    @property
     def networks(self) -> tuple[nn.Module, ...]:
         """The denoiser, the autoencoder and the text encoders."""
         return self.denoiser, self.model.vae, *self.model.conditioner.encoders
@@ -71,11 +75,7 @@ def inpainting_channels(vae: AutoencoderKL) -> int:
 
 
 def check_components_fit(
-    denoiser: LoadedDenoiser,
-    vae: AutoencoderKL,
-    towers: Sequence[tuple[TextEncoderConfig, Tokenizer]],
-    *,
-    source: Path,
+    denoiser: LoadedDenoiser, vae: AutoencoderKL, towers: Sequence[tuple[TextEncoderConfig, Tokenizer]], *, source: Path
 ) -> None:
     """Raise ValueError, naming both, if two components were not made for each other."""
     network, channels = denoiser.network, vae.config.latent_channels
@@ -84,11 +84,10 @@ def check_components_fit(
     pairs = [
         ("latent channels", f"{network.latent_channels}{further}", "the denoiser", str(channels), "the autoencoder"),
         ("wide a context", str(denoiser.context_width), "the denoiser", str(width), "the text encoder"),
-        *(
-            ("tokens", str(tokenizer.vocab_size), "the tokenizer", str(config.vocab_size), "the text encoder")
-            for config, tokenizer in towers
-        ),
     ]
+    for config, tokenizer in towers:
+        tokens = str(tokenizer.vocab_size), "the tokenizer", str(config.vocab_size), "the text encoder"
+        pairs.append(("tokens", *tokens))
     for what, of_one, one, of_other, other in pairs:
         if of_one != of_other:
             raise ValueError(

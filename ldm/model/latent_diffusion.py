@@ -13,26 +13,17 @@ import torch
 from torch import Tensor
 
 from ldm.denoisers import Condition, Denoiser, Output
-from ldm.diffusion import (
-    EDMPath,
-    ObjectiveConfig,
-    PathConfig,
-    Prediction,
-    RectifiedFlowPath,
-    diffusion_loss,
-    loss_weight,
-    network_input,
-    noise_sample,
-    prior_std,
-    target,
-    to_x0,
-)
 from ldm.diffusion.learned_variance import bound_terms
+from ldm.diffusion.objective import ObjectiveConfig, diffusion_loss, loss_weight
+from ldm.diffusion.paths import EDMPath, PathConfig, RectifiedFlowPath, prior_std
+from ldm.diffusion.predictions import Prediction, network_input, noise_sample, target, to_x0
 from ldm.errors import NonFiniteError
 from ldm.model.conditioner import Conditioner
 from ldm.samplers import noise_like
 from ldm.samplers.network_denoise import NetworkDenoise
 from vae.autoencoder import AutoencoderKL
+
+Network = Callable[[Tensor, Tensor, Condition], Output]  # a denoiser, or a function that calls one
 
 
 class Losses(NamedTuple):
@@ -64,19 +55,12 @@ class LatentDiffusion:
         return next(self.vae.parameters()).device
 
     def losses(
-        self,
-        network: Callable[[Tensor, Tensor, Condition], Output],
-        x0: Tensor,
-        eps: Tensor,
-        t: Tensor,
-        condition: Condition,
-        *,
-        added: Tensor | None = None,
+        self, network: Network, x0: Tensor, eps: Tensor, t: Tensor, condition: Condition, *, added: Tensor | None = None
     ) -> Losses:
         """Compute the terms of the training loss, per sample.
 
-        x0 and eps B x C x h x w, t B on the CPU. network: a denoiser, or a function that calls one. added: the noise in
-        x_t if it differs from eps, the noise in the target.
+        x0 and eps B x C x h x w, t B on the CPU. added: the noise in x_t if it differs from eps, the noise in the
+        target.
         """
         x_t = noise_sample(x0, eps if added is None else added, self.path, t)
         output = network(*network_input(x_t, self.path, t), condition)

@@ -23,7 +23,7 @@ from ldm.diffusion.randomness import drop_captions, sample_randomness, spread_un
 from ldm.inference.contact_sheet import save_image, sheet
 from ldm.inference.pipeline import TextToImage
 from ldm.inference.request import DrawRequest
-from ldm.interop.diffusers_layout.denoiser import denoiser_folder, load_denoiser
+from ldm.interop.diffusers_layout.denoiser import layout_of, load_denoiser
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
 from ldm.interop.diffusers_layout.vae import load_vae
@@ -256,7 +256,7 @@ def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
 
 def start_from(denoiser: Denoiser, config: TrainConfig, folder: str) -> None:
     """Load the weights of a model or run into a fresh denoiser. Raises ValueError if they are of another network."""
-    source = model_folder(Path(folder)) / denoiser_folder(config.model.denoiser)
+    source = model_folder(Path(folder)) / layout_of(config.model.denoiser).folder
     load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.denoisers import DiTConfig, UNetConfig
 from ldm.interop.lora import LoraLayer, Part, merge_lora, read_lora
-from ldm.interop.weight_reader import open_weights
+from ldm.interop.weight_reader import Weights, open_weights
 from text import TextEncoderConfig, TransformersTextEncoder
 
 UNET = UNetConfig(
@@ -94,12 +94,12 @@ def mixed_layers(model: Model) -> list[LoraLayer]:
 
 
 def read(model: Model, weights: dict[str, Tensor], metadata: dict[str, str] | None = None, **names: Any):
-    return read_lora(weights, metadata or {}, **model._asdict(), source=SOURCE, **names)
+    opened = Weights((SOURCE,), weights, lambda: weights, metadata or {})
+    return read_lora(opened, **model._asdict(), **names)
 
 
 def read_file(model: Model, path: Path) -> list[LoraLayer]:
-    file = open_weights(path)
-    return read_lora(file.tensors, file.metadata, **model._asdict(), source=path)
+    return read_lora(open_weights(path), **model._asdict())
 
 
 def merge(model: Model, layers: list[LoraLayer], strength: float = 1.0) -> Model:

@@ -1,7 +1,12 @@
-"""Read Stable Diffusion from a single file in CompVis's layout, and standalone autoencoders, in place of a model's own.
+"""Read Stable Diffusion from a single file in CompVis's layout.
 
 Settings that do not follow from the shapes come from the file's header or YAML (see sidecar), or else are those that
 Stable Diffusion 1 and 2 have in common. ldm.interop.compvis.writing writes such files.
+
+Whether Stable Diffusion 2 predicts eps or v: the user's choice; then the file or the YAML next to it; then eps for
+Stable Diffusion 1; otherwise a test of the network, because both have the same shapes. Given pure noise at the last
+timestep, a network that predicts eps returns its input. One that predicts v = alpha eps - sigma x0 returns about -x0,
+an image of its own, because alpha is nearly zero there.
 """
 
 from __future__ import annotations
@@ -12,36 +17,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import PathConfig, Prediction, ScaledLinearBetaPath
-from ldm.interop.compvis.detect_prediction import find_prediction
 from ldm.interop.compvis.names import (
-    EMA,
+    TextEncoderPlan,
     ema_name,
     is_attention_of_vae,
+    plan_text_encoder,
     unet_from_shapes,
     unet_names,
     vae_from_shapes,
     vae_names,
 )
 from ldm.interop.compvis.sidecar import HIDDEN_KEY, Sidecar, read_sidecar, with_heads
-from ldm.interop.compvis.text_encoder import TextEncoderPlan, plan_text_encoder
+from ldm.interop.diffusers_layout.denoiser import UNetLayout
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json, scheduler_from
-from ldm.interop.diffusers_layout.unet import UNetLayout
-from ldm.interop.diffusers_layout.vae import load_vae, vae_config, with_new_names
-from ldm.interop.identify import (
-    CONDITIONER,
-    DENOISER,
-    FIRST_STAGE,
-    Shapes,
-    is_single_file,
-    is_vae,
-    refuse_foreign,
-    shapes_of,
-)
-from ldm.interop.network_files import check_fit, described_by, fill
+from ldm.interop.diffusers_layout.vae import vae_config
+from ldm.interop.identify import CONDITIONER, DENOISER, FIRST_STAGE, Shapes, refuse_foreign, refuse_parts, shapes_of
+from ldm.interop.network_files import check_fit, described_by
 from ldm.interop.weight_reader import Weights, describe, open_weights
 from ldm.model.components import LoadedDenoiser, ModelComponents, Origin, check_components_fit, inpainting_channels
 from ldm.model.conditioner import Conditioner, TextTower
@@ -49,7 +45,7 @@ from ldm.model.latent_diffusion import LatentDiffusion
 from text.conversion import kind_of, text_encoder_from_weights
 from text.encoder import TransformersTextEncoder
 from text.tokenizer import Tokenizer
-from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL, AutoencoderKLConfig
+from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL
 
 # Left by training in such files: tables, EMA counters, and the autoencoder's discriminator and perceptual loss.
 LEFT_OVER = re.compile(
@@ -59,6 +55,9 @@ LEFT_OVER = re.compile(
     r"cond_stage_model\.transformer\.(text_model\.)?(embeddings\.position_ids|text_projection\.weight))"
 )
 DEFAULT_SIDE, SIDE_OF_SECOND_V = 64, 96  # of the latents of 512 x 512 pixels, and of Stable Diffusion 2's 768 x 768
+LAST_TIMESTEP = 999
+ASKED_SIDE = 16  # of the latents: 1/16 of the work of the native 64 x 64
+LEAST_CORRELATION = 0.5  # of the output with the noise: near 1 for an eps network, near 0 for a v network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +79,13 @@ def read_single_file(
 ) -> ModelComponents:
     """Read a model in this precision, on the CPU. ema: use the averaged weights if the file holds both.
 
-    prediction: overrides the stated or detected one: see ldm.interop.compvis.detect_prediction. Raises ValueError or
+    prediction: overrides the stated or detected one: see find_prediction. Raises ValueError or
     FileNotFoundError for a file that is missing, truncated or of another layout.
     """
     weights = open_weights(path).changed(attention_as_matrices)
     shapes = shapes_of(weights.tensors)
     refuse_foreign({name: shape for name, shape in shapes.items() if not LEFT_OVER.fullmatch(name)}, source=path)
-    if not is_single_file(shapes):
-        raise ValueError(f"{path} is not a complete model: {_what_it_is(shapes)}")
+    refuse_parts(shapes, source=path)
     sidecar = read_sidecar(path, weights.metadata)
     with described_by(path):
         sidecar = with_buffers(sidecar, weights)
@@ -168,13 +166,11 @@ def make_plan(shapes: Shapes, sidecar: Sidecar, *, source: Path) -> Plan:
         scale = STABLE_DIFFUSION_SCALE if sidecar.scale_factor is None else sidecar.scale_factor
         vae = replace(vae, latent_std=(1 / scale,) * vae.latent_channels)
     latents = vae.latent_channels
-    further = below[DENOISER]["input_blocks.0.0.weight"][1] - latents
-    if further < 0:
-        raise ValueError(
-            f"its U-Net takes {latents + further} channels, but its autoencoder produces {latents}: give another"
-        )
+    taken = below[DENOISER]["input_blocks.0.0.weight"][1]
+    if taken < latents:
+        raise ValueError(f"its U-Net takes {taken} channels, but its autoencoder produces {latents}: give another")
     with torch.device("meta"):
-        unet = UNet(config, latent_channels=latents, concat_channels=further, context_width=context_width)
+        unet = UNet(config, latent_channels=latents, concat_channels=taken - latents, context_width=context_width)
         autoencoder = AutoencoderKL(vae)
     of_unet, of_vae = unet_names(unet.state_dict(), config), vae_names(autoencoder.state_dict(), vae)
     return Plan(
@@ -236,14 +232,13 @@ def path_and_prediction(sidecar: Sidecar, weights: Weights, *, source: Path) -> 
         zero_terminal_snr="ztsnr" in tensors,
     )
     table = tensors.get("alphas_cumprod")
-    if table is not None:
-        times = torch.arange(1, sidecar.timesteps + 1, dtype=torch.float64) / sidecar.timesteps
-        ours = path.alpha(times) ** 2
-        off = 2 * torch.finfo(table.dtype).eps + 1e-5  # float32 sums of the betas, and rounding to the stored dtype
-        if table.shape != ours.shape or not (table.double() - ours).abs().max() <= off:
-            raise ValueError(
-                f"{source} was trained on another schedule than Stable Diffusion's: put its .yaml next to it"
-            )
+    if table is None:
+        return path, sidecar.prediction
+    times = torch.arange(1, sidecar.timesteps + 1, dtype=torch.float64) / sidecar.timesteps
+    ours = path.alpha(times) ** 2
+    off = 2 * torch.finfo(table.dtype).eps + 1e-5  # float32 sums of the betas, and rounding to the stored dtype
+    if table.shape != ours.shape or not (table.double() - ours).abs().max() <= off:
+        raise ValueError(f"{source} was trained on another schedule than Stable Diffusion's: put its .yaml next to it")
     return path, sidecar.prediction
 
 
@@ -262,62 +257,30 @@ def _ema_remark(both: bool, *, ema: bool) -> tuple[str, ...]:
     return ("averaged weights (EMA)",) if ema else ("not the averaged weights (EMA), which it also holds",)
 
 
-def _what_it_is(shapes: Shapes) -> str:
-    if is_vae(shapes):
-        return "it looks like only an autoencoder, which is used with a model: give it with --vae"
-    if any(name.startswith(EMA) for name in shapes):
-        return "it holds only averaged weights: give the file that has both"
-    if any(name.startswith(("down_blocks.", "transformer_blocks.")) for name in shapes):
-        return "it looks like only a denoiser, in diffusers' layout: give the folder that it comes from"
-    if any("encoder.layers." in name or "transformer.resblocks." in name for name in shapes):
-        return "it looks like only a text encoder: give the model that it belongs to"
-    return f"it has no {DENOISER}* among its {len(shapes)} tensors ({', '.join(sorted(shapes)[:3])})"
+def find_prediction(
+    wanted: Prediction | None, stated: Prediction | None, unet: UNet, config: UNetConfig, conditioner: Conditioner
+) -> tuple[Prediction, tuple[str, ...]]:
+    """Return what the network predicts, with a remark on how that was determined."""
+    if wanted is not None:
+        return wanted, ("prediction as requested",)
+    if stated is not None or not config.use_linear_projection:
+        return stated or "eps", ()
+    seen = noise_in_answer(unet, conditioner)
+    remark = f"prediction found by a test (noise in its output: {seen:.2f}; --prediction sets it)"
+    return "eps" if seen > LEAST_CORRELATION else "v", (remark,)
 
 
-def read_vae(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig) -> AutoencoderKL:
-    """Read an autoencoder from a folder that holds its config.json, or a vae/ with one; or from a file.
-
-    A file does not state the shift and scale of its latents: the model's own are used. Raises ValueError or
-    FileNotFoundError for anything else, and for latents of another shape than the model's.
-    """
-    if path.is_dir():
-        vae = load_vae(path if (path / "config.json").exists() else path / "vae", dtype=dtype)
-    else:
-        vae = _read_vae_file(path, dtype=dtype, in_place_of=in_place_of)
-    ours, theirs = in_place_of, vae.config
-    if (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
-        raise ValueError(
-            f"{path} makes latents of {theirs.latent_channels} channels at 1/{theirs.factor} of the image's side, "
-            f"expected {ours.latent_channels} at 1/{ours.factor}, as the model's own does: give one that fits the model"
-        )
-    return vae
-
-
-def _read_vae_file(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig) -> AutoencoderKL:
-    weights = open_weights(path).changed(_below_first_stage)
-    shapes = shapes_of(weights.tensors)
-    refuse_foreign(shapes, source=path)
-    if not is_vae(shapes):
-        raise ValueError(
-            f"{path} is not an autoencoder ({', '.join(sorted(shapes)[:3])}): give one of Stable Diffusion's"
-        )
-    with described_by(path), torch.device("meta"):
-        config = replace(vae_from_shapes(shapes), norm_num_groups=in_place_of.norm_num_groups)
-        if config.latent_channels == in_place_of.latent_channels:
-            config = replace(config, latent_mean=in_place_of.latent_mean, latent_std=in_place_of.latent_std)
-        vae = AutoencoderKL(config)
-    if any(".down_blocks." in name for name in shapes):
-        fill(vae, weights.changed(with_new_names), dtype=dtype)
-        return vae
-    names = {theirs: ours for ours, theirs in vae_names(vae.state_dict(), config).items()}
-    fill(vae, weights.changed(lambda found: {names.get(name, name): t for name, t in found.items()}), dtype=dtype)
-    return vae
-
-
-def _below_first_stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefix, and the networks of the training loss."""
-    return {
-        name.removeprefix(FIRST_STAGE): tensor
-        for name, tensor in attention_as_matrices(tensors).items()
-        if not name.startswith("loss.") and not LEFT_OVER.fullmatch(name)
-    }
+@torch.no_grad()
+def noise_in_answer(unet: UNet, conditioner: Conditioner) -> float:
+    """Return the correlation of the network's output with its input noise, for the empty prompt."""
+    parameter = next(unet.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, unet.in_channels, ASKED_SIDE, ASKED_SIDE, generator=generator).to(parameter)
+    noise, further = x[:, : unet.latent_channels], None
+    if unet.concat_channels:  # for inpainting: everything masked, and an empty image
+        further = torch.zeros_like(x[:, unet.latent_channels :])
+        further[:, 0] = 1
+    condition = conditioner([""])._replace(concat=further).to(parameter.dtype)
+    t = torch.full((1,), float(LAST_TIMESTEP), device=parameter.device)
+    answer = unet(noise, t, condition).prediction
+    return F.cosine_similarity(answer.float().flatten(), noise.float().flatten(), dim=0).item()

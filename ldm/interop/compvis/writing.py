@@ -18,12 +18,11 @@ from torch import Tensor
 from ldm.denoisers import UNetConfig
 from ldm.diffusion import ScaledLinearBetaPath
 from ldm.files.atomic import atomic_file
-from ldm.interop.compvis.names import as_convolution, is_attention_of_vae, unet_names, vae_names
+from ldm.interop.compvis.names import OPEN_CLIP, TRANSFORMERS, is_attention_of_vae, unet_names, vae_names
 from ldm.interop.compvis.sidecar import HIDDEN_KEY, OWN_KEY, dump_yaml
-from ldm.interop.compvis.text_encoder import OPEN_CLIP, TRANSFORMERS
+from ldm.interop.diffusers_layout.denoiser import UNetLayout
 from ldm.interop.diffusers_layout.layout import Surroundings
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
-from ldm.interop.diffusers_layout.unet import UNetLayout
 from ldm.interop.diffusers_layout.vae import folded, scale_of, vae_config_json
 from ldm.interop.identify import CONDITIONER, DENOISER, FIRST_STAGE
 from ldm.interop.network_files import write_weights
@@ -100,7 +99,7 @@ def single_file_tensors(parts: ModelComponents) -> dict[str, Tensor]:
     found = {DENOISER + theirs: unet[ours] for ours, theirs in unet_names(unet, parts.config).items()}
     for ours, theirs in vae_names(autoencoder, vae.config).items():
         tensor = autoencoder[ours]
-        found[FIRST_STAGE + theirs] = as_convolution(tensor) if is_attention_of_vae(theirs) else tensor
+        found[FIRST_STAGE + theirs] = tensor[:, :, None, None] if is_attention_of_vae(theirs) else tensor
     # Markers that other programs look for, of settings that do not follow from shapes.
     marks = {"v_pred": parts.model.prediction == "v", "ztsnr": getattr(parts.model.path, "zero_terminal_snr", False)}
     found |= {name: torch.zeros(0) for name, is_so in marks.items() if is_so}
@@ -123,14 +122,12 @@ def header(parts: ModelComponents, tensors: Mapping[str, Tensor], *, title: str)
     model, width = parts.model, parts.model.conditioner.width
     side = parts.sample_size * model.vae.config.factor
     text = _text_tower(parts).encoder
-    around = Surroundings.of(parts.denoiser, sample_size=parts.sample_size, context_width=width)
     own = {
-        "unet": UNetLayout().to_json(parts.config, around),
+        "unet": UNetLayout().to_json(parts.config, Surroundings.of(parts.as_loaded)),
         "vae": vae_config_json(folded(model.vae).config),
-        "text_encoder": text_encoder_config_json(text.config, whole=True)
-        | {HIDDEN_KEY: text.config.hidden},
+        "text_encoder": text_encoder_config_json(text.config, whole=True) | {HIDDEN_KEY: text.config.hidden},
         "scheduler": scheduler_config_json(model.path, model.prediction),
-    }  # fmt: skip
+    }
     kind = parts.config.describe(width)
     inpainting = "/inpainting" * parts.for_inpainting
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,18 @@ import torch
 from ldm.diffusion import Prediction
 from ldm.files.atomic import atomic_folder
 from ldm.files.strict_json import write_json
-from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, OWN, layout_of, open_denoiser, save_denoiser
-from ldm.interop.diffusers_layout.layout import VERSION, DenoiserLayout
+from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, open_denoiser, save_denoiser
+from ldm.interop.diffusers_layout.layout import OWN, VERSION, DenoiserLayout
 from ldm.interop.diffusers_layout.scheduler import read_scheduler, scheduler_config_json
-from ldm.interop.diffusers_layout.text_part import (
-    known_text_classes,
-    open_text_parts,
-    save_text_parts,
-    text_classes,
-)
 from ldm.interop.diffusers_layout.vae import folded, open_vae, save_vae, vae_weights
-from ldm.interop.network_files import WEIGHTS_STEM, fill, find_weights, read_config
+from ldm.interop.network_files import TEXT_STEM, described_by, fill, find_weights, read_config
 from ldm.interop.weight_reader import Weights, describe
 from ldm.model.components import ModelComponents, Origin, check_components_fit
-from ldm.model.conditioner import Conditioner
+from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
+from text.conversion import TEXT_ENCODERS, TextEncoderKind, kind_of
+from text.encoder import TextEncoderConfig
+from text.tokenizer import Tokenizer
 
 NOTES = "foundry.yaml"
 INDEX = "model_index.json"
@@ -33,12 +31,14 @@ MAX_NOTES_BYTES = 2**20
 # Allowed in a model_index.json: diffusers' own pipelines, and known classes for the parts that are read.
 PIPELINES = {
     "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
-    "PixArtAlphaPipeline", "PixArtSigmaPipeline", OWN.pipeline(for_inpainting=False),
+    "PixArtAlphaPipeline", "PixArtSigmaPipeline", *OWN.pipelines,
 }  # fmt: skip
 KNOWN_CLASSES = {
     **{layout.folder: [[layout.library, name] for name in layout.classes] for layout in ALL_LAYOUTS},
     "vae": [["diffusers", "AutoencoderKL"]],
 }
+TEXT_FOLDERS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+LIBRARY = "transformers"
 
 
 def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | None = None) -> ModelComponents:
@@ -53,7 +53,7 @@ def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | No
     scheduler_config_json(path, prediction or stated)  # raises for a prediction that this path does not have
     loaded, vae, texts = open_denoiser(part), open_vae(folder / "vae"), open_text_parts(folder)
     check_components_fit(loaded, vae, [(text.config, text.tokenizer) for text in texts], source=folder)
-    weights, of_vae = find_weights(part, WEIGHTS_STEM), vae_weights(folder / "vae")
+    weights, of_vae = find_weights(part), vae_weights(folder / "vae")
     # The text encoders first, so that their mapped pages are released before the larger parts are read.
     towers = [text.read(dtype) for text in texts]
     fill(vae, of_vae, dtype=dtype)
@@ -134,14 +134,7 @@ def write_parts(parts: ModelComponents, folder: Path, *, dtype: torch.dtype) -> 
     """Write a model's parts into an existing, empty folder."""
     model, towers = parts.model, parts.model.conditioner.towers
     layout = layout_of(parts.config)
-    save_denoiser(
-        parts.denoiser,
-        parts.config,
-        folder / layout.folder,
-        sample_size=parts.sample_size,
-        context_width=model.conditioner.width,
-        dtype=dtype,
-    )
+    save_denoiser(parts.as_loaded, folder / layout.folder, dtype=dtype)
     save_vae(folded(model.vae), folder / "vae", dtype=dtype)
     save_text_parts(towers, folder, dtype=dtype)
     (folder / "scheduler").mkdir()
@@ -158,15 +151,13 @@ def check_target(folder: Path) -> None:
         raise ValueError(f"{folder} exists and is not an export of this program: give a new folder, or an older export")
 
 
-def model_index(
-    layout: DenoiserLayout[Any], *, text_encoders: Sequence[str], for_inpainting: bool = False
-) -> dict[str, Any]:
+def model_index(layout: DenoiserLayout[Any], *, text_encoders: Sequence[str], for_inpainting: bool) -> dict[str, Any]:
     """Build model_index.json: the pipeline that opens the folder, and the class of each subfolder.
 
     text_encoders: their kinds.
     """
     return {
-        "_class_name": layout.pipeline(for_inpainting=for_inpainting),
+        "_class_name": layout.pipelines[-1 if for_inpainting else 0],
         layout.folder: [layout.library, layout.classes[0]],
         "_diffusers_version": VERSION,
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
@@ -174,3 +165,62 @@ def model_index(
         "vae": ["diffusers", "AutoencoderKL"],
         **layout.further_parts,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A text encoder and its tokenizer, opened: the weights are not read yet."""
+
+    folder: Path
+    kind: TextEncoderKind
+    config: TextEncoderConfig
+    tokenizer: Tokenizer
+    weights: Weights
+
+    def read(self, dtype: torch.dtype) -> TextTower:
+        with described_by(self.folder):
+            encoder = self.kind.build(self.config, self.weights.read(dtype), dtype=dtype)
+        return TextTower(encoder, self.tokenizer)
+
+
+def open_text_parts(folder: Path) -> list[TextPart]:
+    """Open the model's text encoders. Raises ValueError or FileNotFoundError for what is not one of a known kind."""
+    count = 1 + (folder / TEXT_FOLDERS[1][0]).is_dir()
+    return [_open(folder / encoder, folder / tokenizer) for encoder, tokenizer in TEXT_FOLDERS[:count]]
+
+
+def _open(folder: Path, tokenizer: Path) -> TextPart:
+    source = folder / "config.json"
+    content = read_config(source)
+    with described_by(source):
+        kind = kind_of(content)
+        config = kind.read_config(content)
+    found = find_weights(folder, TEXT_STEM)
+    with described_by(found.source):
+        weights = found.changed(kind.own_names)
+    return TextPart(folder, kind, config, kind.load_tokenizer(tokenizer), weights)
+
+
+def save_text_parts(towers: Sequence[TextTower], folder: Path, *, dtype: torch.dtype) -> None:
+    """Write the text encoders and their tokenizers into a model's folder."""
+    for (encoder, tokenizer), places in zip(towers, TEXT_FOLDERS, strict=False):
+        kind = TEXT_ENCODERS[encoder.kind]
+        kind.save(encoder, folder / places[0], dtype=dtype)
+        kind.save_tokenizer(tokenizer, folder / places[1])
+
+
+def text_classes(kinds: Sequence[str]) -> dict[str, Any]:
+    """Build the entries of model_index.json for text encoders of these kinds."""
+    found: dict[str, Any] = {}
+    for kind, (encoder, tokenizer) in zip(kinds, TEXT_FOLDERS, strict=False):
+        found[encoder] = [LIBRARY, TEXT_ENCODERS[kind].class_name]
+        found[tokenizer] = [LIBRARY, TEXT_ENCODERS[kind].tokenizer_classes[0]]
+    return found
+
+
+def known_text_classes() -> dict[str, list[list[str]]]:
+    """Map each folder to the classes that are read from it."""
+    kinds = TEXT_ENCODERS.values()
+    encoders = [[LIBRARY, kind.class_name] for kind in kinds]
+    tokenizers = [[LIBRARY, name] for kind in kinds for name in kind.tokenizer_classes]
+    return {name: known for pair in TEXT_FOLDERS for name, known in zip(pair, (encoders, tokenizers), strict=True)}

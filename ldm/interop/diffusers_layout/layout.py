@@ -1,16 +1,18 @@
-"""The interface of a denoiser's layout: its folder, its config.json, and the pipeline that opens it; and our own."""
+"""The interface of a denoiser's layout: its folder, its config.json, and the pipelines that open it; our own layout;
+and the base of the schemas of config.json, in diffusers' layout."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from ldm.denoisers import DENOISERS, Denoiser, DenoiserConfig
 from ldm.denoisers.contract import Channels
 from ldm.interop.network_files import check_whole_numbers
+from ldm.model.components import LoadedDenoiser
 
 Config = TypeVar("Config", bound=DenoiserConfig)
 VERSION = "0.30.0"  # of diffusers, whose format is written
@@ -28,10 +30,9 @@ class Surroundings(Channels):
     learned_variance: bool = False
 
     @classmethod
-    def of(cls, network: Denoiser, *, sample_size: int, context_width: int) -> Surroundings:
-        return cls(
-            sample_size, network.latent_channels, context_width, network.concat_channels, network.learned_variance
-        )
+    def of(cls, loaded: LoadedDenoiser) -> Surroundings:
+        network, _, side, width = loaded
+        return cls(side, network.latent_channels, width, network.concat_channels, network.learned_variance)
 
     def build(self, config: DenoiserConfig) -> Denoiser:
         return config.build(
@@ -49,6 +50,7 @@ class DenoiserLayout(ABC, Generic[Config]):
     classes: ClassVar[tuple[str, ...]]  # in config.json and model_index.json; the first is written
     library: ClassVar[str] = "diffusers"
     further_parts: ClassVar[dict[str, Any]] = {}  # additional entries of model_index.json
+    pipelines: ClassVar[tuple[str, ...]]  # the classes that open the model's folder; the last one for inpainting
 
     @abstractmethod
     def to_json(self, config: Config, around: Surroundings) -> dict[str, Any]:
@@ -58,13 +60,9 @@ class DenoiserLayout(ABC, Generic[Config]):
     def from_json(self, content: dict[str, Any], *, source: Path) -> tuple[Config, Surroundings]:
         """Parse config.json. Raises ValueError or KeyError for a network that this program does not support."""
 
-    @abstractmethod
-    def pipeline(self, *, for_inpainting: bool) -> str:
-        """Return the name of the pipeline class that opens the model's folder."""
-
-    @abstractmethod
     def call_words(self, *, size: int, context_length: int, for_inpainting: bool) -> str:
         """Return the keyword arguments that the pipeline needs for such a model, each after a comma, for the card."""
+        return f", height={size}, width={size}"
 
     def other_names(self, network: Denoiser, config: Config) -> Mapping[str, str]:
         """Map names of its modules in other programs' files to its own."""
@@ -78,6 +76,7 @@ class OwnLayout(DenoiserLayout[DenoiserConfig]):
     folder = "denoiser"
     classes = ("FoundryDenoiser",)
     library = "latent_foundry"
+    pipelines = ("LatentFoundryPipeline",)
 
     def to_json(self, config: DenoiserConfig, around: Surroundings) -> dict[str, Any]:
         return {"_class_name": self.classes[0], "config": asdict(config)} | asdict(around)
@@ -91,8 +90,53 @@ class OwnLayout(DenoiserLayout[DenoiserConfig]):
         config: DenoiserConfig = DENOISERS[kind](**given)
         return config, Surroundings(**{field.name: content[field.name] for field in fields(Surroundings)})
 
-    def pipeline(self, *, for_inpainting: bool) -> str:
-        return "LatentFoundryPipeline"
 
-    def call_words(self, *, size: int, context_length: int, for_inpainting: bool) -> str:
-        return f", height={size}, width={size}"
+OWN = OwnLayout()
+
+
+def whole(most: int, *, default: Any = MISSING) -> Any:
+    """Declare a whole number from 1 to `most`, or a list of them: the network is built before its weights are read."""
+    return field(default=default, metadata={"most": most})
+
+
+def fixed(value: Any) -> Any:
+    """Declare a key with which the weights would load but compute something else if it had another value."""
+    return field(default=value, init=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigJson:
+    """The base of all schemas, which state the keys of a config.json once, for reading and for writing, in this order.
+
+    A field is a whole number with a limit (`whole`), a property that all these networks have (`fixed`), or any value,
+    which its reader checks. One with a default may be absent, or null. One whose name begins with _ is only written.
+    """
+
+    UNUSED: ClassVar[Mapping[str, Any]] = {}  # further fixed keys, which are not written
+    IGNORED: ClassVar[tuple[str, ...]] = ()  # further keys, which never change the result, and are not written
+
+    def to_json(self) -> dict[str, Any]:
+        return {key.name: getattr(self, key.name) for key in fields(self)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], *, source: Path) -> Self:
+        """Read the keys. Raises ValueError for a missing key, a number out of range, or a value that may change the
+        computation: of a fixed key, or of an unknown one, unless that is null, false, 0 or empty, as an unused option
+        is."""
+        keys = {key.name: key for key in fields(cls) if not key.name.startswith("_")}
+        only = {name: key.default for name, key in keys.items() if not key.init} | dict(cls.UNUSED)
+        for name, value in content.items():
+            if name in only and value not in (None, only[name]):
+                problem = f"{name} {value!r}, expected {only[name]!r}"
+            elif value and not name.startswith("_") and name not in {*only, *keys, *cls.IGNORED}:
+                problem = f"the unknown key {name} {str(value)[:60]}"
+            else:
+                continue
+            raise ValueError(f"{source} has {problem}: this network is not supported")
+        limits = {name: key.metadata["most"] for name, key in keys.items() if "most" in key.metadata}
+        check_whole_numbers(content, limits, source=source)
+        required = {name for name, key in keys.items() if key.default is MISSING}
+        if lacking := sorted(required - content.keys()):
+            raise ValueError(f"{source} lacks the key {lacking[0]!r}: copy it again")
+        read = [name for name in content if name in keys and name not in only]
+        return cls(**{name: content[name] for name in read if name in required or content[name] is not None})

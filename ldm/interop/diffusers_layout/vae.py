@@ -10,17 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.interop.diffusers_layout.layout import VERSION
-from ldm.interop.diffusers_layout.schema import ConfigJson, fixed, whole
-from ldm.interop.network_files import (
-    MAX_LAYERS,
-    WEIGHTS_STEM,
-    described_by,
-    fill,
-    find_weights,
-    read_config,
-    write_network,
-)
+from ldm.interop.diffusers_layout.layout import VERSION, ConfigJson, fixed, whole
+from ldm.interop.network_files import MAX_LAYERS, described_by, fill, find_weights, read_config, write_network
 from ldm.interop.weight_reader import Weights
 from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL, AutoencoderKLConfig
 
@@ -76,7 +67,7 @@ def open_vae(folder: Path) -> AutoencoderKL:
 
 
 def vae_weights(folder: Path) -> Weights:
-    return find_weights(folder, WEIGHTS_STEM).changed(with_new_names)
+    return find_weights(folder).changed(with_new_names)
 
 
 def with_new_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,17 +130,13 @@ def vae_config_json(config: AutoencoderKLConfig) -> dict[str, Any]:
 
 def vae_config(content: dict[str, Any], *, source: Path) -> AutoencoderKLConfig:
     """Convert diffusers' keys to our config. Raises ValueError if it describes another kind of network."""
-    if content.get("_class_name") != "AutoencoderKL":
-        raise ValueError(
-            f"{source} describes {content.get('_class_name')!r}, expected 'AutoencoderKL': give a VAE's folder"
-        )
+    if (kind := content.get("_class_name")) != "AutoencoderKL":
+        raise ValueError(f"{source} describes {kind!r}, expected 'AutoencoderKL': give a VAE's folder")
     found = VaeJson.from_json(content, source=source)
     blocks = {"down_block_types": DOWN_BLOCK, "up_block_types": UP_BLOCK}
     for key, block in blocks.items():
-        if other := set(getattr(found, key) or [block]) - {block}:
-            raise ValueError(
-                f"{source} has a {min(other)} in {key}, expected {block}: this autoencoder is not supported"
-            )
+        if odd := set(getattr(found, key) or [block]) - {block}:
+            raise ValueError(f"{source} has a {min(odd)} in {key}, expected {block}: this autoencoder is not supported")
     channels, scale = found.latent_channels, found.scaling_factor
     if not 0 < scale < math.inf:
         raise ValueError(f"{source} has scaling_factor {scale}, expected a number above 0")

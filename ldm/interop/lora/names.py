@@ -29,6 +29,7 @@ ROLES: dict[str, Role] = {  # none is a suffix of another
 }
 DENOISER_PREFIXES = ("unet", "transformer", "")  # "": files saved from a single network
 TEXT_PREFIX = "text_encoder"
+METADATA_KEY = "lora_adapter_metadata"
 KOHYA_DENOISER, KOHYA_TEXT = "lora_unet_", ("lora_te_", "lora_te1_")
 
 
@@ -40,49 +41,12 @@ class Place(NamedTuple):
     prefix: str | None  # under which the file's metadata may state alpha; None: nowhere
 
 
-# Other kinds of weight changes: their names, and the endings of their tensors' names.
-OTHER_KINDS = {
-    "DoRA": re.compile(r"\.dora_scale$|\.lora_magnitude_vector(\.weight)?$"),
-    "LoHa": re.compile(r"\.hada_(w|t)\w+$"),
-    "LoKr": re.compile(r"\.lokr_(w|t)\w+$"),
-    "IA3": re.compile(r"\.on_input$|\.ia3_l$"),
-    "OFT": re.compile(r"\.b?oft_\w+(\.weight)?$"),
-    "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
-    "a LoRA with CP-decomposed convolutions (lora_mid)": re.compile(r"\.lora_mid\.weight$"),
-    "a LoRA with full weight differences (diff)": re.compile(r"\.diff(_b)?$"),
-    "a LoRA with normalisation layers": re.compile(r"\.[wb]_norm$"),
-    "a LoRA in peft's own form, whose alpha lies in another file": re.compile(r"^base_model\.model\."),
-}
-# Names of layers that this program's models lack.
-OTHER_MODELS = {
-    "SDXL": re.compile(
-        r"^(lora_te2_|text_encoder_2\.)|(attentions|put_blocks|middle_block)[._0-9]+transformer_blocks[._][1-9]"
-    ),
-    "Flux": re.compile(r"double_blocks|single_blocks|single_transformer_blocks"),
-}
-CONTEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
-
-
 def split_name(key: str) -> tuple[str, Role] | None:
     """Split a tensor's name into its layer's name and its role; None for a tensor that no LoRA has."""
     for ending, role in ROLES.items():
         if key.endswith(ending):
             return key.removesuffix(ending), role
     return None
-
-
-def refuse_other_kinds(keys: Iterable[str]) -> None:
-    """Raise ValueError, naming the kind, for a weight change that is not a LoRA."""
-    for key in keys:
-        for kind, ending in OTHER_KINDS.items():
-            if ending.search(key):
-                raise ValueError(f"this is {kind}, by its tensor {key}: not supported, give a LoRA of down and up")
-
-
-def likely_model(paths: Iterable[str]) -> str | None:
-    """Return the model that layers with these names probably belong to; None if unknown."""
-    named = (model for path in paths for model, mark in OTHER_MODELS.items() if mark.search(path))
-    return next(named, None)
 
 
 def known_names(layers: Iterable[tuple[Part, str]], compvis_names: Mapping[str, str]) -> dict[str, Place]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ldm.interop.lora.layers import OLD_TEXT_PREFIX, LoraLayer
-from ldm.interop.lora.names import TEXT_PREFIX, kohya_name
-from ldm.interop.lora.settings import METADATA_KEY, settings_of
+from ldm.interop.lora.names import METADATA_KEY, TEXT_PREFIX, kohya_name
 from ldm.interop.network_files import write_weights
 
 
@@ -66,3 +66,23 @@ def _check_distinct(layers: Sequence[LoraLayer]) -> None:
         raise ValueError(
             f"layer {name} of the {part} occurs {places.count((part, name))} times: write each LoRA to its own file"
         )
+
+
+def settings_of(layers: Sequence[LoraLayer]) -> dict[str, Any]:
+    """Build peft's settings for the layers of one part: the commonest rank and alpha, and exceptions."""
+    ranks = {layer.name: layer.rank for layer in layers}
+    alphas = {layer.name: int(layer.alpha) if layer.alpha.is_integer() else layer.alpha for layer in layers}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: number for name, number in ranks.items() if number != rank},
+        "alpha_pattern": {name: number for name, number in alphas.items() if number != alpha},
+        "target_modules": sorted(ranks),
+    }
+
+
+def _commonest(numbers: Iterable[float]) -> float:
+    """Return the commonest number; if there are several, the smallest."""
+    counts = Counter(numbers)
+    return min(counts, key=lambda number: (-counts[number], number))

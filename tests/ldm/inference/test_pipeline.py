@@ -12,6 +12,7 @@ from ldm import DrawOptions, DrawRequest, TextToImage
 from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import RectifiedFlowPath
 from ldm.interop.diffusers_layout.denoiser import save_denoiser
+from ldm.model.components import LoadedDenoiser
 from ldm.samplers import SAMPLERS
 from text import TextEncoderConfig, TransformersTextEncoder, save_text_encoder
 
@@ -258,7 +259,7 @@ def test_parts_that_do_not_belong_together_are_refused(unet_folder, tmp_path, pa
         config = TextToImage.load(folder).parts.config
         assert isinstance(config, UNetConfig)
         unet = UNet(config, latent_channels=4, concat_channels=3, context_width=16)
-        save_denoiser(unet, config, folder / "unet", sample_size=8, context_width=16)
+        save_denoiser(LoadedDenoiser(unet, config, sample_size=8, context_width=16), folder / "unet")
     else:
         config = TextEncoderConfig(width=24, layers=1, heads=2, intermediate_size=8, projection_dim=8)
         save_text_encoder(TransformersTextEncoder(config), folder / "text_encoder")

@@ -152,7 +152,7 @@ def test_every_form_of_version_2_gives_the_same_model(form, tmp_path):
 
 def test_version_2s_tower_under_transformers_names_is_still_gelu_and_penultimate():
     """1024 wide is OpenCLIP's, whatever its parameters are called. Shapes alone: such a tower has a gigabyte."""
-    from ldm.interop.compvis.text_encoder import plan_text_encoder
+    from ldm.interop.compvis.names import plan_text_encoder
     from ldm.interop.identify import shapes_of
     from text import TextEncoderConfig, TransformersTextEncoder
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm import DrawRequest, TextToImage
-from ldm.interop.compvis.names import as_convolution, is_attention_of_vae, vae_names
-from ldm.interop.compvis.reading import read_vae
+from ldm.interop.compvis.names import is_attention_of_vae, vae_names
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.diffusers_layout.vae import OLD_NAMES, save_vae
+from ldm.interop.read_model import read_vae
 from vae import AutoencoderKL, AutoencoderKLConfig
 
 OWN = replace(VAE, latent_mean=(0.1, 0.0, 0.0, 0.0), latent_std=(1.0, 2.0, 3.0, 4.0))  # the model's
@@ -31,7 +31,7 @@ def other() -> AutoencoderKL:
 def compvis(vae: AutoencoderKL, prefix: str = "") -> dict[str, Tensor]:
     names = vae_names(vae.state_dict(), vae.config)
     return {
-        prefix + theirs: (as_convolution(tensor) if is_attention_of_vae(theirs) else tensor).clone()
+        prefix + theirs: (tensor[:, :, None, None] if is_attention_of_vae(theirs) else tensor).clone()
         for theirs, tensor in ((names[ours], tensor) for ours, tensor in vae.state_dict().items())
     }
 

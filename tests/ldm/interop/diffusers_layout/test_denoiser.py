@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ldm.denoisers import Condition, DiTConfig, UNetConfig
-from ldm.interop.diffusers_layout.denoiser import denoiser_folder, load_denoiser, save_denoiser
+from ldm.interop.diffusers_layout.denoiser import layout_of, load_denoiser, save_denoiser
+from ldm.model.components import LoadedDenoiser
 
 DIT = DiTConfig(depth=2, width=32, heads=4, sample_size=8, interpolation_scale=2.0)
 UNETS = [
@@ -46,7 +47,7 @@ def random_denoiser(config, *, learned_variance=False):
 @pytest.mark.parametrize("config", [DIT, *UNETS], ids=["dit", "sd1", "sd2"])
 def test_a_denoiser_comes_back_bit_for_bit(config, learned, tmp_path):
     denoiser = random_denoiser(config, learned_variance=learned)
-    save_denoiser(denoiser, config, tmp_path, **SIZES)
+    save_denoiser(LoadedDenoiser(denoiser, config, **SIZES), tmp_path)
     loaded, *found = load_denoiser(tmp_path)
     assert found == [config, 8, 12] and loaded.learned_variance == learned and loaded.latent_channels == 4
     assert not any(parameter.is_meta for parameter in loaded.parameters())
@@ -65,11 +66,11 @@ def test_diffusers_opens_it_and_computes_the_same(config, tmp_path):
     from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 
     denoiser = random_denoiser(config)
-    save_denoiser(denoiser, config, tmp_path, **SIZES)
+    save_denoiser(LoadedDenoiser(denoiser, config, **SIZES), tmp_path)
     x, t, context, mask = inputs()
     with torch.no_grad():
         ours = denoiser(x, t, Condition(context, mask, context[:, 0])).prediction
-        if denoiser_folder(config) == "unet":
+        if layout_of(config).folder == "unet":
             theirs = UNet2DConditionModel.from_pretrained(tmp_path)(x, t, context).sample
         else:
             network = PixArtTransformer2DModel.from_pretrained(tmp_path)
@@ -82,7 +83,7 @@ def test_half_precision_halves_the_file(tmp_path):
     denoiser = random_denoiser(DIT)
     sizes = []
     for dtype in (torch.float32, torch.float16):
-        save_denoiser(denoiser, DIT, tmp_path / str(dtype), **SIZES, dtype=dtype)
+        save_denoiser(LoadedDenoiser(denoiser, DIT, **SIZES), tmp_path / str(dtype), dtype=dtype)
         sizes.append((tmp_path / str(dtype) / "diffusion_pytorch_model.safetensors").stat().st_size)
     assert sizes[1] < 0.6 * sizes[0]
     loaded, *_ = load_denoiser(tmp_path / "torch.float16")
@@ -90,7 +91,7 @@ def test_half_precision_halves_the_file(tmp_path):
 
 
 def test_another_kind_of_network_is_refused(tmp_path):
-    save_denoiser(random_denoiser(UNETS[0]), UNETS[0], tmp_path, **SIZES)
+    save_denoiser(LoadedDenoiser(random_denoiser(UNETS[0]), UNETS[0], **SIZES), tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     content["down_block_types"][0] = "AttnDownBlock2D"
     (tmp_path / "config.json").write_text(json.dumps(content))
@@ -111,7 +112,7 @@ def test_another_kind_of_network_is_refused(tmp_path):
     ],
 )
 def test_what_would_load_and_compute_wrongly_is_refused(config, change, message, tmp_path):
-    save_denoiser(random_denoiser(config), config, tmp_path, **SIZES)
+    save_denoiser(LoadedDenoiser(random_denoiser(config), config, **SIZES), tmp_path)
     content = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
@@ -121,7 +122,7 @@ def test_what_would_load_and_compute_wrongly_is_refused(config, change, message,
 @pytest.mark.parametrize("config", [DIT, UNETS[0]], ids=["dit", "unet"])
 @pytest.mark.parametrize("key", ["sample_size", "in_channels"])
 def test_a_config_without_a_key_names_it(config, key, tmp_path):
-    save_denoiser(random_denoiser(config), config, tmp_path, **SIZES)
+    save_denoiser(LoadedDenoiser(random_denoiser(config), config, **SIZES), tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     del content[key]
     (tmp_path / "config.json").write_text(json.dumps(content))
@@ -140,7 +141,7 @@ def test_a_config_without_a_key_names_it(config, key, tmp_path):
     ],
 )
 def test_a_config_with_a_value_of_another_kind_names_the_file(config, change, tmp_path):
-    save_denoiser(random_denoiser(config), config, tmp_path, **SIZES)
+    save_denoiser(LoadedDenoiser(random_denoiser(config), config, **SIZES), tmp_path)
     content = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"config\.json (holds a value of another|has \w+ .*, expected whole)"):

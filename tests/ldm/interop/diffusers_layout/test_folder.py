@@ -12,13 +12,13 @@ from helpers.stable_diffusion import UNETS, stable_diffusion, states
 from safetensors.torch import load_file, save_file
 
 from ldm import TextToImage
+from ldm.interop.diffusers_layout.denoiser import UNetLayout
 from ldm.interop.diffusers_layout.folder import check_index, model_index, read_folder, write_folder
-from ldm.interop.diffusers_layout.unet import UNetLayout
 from ldm.interop.network_files import find_weights
 from ldm.interop.weight_reader import open_weights
 
 FP32: dict[str, Any] = {"dtype": torch.float32}
-INDEX = model_index(UNetLayout(), text_encoders=["clip_text_model"])
+INDEX = model_index(UNetLayout(), text_encoders=["clip_text_model"], for_inpainting=False)
 
 
 @pytest.fixture(scope="module")
