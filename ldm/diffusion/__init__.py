@@ -11,20 +11,8 @@ from ldm.diffusion.paths import (
     ScaledLinearBetaPath,
     prior_std,
 )
-from ldm.diffusion.predictions import (
-    Prediction,
-    network_input,
-    noise_sample,
-    target,
-    to_x0,
-)
-from ldm.diffusion.randomness import (
-    SampleRandomness,
-    drop_captions,
-    sample_randomness,
-    spread_uniforms,
-    training_noise,
-)
+from ldm.diffusion.predictions import Prediction, network_input, noise_sample, target, to_x0
+from ldm.diffusion.randomness import SampleRandomness, drop_captions, sample_randomness, spread_uniforms, training_noise
 
 __all__ = [
     "CosinePath",

@@ -14,10 +14,7 @@ def ddpm_mean(step: Step) -> tuple[float, float]:
     as in Kingma et al. 2021 (arXiv 2107.00630), appendix A.
     """
     start, end = step
-    return (
-        start.alpha / end.alpha * end.sigma**2 / start.sigma**2,
-        end.alpha * variance_added(step) / start.sigma**2,
-    )
+    return (start.alpha / end.alpha * end.sigma**2 / start.sigma**2, end.alpha * variance_added(step) / start.sigma**2)
 
 
 def variance_range(step: Step) -> tuple[float, float]:

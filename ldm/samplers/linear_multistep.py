@@ -36,13 +36,7 @@ def deis(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator
 
 
 def adams(
-    denoise: Denoise,
-    x: Tensor,
-    path: PathConfig,
-    times: Tensor,
-    *,
-    order: int,
-    variable: Callable[[Tensor], Tensor],
+    denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, *, order: int, variable: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Step by x' / alpha' = x / alpha + integral of eps over kappa, eps a polynomial in variable(kappa)."""
     history: list[tuple[float, Tensor]] = []  # (kappa, eps), the newest last
