@@ -36,7 +36,7 @@ OFFERED = {
     "Drawing": "inference.recipe",
     "TextToImage": "inference.pipeline",
     "autoguidance": "samplers.guidance",
-    "invert": "samplers.inversion",
+    "invert": "samplers.single_step",
     "log_likelihood": "samplers.likelihood",
 }
 

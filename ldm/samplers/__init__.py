@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ldm.diffusion.paths import PathConfig
 from ldm.files.messages import unknown_name
-from ldm.samplers.inversion import invert
 from ldm.samplers.linear_multistep import deis, lms, plms, pndm
 from ldm.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc
-from ldm.samplers.single_step import ddim, ddpm, ddpm_large, ddpm_learned, dpm2, dpmpp_2s_ancestral, heun, lcm
+from ldm.samplers.single_step import ddim, ddpm, ddpm_large, ddpm_learned, dpm2, dpmpp_2s_ancestral, heun, invert, lcm
 from ldm.samplers.steps import Denoise, Generators, Variance, noise_like
 from ldm.samplers.time_grids import TIME_GRIDS, time_grid
 

@@ -15,7 +15,7 @@ from ldm.diffusion import (
     RectifiedFlowPath,
     ScaledLinearBetaPath,
 )
-from ldm.diffusion.paths import BetaTablePath
+from ldm.diffusion.table_paths import BetaTablePath
 from ldm.files.strict_json import read_json
 from ldm.interop.diffusers_layout.layout import VERSION
 from ldm.interop.network_files import check_whole_numbers, described_by
