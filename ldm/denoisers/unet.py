@@ -80,8 +80,7 @@ class UNetConfig(DenoiserFacts):
             heads = self.heads_per_level[level]
             if (self.attention_levels[level] or in_the_middle) and channels % heads:
                 raise ValueError(
-                    f"block_out_channels[{level}]={channels} is not a multiple of its {heads} heads: "
-                    "change one of them"
+                    f"block_out_channels[{level}]={channels} is not a multiple of its {heads} heads: change one of them"
                 )
 
     @property
