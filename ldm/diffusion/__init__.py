@@ -8,27 +8,8 @@ from ldm.diffusion.randomness import SampleRandomness, drop_captions, sample_ran
 from ldm.diffusion.table_paths import CosinePath, LinearBetaPath, ScaledLinearBetaPath
 
 __all__ = [
-    "CosinePath",
-    "EDMPath",
-    "LinearBetaPath",
-    "LossHistory",
-    "ObjectiveConfig",
-    "PathConfig",
-    "Prediction",
-    "RectifiedFlowPath",
-    "SampleRandomness",
-    "ScaledLinearBetaPath",
-    "by_quantile",
-    "diffusion_loss",
-    "draw_times",
-    "drop_captions",
-    "loss_weight",
-    "network_input",
-    "noise_sample",
-    "prior_std",
-    "sample_randomness",
-    "spread_uniforms",
-    "target",
-    "to_x0",
-    "training_noise",
-]
+    "CosinePath", "EDMPath", "LinearBetaPath", "LossHistory", "ObjectiveConfig", "PathConfig", "Prediction",
+    "RectifiedFlowPath", "SampleRandomness", "ScaledLinearBetaPath", "by_quantile", "diffusion_loss", "draw_times",
+    "drop_captions", "loss_weight", "network_input", "noise_sample", "prior_std", "sample_randomness",
+    "spread_uniforms", "target", "to_x0", "training_noise",
+]  # fmt: skip

@@ -46,7 +46,8 @@ class DrawOptions:
     )  # fmt: skip
     guidance_parallel: float = parameter(
         1.0, "fraction kept of guidance's change parallel to the prediction, 0 to 1; 0 reduces saturation "
-        "(default: 1)", kind=float, flags=("--guidance-parallel",), metavar="X", group=FINER, within=Range(low=0, high=1),
+        "(default: 1)", kind=float,
+        flags=("--guidance-parallel",), metavar="X", group=FINER, within=Range(low=0, high=1),
     )  # fmt: skip
     guidance_norm_limit: float | None = parameter(
         None, "maximum norm of guidance's change (default: none)", kind=float, flags=("--guidance-norm-limit",),

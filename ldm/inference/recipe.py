@@ -113,12 +113,19 @@ def file_hash(path: Path) -> str:
 
 def parameters_text(recipe: Recipe) -> str:
     """Return A1111's text: the prompt, the negative prompt if there is one, and a last line of `key: value` pairs."""
+    further = {
+        "VAE": recipe.vae,
+        "Lora": recipe.loras,
+        "Denoising strength": recipe.strength,
+        "Init image hash": recipe.init_image,
+        "Mask hash": recipe.mask,
+    }
     pairs = {
         **_setting_pairs(recipe),
         "Size": f"{recipe.width}x{recipe.height}",
         "Model hash": recipe.weights_hash,
         "Model": recipe.model,
-        **{key: value for key, value in _further_pairs(recipe).items() if value},
+        **{key: value for key, value in further.items() if value},
         **_option_pairs(recipe.options),
         "Version": recipe.software,
     }
@@ -131,16 +138,6 @@ def _setting_pairs(recipe: Recipe) -> dict[str, object]:
     in_its_form = {"sampler": SAMPLERS[recipe.sampler].label, "scale": repr(recipe.scale).removesuffix(".0")}
     known = {name: about.a1111 for name, about in parameters(PictureSettings).items() if about.a1111}
     return {key: in_its_form.get(name, getattr(recipe, name)) for name, key in known.items()}
-
-
-def _further_pairs(recipe: Recipe) -> dict[str, object]:
-    return {
-        "VAE": recipe.vae,
-        "Lora": recipe.loras,
-        "Denoising strength": recipe.strength,
-        "Init image hash": recipe.init_image,
-        "Mask hash": recipe.mask,
-    }
 
 
 def _option_pairs(options: DrawOptions) -> dict[str, object]:

@@ -12,7 +12,7 @@ A sampler is a pure function `sampler(denoise, x, path, times, generator) -> x`:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -25,24 +25,12 @@ from ldm.samplers.steps import Denoise, Generators, Variance, noise_like
 from ldm.samplers.time_grids import TIME_GRIDS, time_grid
 
 __all__ = [
-    "SAMPLERS",
-    "TIME_GRIDS",
-    "Denoise",
-    "Generators",
-    "Sampler",
-    "SamplerFunction",
-    "Variance",
-    "invert",
-    "noise_like",
-    "sampler_named",
-    "time_grid",
-]
+    "SAMPLERS", "TIME_GRIDS", "Denoise", "Generators", "Sampler", "SamplerFunction", "Variance", "invert",
+    "noise_like", "sampler_named", "time_grid",
+]  # fmt: skip
 
 
-class SamplerFunction(Protocol):
-    def __call__(
-        self, denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators
-    ) -> Tensor: ...
+SamplerFunction = Callable[[Denoise, Tensor, PathConfig, Tensor, Generators], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
