@@ -36,7 +36,7 @@ OFFERED = {
     "Drawing": "inference.recipe",
     "TextToImage": "inference.pipeline",
     "autoguidance": "samplers.guidance",
-    "invert": "samplers.inversion",
+    "invert": "samplers.single_step",
     "log_likelihood": "samplers.likelihood",
 }
 
@@ -124,14 +124,11 @@ class SameModuleFinder(MetaPathFinder):
     ) -> ModuleSpec | None:
         for long, short in self.names.items():
             if fullname == long and "." in long or fullname.startswith(long + "."):
-                known = find_spec(short + fullname.removeprefix(long))
-                return known and _same(fullname, known)
+                if (known := find_spec(short + fullname.removeprefix(long))) is None:
+                    return None
+                package = known.submodule_search_locations is not None
+                return ModuleSpec(fullname, SameModuleLoader(known), origin=known.origin, is_package=package)
         return None
-
-
-def _same(fullname: str, known: ModuleSpec) -> ModuleSpec:
-    package = known.submodule_search_locations is not None
-    return ModuleSpec(fullname, SameModuleLoader(known), origin=known.origin, is_package=package)
 
 
 def _is_ours(spec: ModuleSpec) -> bool:
@@ -140,10 +137,8 @@ def _is_ours(spec: ModuleSpec) -> bool:
 
 def _finds_ours(name: str) -> bool:
     """Return whether `import name` currently finds one of our packages."""
-    if (loaded := sys.modules.get(name)) is not None:
-        spec = loaded.__spec__
-    else:
-        spec = find_spec(name)
+    loaded = sys.modules.get(name)
+    spec = find_spec(name) if loaded is None else loaded.__spec__
     return spec is not None and _is_ours(spec)
 
 

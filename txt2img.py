@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from ldm.cli import OneLineParser, hyphenated, run_command
 from ldm.files.messages import printable
 from ldm.inference.flags import add_options, load_keywords, requests_of
-from ldm.inference.numbered_files import NumberedFiles, check_folder
+from ldm.inference.pictures import NumberedFiles, check_folder
 
 if TYPE_CHECKING:
     from ldm.inference.pipeline import TextToImage
@@ -67,8 +67,8 @@ def draw_and_save(pipe: TextToImage, requests: list[DrawRequest], args: Namespac
     from tqdm import tqdm
 
     from ldm.inference.contact_sheet import Sheet
-    from ldm.inference.draw_all import draw_all, lost_words
-    from ldm.inference.metadata import png_bytes
+    from ldm.inference.pipeline import draw_all, lost_words
+    from ldm.inference.recipe import png_bytes
 
     for lost in lost_words(pipe, requests):
         print(f"warning: a prompt is too long for the model, its end is ignored: {printable(lost)}", file=sys.stderr)

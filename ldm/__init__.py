@@ -14,18 +14,10 @@ if TYPE_CHECKING:
     from ldm.inference.recipe import Drawing
     from ldm.inference.request import DrawRequest
     from ldm.samplers.guidance import autoguidance
-    from ldm.samplers.inversion import invert
     from ldm.samplers.likelihood import log_likelihood
+    from ldm.samplers.single_step import invert
 
-__all__ = [
-    "DrawOptions",
-    "DrawRequest",
-    "Drawing",
-    "TextToImage",
-    "autoguidance",
-    "invert",
-    "log_likelihood",
-]
+__all__ = ["DrawOptions", "DrawRequest", "Drawing", "TextToImage", "autoguidance", "invert", "log_likelihood"]
 
 __path__ = extend_path(__path__, __name__)  # Other code is also called ldm: modules that ours does not have are theirs.
 find_below_ldm()

@@ -12,18 +12,8 @@ from ldm.denoisers.dit import DiT, DiTConfig
 from ldm.denoisers.unet import UNet, UNetConfig
 
 __all__ = [
-    "DENOISERS",
-    "Condition",
-    "Denoiser",
-    "DenoiserConfig",
-    "DenoiserFacts",
-    "DiT",
-    "DiTConfig",
-    "Output",
-    "UNet",
-    "UNetConfig",
-    "choose_attention",
-    "describe_attention",
+    "DENOISERS", "Condition", "Denoiser", "DenoiserConfig", "DenoiserFacts", "DiT", "DiTConfig", "Output", "UNet",
+    "UNetConfig", "choose_attention", "describe_attention",
 ]
 
 DenoiserConfig = UNetConfig | DiTConfig

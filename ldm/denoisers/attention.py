@@ -1,4 +1,4 @@
-"""Multi-head attention, and the choice of the kernel that computes it.
+"""The layers of a transformer block: multi-head attention, with the choice of its kernel, and feed-forward.
 
 Legend: B batch, H heads, L query tokens, M key tokens, D width, C context width, d = D / H head width.
 """
@@ -134,3 +134,15 @@ class Attention(nn.Module):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """A linear layer with its activation, D -> 4 D, and one back to D, with diffusers' parameter names."""
+
+    def __init__(self, activation: nn.Module, width: int) -> None:
+        super().__init__()
+        # The identity takes the place of diffusers' dropout, so that the last layer's name is net.2.
+        self.net = nn.Sequential(activation, nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)

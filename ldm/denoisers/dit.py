@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.denoisers.attention import Attention
+from ldm.denoisers.attention import Attention, FeedForward
 from ldm.denoisers.contract import Condition, Denoiser, DenoiserFacts, Output, Sizes
 from ldm.denoisers.embeddings import TimestepEmbedding, position_table
 
@@ -47,13 +47,10 @@ class DiTConfig(DenoiserFacts):
                 f"and patch_size={self.patch_size} must be 1 or more"
             )
         if self.width % self.heads or self.width % 4:
-            raise ValueError(
-                f"width={self.width} must be a multiple of heads={self.heads}, and of 4 for the positions"
-            )
+            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}, and of 4 for the positions")
         if self.sample_size % self.patch_size:
             raise ValueError(
-                f"sample_size={self.sample_size} is not a multiple of patch_size={self.patch_size}: "
-                "change one of them"
+                f"sample_size={self.sample_size} is not a multiple of patch_size={self.patch_size}: change one of them"
             )
         if self.interpolation_scale is not None and self.interpolation_scale <= 0:
             raise ValueError(f"interpolation_scale={self.interpolation_scale} must be positive, or null")
@@ -119,16 +116,6 @@ class GELU(nn.Module):
         return F.gelu(self.proj(x), approximate="tanh")
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # The identity takes the place of diffusers' dropout, so that the last layer's name is net.2.
-        self.net = nn.Sequential(GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class CaptionProjection(nn.Module):
     """Project the text encoder's token states to the transformer's width: B x M x E -> B x M x D."""
 
@@ -164,7 +151,7 @@ class DiTBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, width))
         self.attn1 = Attention(width, width, heads, qkv_bias=True)
         self.attn2 = Attention(width, width, heads, qkv_bias=True)
-        self.ff = FeedForward(width)
+        self.ff = FeedForward(GELU(width, 4 * width), width)
 
     def forward(self, x: Tensor, modulation: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """x B x L x D; modulation B x 6 x D; context B x M x D; mask bool B x 1 x 1 x M. -> B x L x D."""

@@ -47,16 +47,13 @@ class UNetConfig(DenoiserFacts):
         levels = len(self.block_out_channels)
         if levels == 0:
             raise ValueError("block_out_channels is empty: give one number of channels per level")
-        if len(self.attention_levels) != levels:
-            raise ValueError(
-                f"attention_levels has {len(self.attention_levels)} entries and block_out_channels has "
-                f"{levels}: give one per level"
-            )
-        if isinstance(self.heads, tuple) and len(self.heads) != levels:
-            raise ValueError(
-                f"heads has {len(self.heads)} entries and block_out_channels has {levels}: "
-                "give one per level, or one number for all"
-            )
+        for name, entries, more in (
+            ("attention_levels", self.attention_levels, ""), ("heads", self.heads, ", or one number for all"),
+        ):
+            if not isinstance(entries, int) and len(entries) != levels:
+                raise ValueError(
+                    f"{name} has {len(entries)} entries and block_out_channels has {levels}: give one per level{more}"
+                )
         if self.layers_per_block < 1 or self.norm_num_groups < 1 or min(self.heads_per_level) < 1:
             raise ValueError(
                 f"layers_per_block={self.layers_per_block}, norm_num_groups={self.norm_num_groups} and "
@@ -80,8 +77,7 @@ class UNetConfig(DenoiserFacts):
             heads = self.heads_per_level[level]
             if (self.attention_levels[level] or in_the_middle) and channels % heads:
                 raise ValueError(
-                    f"block_out_channels[{level}]={channels} is not a multiple of its {heads} heads: "
-                    "change one of them"
+                    f"block_out_channels[{level}]={channels} is not a multiple of its {heads} heads: change one of them"
                 )
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.denoisers.attention import Attention
+from ldm.denoisers.attention import Attention, FeedForward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +60,6 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # The identity takes the place of diffusers' dropout, so that the last layer's name is net.2.
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, each with a layer norm and a residual connection."""
 
@@ -80,7 +70,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, context_width, heads, qkv_bias=False)
         self.norm3 = nn.LayerNorm(width)
-        self.ff = FeedForward(width)
+        self.ff = FeedForward(GEGLU(width, 4 * width), width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x B x L x C; context B x M x D. -> B x L x C."""
@@ -154,12 +144,7 @@ class DownBlock(nn.Module):
     """One level of the encoder. heads: None for a level without attention."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        heads: int | None,
-        downsample: bool,
-        settings: BlockSettings,
+        self, in_channels: int, out_channels: int, heads: int | None, downsample: bool, settings: BlockSettings
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * settings.layers

@@ -10,9 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.diffusion.nodes import Step, nodes_at
+from ldm.diffusion.nodes import Step, ddpm_mean, learned_log_variance, nodes_at, variance_range
 from ldm.diffusion.paths import EDMPath, PathConfig, RectifiedFlowPath, TablePath
-from ldm.diffusion.posterior import ddpm_mean, learned_log_variance, variance_range
 from ldm.diffusion.predictions import expand_times
 
 

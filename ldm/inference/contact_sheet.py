@@ -11,9 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldm.files.atomic import atomic_file
-from ldm.inference.metadata import png_bytes
-from ldm.inference.numbered_files import NumberedFiles
-from ldm.inference.recipe import Drawing
+from ldm.inference.pictures import NumberedFiles
+from ldm.inference.recipe import Drawing, png_bytes
 
 GAP = 2  # pixels between pictures
 LABEL_LINES, LINE_HEIGHT = 2, 11

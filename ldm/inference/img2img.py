@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from data.readers import eight_bits, over_white, to_pixels
@@ -19,9 +19,6 @@ from ldm.inference.request import steps_left
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.samplers import Denoise
 from vae.autoencoder import DiagonalGaussian
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +54,6 @@ def canvas(image: Image.Image, mask: Image.Image | None, strength: float, *, siz
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize the image to height x width = size, unless it already has that size."""
-    from PIL import Image
-
     height, width = size
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from ldm.files.messages import unknown_name
@@ -58,9 +56,7 @@ class DrawOptions:
     guidance_momentum: float = parameter(
         0.0, "multiple of the last step's change to add, usually negative, such as -0.5 (default: 0)", kind=float,
         flags=("--guidance-momentum",), metavar="X", group=FINER,
-        within=Range(
-            low=-1, low_excluded=True, high=1, high_excluded=True, words="more than -1 and less than 1"
-        ),
+        within=Range(low=-1, low_excluded=True, high=1, high_excluded=True, words="more than -1 and less than 1"),
     )  # fmt: skip
     weighting: str = parameter(
         "none", "a1111: (words:1.2) have more weight, [words] less, BREAK starts a new chunk, a long prompt is "
@@ -81,6 +77,8 @@ class DrawOptions:
                 "is on, but both correct the same fault: use one of them"
             )
         if self.times is not None:
+            from ldm.samplers.time_grids import check_falling  # imports torch
+
             check_falling(self.times)
 
     @property
@@ -104,14 +102,6 @@ class DrawOptions:
 
 
 PLAIN = DrawOptions()
-
-
-def check_falling(times: tuple[float, ...]) -> None:
-    """Raise ValueError unless the times decrease strictly from at most 1 to 0."""
-    falling = all(later < earlier for earlier, later in pairwise(times))
-    if len(times) < 2 or not falling or not times[0] <= 1 or times[-1] != 0 or not all(map(math.isfinite, times)):
-        shown = ", ".join(f"{t:g}" for t in times)
-        raise ValueError(f"the time grid is {shown}, expected two or more times that fall from at most 1 to 0")
 
 
 def parse_lora_argument(text: str) -> tuple[Path, float]:

@@ -1,12 +1,15 @@
-"""Read image files to start from. Does not import torch."""
+"""Picture files: read those to start from, and write new ones that never replace others. Does not import torch."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.files.atomic import write_new
 from ldm.files.digest import SHORT, short_hash
 
 if TYPE_CHECKING:
@@ -46,3 +49,40 @@ def picture_hash(image: Image.Image) -> str:
     if noted is not None:
         return str(noted)
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()[:SHORT]
+
+
+class NumberedFiles:
+    """New PNG files in a folder, numbered from the highest existing one: 00000.png, grid-0000.png."""
+
+    def __init__(self, folder: Path, *, prefix: str = "", digits: int) -> None:
+        self.folder, self.prefix, self.digits = folder, prefix, digits
+        name = re.compile(re.escape(prefix) + r"(\d+)\.png")
+        entries = folder.iterdir() if folder.is_dir() else ()
+        taken = [int(match[1]) for entry in entries if (match := name.fullmatch(entry.name))]
+        self.next = max(taken, default=-1) + 1
+
+    def write(self, content: bytes) -> Path:
+        """Write a complete file under the next free name; never replace one, whoever wrote it.
+
+        The folder is created with the first file, so that a drawing that fails leaves none.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = self.folder / f"{self.prefix}{self.next:0{self.digits}d}.png"
+            self.next += 1
+            try:
+                write_new(path, content)
+                return path
+            except FileExistsError:  # another process took this name
+                continue
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OSError or ValueError if the folder cannot be created or written to; does not create it."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise ValueError(f"pictures cannot be written to {folder}: {nearest} is not a folder; choose another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"pictures cannot be written to {folder}: no permission to write to {nearest}; choose another"
+        )

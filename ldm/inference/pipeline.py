@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm.denoisers import Denoiser, choose_attention, describe_attention
@@ -23,14 +24,10 @@ from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.read_model import Lora, model_name, read_model
 from ldm.model.components import ModelComponents
 from ldm.model.facts import ModelFacts
+from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.samplers import SAMPLERS, Denoise, Variance, time_grid
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from ldm.model.latent_diffusion import LatentDiffusion
-
-Progress = Callable[[int, int], None]  # (steps done, total steps)
+Progress = Callable[[int, int], object]  # (steps done, total steps)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to draw in
 STORED = PRECISIONS | {"fp16": torch.float16}
 MAX_BATCH = 16  # pictures drawn at once; more are drawn in several batches, with the same result
@@ -228,14 +225,13 @@ class TextToImage:
 
     def _canvas(self, request: DrawRequest) -> tuple[Canvas | None, tuple[int, int]]:
         """Return the initial image of a checked request, if any, and the size of its latents."""
-        height, width, strength = request.height, request.width, request.strength
-        assert height is not None and width is not None
-        factor = self.model.vae.config.factor
-        latent_size = height // factor, width // factor
-        if request.image is None:
-            return None, latent_size
-        assert strength is not None
-        return canvas(request.image, request.mask, strength, size=(height, width)), latent_size
+        assert request.height is not None and request.width is not None
+        size, factor = (request.height, request.width), self.model.vae.config.factor
+        drawn_on = None
+        if request.image is not None:
+            assert request.strength is not None
+            drawn_on = canvas(request.image, request.mask, request.strength, size=size)
+        return drawn_on, (size[0] // factor, size[1] // factor)
 
     def _begin(
         self, drawn_on: Canvas | None, generators: Sequence[torch.Generator], times: Tensor, size: tuple[int, int]
@@ -262,6 +258,42 @@ class TextToImage:
     def cut_off(self, prompt: str) -> str:
         """Return the part of a prompt beyond the text encoder's context length; "" if it fits."""
         return self.model.conditioner.cut_off(prompt)
+
+
+def draw_all(
+    pipe: TextToImage,
+    requests: Sequence[DrawRequest],
+    *,
+    n: int = 1,
+    repeats: int = 1,
+    started: Callable[[DrawRequest], object] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[list[Drawing]]:
+    """Draw n pictures of each request, `repeats` times, and yield n at a time. Seeds increase from the request's.
+
+    started(request) is called before its first picture, progress(done, all) after each step. All requests are checked
+    before anything is drawn. Raises ValueError, naming the value, for what cannot be drawn.
+    """
+    checked = [request.check(pipe.facts).seeded(n * repeats) for request in requests]
+    total, before = repeats * sum(request.steps for request in checked), 0
+
+    def stepped(done: int, of_all: int) -> None:
+        if progress is not None:
+            progress(before + request.steps * done // of_all, total)
+
+    for request in checked:
+        if started is not None:
+            started(request)
+        for repeat in range(repeats):
+            yield pipe.draw(replace(request, seed=request.seed + repeat * n), n=n, progress=stepped)
+            before += request.steps
+
+
+def lost_words(pipe: TextToImage, requests: Iterable[DrawRequest]) -> list[str]:
+    """List the ends of prompts beyond the text encoder's context, each once. Prompts in chunks have none."""
+    whole = [request for request in requests if request.options.weighting == "none"]
+    texts = dict.fromkeys(text for request in whole for text in (request.prompt, request.negative_prompt))
+    return [lost for text in texts if (lost := pipe.cut_off(text))]
 
 
 def counted(denoise: Denoise, progress: Progress, times: Tensor, *, number: int, of: int) -> Denoise:

@@ -155,13 +155,15 @@ class DrawRequest(PictureSettings):
         return replace(self, sampler=name, height=height, width=width, strength=self.usual_strength)
 
     def _size(self, facts: ModelFacts) -> tuple[int | None, int | None]:
-        """Return height and width: the given ones, the image's or the model's. Raises ValueError unless multiples of
-        the factor."""
+        """Return height and width: the given ones, the image's rounded down to multiples of the factor, or the model's.
+
+        Raises ValueError unless they are multiples of the factor.
+        """
         height = width = facts.native_size
         if facts.factor is None:
             return self.height, self.width
         if self.image is not None:
-            height, width = fitting(self.image, facts.factor)
+            height, width = (max(side // facts.factor, 1) * facts.factor for side in self.image.size[::-1])
         height, width = self.height or height, self.width or width
         for name, side in (("height", height), ("width", width)):
             if side is not None and side % facts.factor:
@@ -186,9 +188,3 @@ def steps_left(steps: int, strength: float) -> int:
     if left < 1:
         raise ValueError(f"strength {strength} leaves none of {steps} steps, expected at least 1: increase either")
     return left
-
-
-def fitting(image: Image.Image, factor: int) -> tuple[int, int]:
-    """Return an image's height and width, rounded down to multiples of the factor."""
-    height, width = (max(side // factor, 1) * factor for side in (image.height, image.width))
-    return height, width

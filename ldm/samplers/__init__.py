@@ -12,47 +12,25 @@ A sampler is a pure function `sampler(denoise, x, path, times, generator) -> x`:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from torch import Tensor
 
 from ldm.diffusion.paths import PathConfig
 from ldm.files.messages import unknown_name
-from ldm.samplers.inversion import invert
 from ldm.samplers.linear_multistep import deis, lms, plms, pndm
 from ldm.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc
-from ldm.samplers.single_step import (
-    ddim,
-    ddpm,
-    ddpm_large,
-    ddpm_learned,
-    dpm2,
-    dpmpp_2s_ancestral,
-    heun,
-    lcm,
-)
+from ldm.samplers.single_step import ddim, ddpm, ddpm_large, ddpm_learned, dpm2, dpmpp_2s_ancestral, heun, invert, lcm
 from ldm.samplers.steps import Denoise, Generators, Variance, noise_like
 from ldm.samplers.time_grids import TIME_GRIDS, time_grid
 
 __all__ = [
-    "SAMPLERS",
-    "TIME_GRIDS",
-    "Denoise",
-    "Generators",
-    "Sampler",
-    "SamplerFunction",
-    "Variance",
-    "invert",
-    "noise_like",
-    "sampler_named",
-    "time_grid",
-]
+    "SAMPLERS", "TIME_GRIDS", "Denoise", "Generators", "Sampler", "SamplerFunction", "Variance", "invert",
+    "noise_like", "sampler_named", "time_grid",
+]  # fmt: skip
 
 
-class SamplerFunction(Protocol):
-    def __call__(
-        self, denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators
-    ) -> Tensor: ...
+SamplerFunction = Callable[[Denoise, Tensor, PathConfig, Tensor, Generators], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

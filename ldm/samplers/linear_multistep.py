@@ -36,13 +36,7 @@ def deis(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator
 
 
 def adams(
-    denoise: Denoise,
-    x: Tensor,
-    path: PathConfig,
-    times: Tensor,
-    *,
-    order: int,
-    variable: Callable[[Tensor], Tensor],
+    denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, *, order: int, variable: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Step by x' / alpha' = x / alpha + integral of eps over kappa, eps a polynomial in variable(kappa)."""
     history: list[tuple[float, Tensor]] = []  # (kappa, eps), the newest last
@@ -110,7 +104,8 @@ def pndm(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator
     return pseudo_adams(denoise, x, path, times, start=runge_kutta, started=3)
 
 
-Start = Callable[[Callable[[Tensor, Node], Tensor], PathConfig, Tensor, Tensor, Step], Tensor]
+Eps = Callable[[Tensor, Node], Tensor]  # the noise in x at a node
+Start = Callable[[Eps, PathConfig, Tensor, Tensor, Step], Tensor]
 
 
 def pseudo_adams(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, *, start: Start, started: int) -> Tensor:
@@ -140,14 +135,12 @@ def pseudo_adams(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, *
     return x
 
 
-def both_ends(eps_at: Callable[[Tensor, Node], Tensor], path: PathConfig, x: Tensor, eps: Tensor, step: Step) -> Tensor:
+def both_ends(eps_at: Eps, path: PathConfig, x: Tensor, eps: Tensor, step: Step) -> Tensor:
     """Return (eps + eps') / 2, where eps' is at the end of the step with eps."""
     return (eps + eps_at(transfer(x, eps, *step), step.end)) / 2
 
 
-def runge_kutta(
-    eps_at: Callable[[Tensor, Node], Tensor], path: PathConfig, x: Tensor, eps: Tensor, step: Step
-) -> Tensor:
+def runge_kutta(eps_at: Eps, path: PathConfig, x: Tensor, eps: Tensor, step: Step) -> Tensor:
     """Return (eps_1 + 2 eps_2 + 2 eps_3 + eps_4) / 6 of the classical Runge-Kutta method, its middle halfway in t."""
     start, end = step
     (middle,) = nodes_at(path, (start.t + end.t)[None] / 2)

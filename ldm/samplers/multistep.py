@@ -28,11 +28,7 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, g
 
 
 def carried_on(
-    denoise: Denoise,
-    x: Tensor,
-    path: PathConfig,
-    times: Tensor,
-    advance: Callable[[Tensor, Tensor, Step], Tensor],
+    denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, advance: Callable[[Tensor, Tensor, Step], Tensor]
 ) -> Tensor:
     """Step by x' = advance(x, D, step), D = x0_i + h_i / (2 h_{i-1}) (x0_i - x0_{i-1}), h the step in lambda."""
     previous: tuple[Tensor, float] | None = None

@@ -1,13 +1,15 @@
-"""Single-step samplers: each step evaluates the denoiser at its start, and some at one other point."""
+"""Single-step samplers: each step evaluates the denoiser at its start, and some at one other point.
+
+`invert` is not a sampler but DDIM backwards: from an image to the noise from which DDIM generates it.
+"""
 
 import math
 from collections.abc import Callable
 
 from torch import Tensor
 
-from ldm.diffusion.nodes import Step, grid_steps
+from ldm.diffusion.nodes import Step, ddpm_mean, grid_steps, learned_log_variance, variance_range
 from ldm.diffusion.paths import PathConfig
-from ldm.diffusion.posterior import ddpm_mean, learned_log_variance, variance_range
 from ldm.samplers.steps import Denoise, Generators, Variance, add_noise, ancestral, ddim_step, node_between
 
 
@@ -21,6 +23,27 @@ def ddim(
     for step in grid_steps(path, times):
         down, up = ancestral(step, eta)
         x = add_noise(ddim_step(x, denoise(x, step.start.t), step.start, down), up, generator)
+    return x
+
+
+def invert(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, *, iterations: int = 20) -> Tensor:
+    """Find the x at times[0] from which `ddim` over the same times reaches this x at times[-1]. B x ...
+
+    The inverse of a DDIM step is x_t = alpha x0_hat + (sigma / sigma') (x' - alpha' x0_hat), where x0_hat depends on
+    the unknown x_t: it is solved by fixed-point iteration, starting from x'. One iteration is the usual inversion (Song
+    et al. 2020, appendix F), which is approximate; more converge if the denoiser is smooth enough for the step.
+
+    times must end above 0: at t = 0 there is no noise to follow back. Raises ValueError otherwise.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}, expected 1 or more")
+    if times[-1] <= 0:
+        raise ValueError("times end at 0, where no noise is left to follow back: leave out the last one")
+    for start, end in reversed(list(grid_steps(path, times))):
+        found = x
+        for _ in range(iterations):
+            found = ddim_step(x, denoise(found, start.t), end, start)
+        x = found
     return x
 
 

@@ -42,13 +42,18 @@ def time_grid(path: PathConfig, steps: int, grid: str | Sequence[float] | None =
 
 def explicit_times(steps: int, times: Sequence[float]) -> Tensor:
     """Convert the times. Raises ValueError unless they are steps + 1, strictly decreasing from at most 1 to 0."""
+    check_falling(times)
+    if len(times) != steps + 1:
+        raise ValueError(f"the time grid has {len(times)} times, expected one more than steps, {steps}")
+    return torch.tensor(times, dtype=torch.float64)
+
+
+def check_falling(times: Sequence[float]) -> None:
+    """Raise ValueError unless the times decrease strictly from at most 1 to 0."""
     falling = all(later < earlier for earlier, later in pairwise(times))
     if len(times) < 2 or not falling or times[0] > 1 or times[-1] != 0:
         shown = ", ".join(f"{t:g}" for t in times)
         raise ValueError(f"the time grid is {shown}, expected two or more times that fall from at most 1 to 0")
-    if len(times) != steps + 1:
-        raise ValueError(f"the time grid has {len(times)} times, expected one more than steps, {steps}")
-    return torch.tensor(times, dtype=torch.float64)
 
 
 def cleanest_time(path: PathConfig) -> Tensor:

@@ -10,9 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.diffusion.nodes import Node, Step
+from ldm.diffusion.nodes import Node, Step, ddpm_mean, variance_range
 from ldm.diffusion.paths import PathConfig
-from ldm.diffusion.posterior import ddpm_mean, variance_range
 from ldm.samplers import Denoise
 
 MEAN, STD = 0.4, 0.6

@@ -17,7 +17,7 @@ from ldm.diffusion import (
     RectifiedFlowPath,
     ScaledLinearBetaPath,
 )
-from ldm.diffusion.paths import BetaTablePath
+from ldm.diffusion.table_paths import BetaTablePath
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.model.components import ModelComponents
 from ldm.model.conditioner import Conditioner, TextTower

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -29,9 +27,7 @@ def txt2img():
 def model(monkeypatch, tmp_path):
     """The fake model's class, in the place of the real one; and a folder to work in, with a model path."""
     fake = type("TextToImage", (FakeTextToImage,), {"loads": [], "calls": []})
-    module = types.ModuleType("ldm.inference.pipeline")
-    module.TextToImage = fake  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "ldm.inference.pipeline", module)
+    monkeypatch.setattr("ldm.inference.pipeline.TextToImage", fake)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "broken").mkdir()

@@ -12,8 +12,8 @@ from PIL import Image
 
 from ldm.diffusion import Prediction
 from ldm.inference.flags import PREDICTIONS
-from ldm.inference.metadata import read_recipes
 from ldm.inference.options import DrawOptions
+from ldm.inference.recipe import read_recipes
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ from helpers.painting import colour, pngs
 from PIL import Image
 
 from ldm.inference.contact_sheet import GAP
-from ldm.inference.metadata import read_recipes
 from ldm.inference.options import DrawOptions
-from ldm.inference.recipe import Recipe, software
+from ldm.inference.recipe import Recipe, read_recipes, software
 from ldm.samplers import SAMPLERS, TIME_GRIDS
 
 SCRIPT = Path(__file__).parents[2] / "txt2img.py"

@@ -180,7 +180,7 @@ def test_a_disk_error_is_one_line(command, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "x.png")
 
-    monkeypatch.setattr("ldm.inference.numbered_files.NumberedFiles.write", full)
+    monkeypatch.setattr("ldm.inference.pictures.NumberedFiles.write", full)
     code, _, err = command("--prompt", "x")
     assert (code, err) == (2, "error: [Errno 28] No space left on device: 'x.png'\n")
 

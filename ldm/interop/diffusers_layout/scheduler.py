@@ -6,8 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
-from ldm.diffusion import EDMPath, PathConfig, Prediction, RectifiedFlowPath
-from ldm.diffusion.paths import BetaTablePath, CosinePath, LinearBetaPath, ScaledLinearBetaPath
+from ldm.diffusion import (
+    CosinePath,
+    EDMPath,
+    LinearBetaPath,
+    PathConfig,
+    Prediction,
+    RectifiedFlowPath,
+    ScaledLinearBetaPath,
+)
+from ldm.diffusion.table_paths import BetaTablePath
 from ldm.files.strict_json import read_json
 from ldm.interop.diffusers_layout.layout import VERSION
 from ldm.interop.network_files import check_whole_numbers, described_by

@@ -8,10 +8,9 @@ import torch
 from helpers.analytic import MEAN, STD, double, ideal_denoiser, marginal, node_at
 from torch import Tensor
 
-from ldm.diffusion.nodes import Step
+from ldm.diffusion.nodes import Step, ddpm_mean, variance_range
 from ldm.diffusion.objective import ObjectiveConfig, Weighting, loss_weight
 from ldm.diffusion.paths import CosinePath, LinearBetaPath, RectifiedFlowPath, ScaledLinearBetaPath
-from ldm.diffusion.posterior import ddpm_mean, variance_range
 from ldm.diffusion.predictions import Prediction, eps_from_x0, noise_sample, target, to_x0, velocity_target
 
 

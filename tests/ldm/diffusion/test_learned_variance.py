@@ -8,8 +8,7 @@ from helpers.analytic import double, node_at
 
 from ldm.diffusion import CosinePath, EDMPath, LinearBetaPath, RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.diffusion.learned_variance import bound_terms, normal_kl, normal_nll
-from ldm.diffusion.nodes import Step
-from ldm.diffusion.posterior import ddpm_mean, variance_range
+from ldm.diffusion.nodes import Step, ddpm_mean, variance_range
 
 TABLES = [LinearBetaPath(), ScaledLinearBetaPath(), CosinePath(), ScaledLinearBetaPath(zero_terminal_snr=True)]
 SHAPE = (1, 2, 3, 3)

@@ -9,16 +9,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from helpers.analytic import double
 
-from ldm.diffusion.paths import (
-    BetaTablePath,
-    CosinePath,
-    EDMPath,
-    LinearBetaPath,
-    PathConfig,
-    RectifiedFlowPath,
-    ScaledLinearBetaPath,
-    prior_std,
-)
+from ldm.diffusion.paths import EDMPath, PathConfig, RectifiedFlowPath, prior_std
+from ldm.diffusion.table_paths import BetaTablePath, CosinePath, LinearBetaPath, ScaledLinearBetaPath
 
 
 def nodes(path: BetaTablePath, dtype: torch.dtype = torch.float64) -> torch.Tensor:

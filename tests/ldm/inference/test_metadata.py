@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.inference.metadata import parameters_text, png_bytes, read_recipes
 from ldm.inference.options import DrawOptions
-from ldm.inference.recipe import Recipe, software
+from ldm.inference.recipe import Recipe, parameters_text, png_bytes, read_recipes, software
 from ldm.samplers import SAMPLERS
 
 RECIPE = Recipe(

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from ldm.inference.numbered_files import NumberedFiles
+from ldm.inference.pictures import NumberedFiles
 
 
 def names(folder):

@@ -18,12 +18,10 @@ import ldm
 from ldm import DrawOptions, DrawRequest, TextToImage
 from ldm.diffusion import RectifiedFlowPath
 from ldm.inference.contact_sheet import Sheet
-from ldm.inference.draw_all import draw_all, lost_words
-from ldm.inference.metadata import png_bytes, read_recipes
-from ldm.inference.numbered_files import NumberedFiles
 from ldm.inference.parameter import parameters
-from ldm.inference.pictures import picture_hash, read_picture
-from ldm.inference.recipe import LoadedWith, Recipe, software
+from ldm.inference.pictures import NumberedFiles, picture_hash, read_picture
+from ldm.inference.pipeline import draw_all, lost_words
+from ldm.inference.recipe import LoadedWith, Recipe, png_bytes, read_recipes, software
 from ldm.inference.request import MAX_SEED
 from ldm.interop.compvis.writing import write_single_file
 from ldm.interop.read_model import read_facts

@@ -15,9 +15,8 @@ import torch
 from helpers.analytic import double, node_at
 from torch import Tensor
 
-from ldm.diffusion.nodes import Step
+from ldm.diffusion.nodes import Step, variance_range
 from ldm.diffusion.paths import EDMPath, LinearBetaPath, ScaledLinearBetaPath
-from ldm.diffusion.posterior import variance_range
 from ldm.diffusion.predictions import to_x0
 from ldm.samplers import SAMPLERS, invert, time_grid
 from ldm.samplers.linear_multistep import adams

@@ -9,9 +9,8 @@ import torch
 from helpers.analytic import double, generators, ideal_denoiser, node_at
 from torch import Tensor
 
-from ldm.diffusion.nodes import Step
+from ldm.diffusion.nodes import Step, ddpm_mean, variance_added, variance_range
 from ldm.diffusion.paths import LinearBetaPath, RectifiedFlowPath, ScaledLinearBetaPath
-from ldm.diffusion.posterior import ddpm_mean, variance_added, variance_range
 from ldm.samplers import SAMPLERS, noise_like, time_grid
 from ldm.samplers.linear_multistep import adams_weights, mean_weights
 from ldm.samplers.single_step import ddim
