@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import load_config
 from ldm.interop.diffusers_layout.vae import load_vae
-from ldm.training.denoiser_task import TrainConfig
+from ldm.training.denoiser_config import TrainConfig
 from text import load_text_encoder
 
 SIZE = 2048  # of the matrices

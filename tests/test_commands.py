@@ -256,7 +256,7 @@ def test_clip_trains_on_two_ranks(workshop, few_emoji):
         (["model.vae=nowhere"], 2, "nowhere/vae/config.json is missing"),
         (["model.start=runs/nowhere"], 2, "runs/nowhere/transformer/config.json is missing"),
         (["data.image_size=66"], 2, "data.image_size is 66, not a multiple of 4"),
-        (["preview.scale=-1"], 2, "preview.scale is -1.0, expected a number from 0 up"),
+        (["preview.scale=-1"], 2, "preview.scale is -1.0, expected 0 or more"),
         (["run.name=dit", "run.steps=7"], 2, "step_0000010 is already at step 10: set run.steps=10 or more"),
         (["optim.lr=1e30", "run.name=nan", "engine.clip=0"], 6, "at step 2, as in each of the last 10 batches"),
     ],

@@ -25,7 +25,7 @@ from ldm.cli import run_command
 from ldm.interop.compvis.writing import single_file_tensors
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.training.clip_task import TextTrainConfig
-from ldm.training.denoiser_task import TrainConfig
+from ldm.training.denoiser_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "extending.md")]

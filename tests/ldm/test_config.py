@@ -10,7 +10,7 @@ from ldm.config import dump, load_config, parse
 from ldm.denoisers import DiTConfig
 from ldm.training.checkpoints.select import check_continues
 from ldm.training.clip_task import TextTrainConfig
-from ldm.training.denoiser_task import TrainConfig
+from ldm.training.denoiser_config import TrainConfig
 from ldm.training.vae_task import VAETrainConfig
 from text.clip import build_clip
 from vae import AutoencoderKL

@@ -7,7 +7,7 @@ import yaml
 
 from ldm.config import dump, load_config, parse
 from ldm.training.checkpoints.select import check_continues
-from ldm.training.denoiser_task import TrainConfig
+from ldm.training.denoiser_config import TrainConfig
 
 DIT = Path(__file__).parents[2] / "configs" / "emoji64_dit.yaml"
 SETS = "data.sets=[{name: a, shards: [a/*.tar], weight: 3}, {name: b, shards: 'pipe:cat b.tar'}]"

@@ -20,7 +20,7 @@ from ldm.interop.diffusers_layout.denoiser import layout_of
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.identify import DENOISER
 from ldm.interop.model_card import model_card
-from ldm.training.denoiser_task import TrainConfig
+from ldm.training.denoiser_config import TrainConfig
 from ldm.training.optim.averages import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
 from text.conversion import flattened

@@ -3,7 +3,7 @@
 import torch
 
 from data.loader import Batch
-from ldm.training.denoiser_task import LatentEncoder
+from ldm.training.denoiser_setup import LatentEncoder
 from vae import AutoencoderKL, AutoencoderKLConfig
 
 

@@ -19,7 +19,7 @@ from ldm.errors import NonFiniteError
 from ldm.training.checkpoints.folders import Digest, fault, step_of
 from ldm.training.checkpoints.select import check_state, choose, rewound_to, settle_lanes
 from ldm.training.checkpoints.train_state import CheckpointError, TrainState
-from ldm.training.denoiser_task import TrainConfig
+from ldm.training.denoiser_config import TrainConfig
 from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.engine import SKIPPED_AT_MOST, Engine
 from ldm.training.run import Run, RunConfig
