@@ -54,10 +54,8 @@ DRAWING = [
 THEIR_WEIGHTS = [command for command in COMMANDS if re.search("sd-v1|stable-diffusion-2|my-folder", command)]
 THEIR_FILE = re.compile(r"(sd-v1|stable-diffusion-2|my-|photo|mask|ft-mse|style|light)[\w.-]*[.\w](:0\.8)?$")
 EXPORT = next(command for command in COMMANDS if "ldm.export runs/" in command)
-# Small and short: the same pictures, two steps, one sheet.
 SHORT = [
     "run.steps=1",
-    "data.shards=[data/emoji64/val/*.tar.gz]",
     "data.lanes=1",
     "data.batch_size=8",
     "data.prefetch=0",
@@ -107,9 +105,10 @@ def test_every_command_of_the_pages_is_run_by_a_test():
 
 
 @pytest.mark.parametrize("command", TRAINING, ids=lambda command: command.split()[1])
-def test_training_commands_train(command, tmp_path):
+def test_training_commands_train(command, tmp_path, few_emoji):
     drawings = ["preview.steps=2", "preview.pictures=2"] if "ldm/train.py" in command else []
-    finished = run(command, *SHORT, *drawings, f"run.folder={tmp_path}", "run.log_every=1")
+    few = [f"data.shards=[{few_emoji}]", f"validation.shards=[{few_emoji}]"]
+    finished = run(command, *SHORT, *few, *drawings, f"run.folder={tmp_path}", "run.log_every=1")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "step 1/1  loss" in finished.stdout
 
