@@ -203,7 +203,7 @@ def _open(folder: Path, tokenizer: Path) -> TextPart:
 
 def save_text_parts(towers: Sequence[TextTower], folder: Path, *, dtype: torch.dtype) -> None:
     """Write the text encoders and their tokenizers into a model's folder."""
-    for (encoder, tokenizer), places in zip(towers, TEXT_FOLDERS, strict=False):
+    for (encoder, tokenizer), places in zip(towers, TEXT_FOLDERS[: len(towers)], strict=True):
         kind = TEXT_ENCODERS[encoder.kind]
         kind.save(encoder, folder / places[0], dtype=dtype)
         kind.save_tokenizer(tokenizer, folder / places[1])
@@ -212,7 +212,7 @@ def save_text_parts(towers: Sequence[TextTower], folder: Path, *, dtype: torch.d
 def text_classes(kinds: Sequence[str]) -> dict[str, Any]:
     """Build the entries of model_index.json for text encoders of these kinds."""
     found: dict[str, Any] = {}
-    for kind, (encoder, tokenizer) in zip(kinds, TEXT_FOLDERS, strict=False):
+    for kind, (encoder, tokenizer) in zip(kinds, TEXT_FOLDERS[: len(kinds)], strict=True):
         found[encoder] = [LIBRARY, TEXT_ENCODERS[kind].class_name]
         found[tokenizer] = [LIBRARY, TEXT_ENCODERS[kind].tokenizer_classes[0]]
     return found
