@@ -53,7 +53,7 @@ class RunConfig:
 class Run:
     """The run's folder and logs, written by the main rank. On other ranks, its methods write nothing."""
 
-    def __init__(self, config: RunConfig, *, is_main: bool, config_text: str) -> None:
+    def __init__(self, config: RunConfig, *, is_main: bool) -> None:
         self.config, self.is_main = config, is_main
         self.started = time.monotonic()
         self._since = self.started  # time of the last progress line
@@ -67,7 +67,7 @@ class Run:
             raise ValueError(
                 f"{config.path} already holds {found[-1].name}: set run.resume=auto to continue it, or another run.name"
             )
-        self.config_text = config_text
+        self.config_text = ""  # the resolved configuration, known once the run is resumed or begun
 
     def begin(self, step: int | None) -> None:
         """Create the folder and write the configuration. Call it once data and model are open, so that an error in

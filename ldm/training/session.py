@@ -14,7 +14,6 @@ from torch import Tensor
 from data.ledger import Quarantine
 from data.loader import Batch, CaptionedImages, held_out
 from data.readers import Reader
-from ldm.config import dump
 from ldm.errors import DataError
 from ldm.training.checkpoints.train_state import seed_generators
 from ldm.training.engine.config import Resolved, resolved_precision
@@ -114,7 +113,7 @@ def open_session(config: Config, stop: StopSignal, *, reader: Reader) -> Session
     world = start_process()
     engine = config.engine
     watch = Watchdog(world, meeting_store(world), hang_seconds=engine.hang_seconds, compiles=engine.compile, stop=stop)
-    run = Run(config.run, is_main=world.is_main, config_text=dump(config))
+    run = Run(config.run, is_main=world.is_main)
     seed, rank, ranks = config.run.seed, world.rank, world.ranks
     quarantine = Quarantine(config.run.path / "bad_samples.jsonl", rank=rank)
     images = CaptionedImages(config.data, seed=seed, reader=reader, rank=rank, ranks=ranks, quarantine=quarantine)

@@ -24,8 +24,8 @@ from ldm.training.run import ALLOWABLE, Run
 def resume(run: Run, engine: Engine, world: Ranks, *, config: Any, images: CaptionedImages) -> TrainState | None:
     """Load the checkpoint that run.resume selects, if any, and create the run's folder; returns its state.
 
-    Raises CheckpointError if there are checkpoints, but none is valid: a run never
-    starts over by itself. Raises ValueError if the configuration or the data have changed since the run began.
+    Raises CheckpointError if there are checkpoints, but none is valid: a run never starts over by itself. Raises
+    ValueError if the configuration or the data have changed since the run began.
     """
     run.lock()
     chosen = choose(run, world)

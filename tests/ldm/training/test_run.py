@@ -19,7 +19,9 @@ def config(tmp_path: Path, **settings: Any) -> RunConfig:
 
 
 def make_run(tmp_path: Path, *, is_main: bool = True, **settings: Any) -> Run:
-    return Run(config(tmp_path, **settings), is_main=is_main, config_text="run: {}\n")
+    run = Run(config(tmp_path, **settings), is_main=is_main)
+    run.config_text = "run: {}\n"
+    return run
 
 
 class Clock:

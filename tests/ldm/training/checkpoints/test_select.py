@@ -48,9 +48,9 @@ def make_run(tmp_path: Path, *steps: int, name: str = "trial", resume: str | Pat
     """A run with checkpoints of these steps, as it is when its process has started again."""
     config = RunConfig(name=name, folder=str(tmp_path), steps=100)
     for step in steps:
-        add_checkpoint(Run(config, is_main=True, config_text=""), step, {})
+        add_checkpoint(Run(config, is_main=True), step, {})
     again = RunConfig(name=name, folder=str(tmp_path), steps=100, resume=str(resume))
-    return Run(again, is_main=main, config_text="")
+    return Run(again, is_main=main)
 
 
 def add_checkpoint(run: Run, step: int, record: dict[str, Any]) -> None:
