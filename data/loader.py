@@ -17,8 +17,8 @@ from typing import Any
 from PIL import ImageFile
 from torch import Tensor
 
+from data.bad_samples import FEWEST_BAD, LONGEST, BadSample, BadShare, Quarantine
 from data.config import DataConfig, HeldOutConfig
-from data.ledger import FEWEST_BAD, LONGEST, BadSample, BadShare, Ledger, Quarantine
 from data.order import SampleOrder, SetSpan, Visit, default_lanes
 from data.readers import Column, ImageCaptionReader, Reader
 from data.shards import BadSampleError, MissingSampleError
@@ -88,7 +88,7 @@ class CaptionedImages:
 
     A sample that cannot be used is recorded once in `bad_samples`, reported through `on_bad` and listed in the
     `quarantine`. The next good sample of its shard replaces it or, if the shard has none, one of the next shards of
-    its lane; the order of all other samples is unchanged. `ledger` accounts for each visit of the stream.
+    its lane; the order of all other samples is unchanged.
 
     Raises DataError if shards cannot be counted, if no substitute is found, or if the fraction of bad samples among
     the last 10,000 visits, or of missing ones among all, exceeds config.max_bad_fraction. Raises ValueError if lanes,
@@ -128,7 +128,7 @@ class CaptionedImages:
         self.deal(lanes)
         self.bad_samples: dict[tuple[int, int], BadSample] = {}
         self._missing: set[tuple[int, int]] = set()  # the bad samples that are absent from their shards
-        self.ledger, self._bad_fraction = Ledger(self.store.sizes), BadShare()
+        self._bad_fraction = BadShare()
 
     def deal(self, lanes: int) -> None:
         """Deal the shards to this number of lanes, before the first batch: a resumed run keeps its number."""
@@ -152,7 +152,7 @@ class CaptionedImages:
 
     def stream(self, position: int = 0) -> Generator[Batch]:
         """Yield global batches `position`, `position` + 1, ..., decoded ahead by `prefetch` threads."""
-        self.ledger, self._bad_fraction = Ledger(self.store.sizes), BadShare()
+        self._bad_fraction = BadShare()
         with closing(self._ahead(position)) as assembled:
             for visits, batch in assembled:
                 self._account(visits, batch.samples)
@@ -171,11 +171,7 @@ class CaptionedImages:
         everything = [(shard, index) for shard, size in enumerate(self.store.sizes) for index in range(size)]
         for start in range(part * batch_size, len(everything), parts * batch_size):
             places = everything[start : start + batch_size]
-            loaded = {
-                start + row: sample
-                for row, place in enumerate(places)
-                if (sample := self._try_load(*place)) is not None
-            }
+            loaded = {start + row: sample for row, place in enumerate(places) if (sample := self._try_load(*place))}
             for place in places:
                 if place not in self._missing:
                     self._bad_fraction.record(place, is_bad=place in self.bad_samples)
@@ -202,7 +198,6 @@ class CaptionedImages:
             pool.shutdown(cancel_futures=True)
 
     def _account(self, visits: Sequence[Visit], samples: Sequence[tuple[int, int]]) -> None:
-        self.ledger.record(visits, samples)
         for visit, sample in zip(visits, samples, strict=True):
             asked = (visit.shard, visit.index)
             if asked not in self._missing:

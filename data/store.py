@@ -175,10 +175,6 @@ class ShardStore:
                 "--out manifest.json, for all shards of this kind, and set data.manifest=manifest.json"
             )
         shard = Shard(Path(source.location))
-        future: Future[Shard] = Future()
-        future.set_result(shard)
-        self._open[number] = future
+        self._reserve(number)[0].set_result(shard)
         self._verified.add(number)
-        while len(self._open) > self.keep:
-            self._open.popitem(last=False)
         return Entry(len(shard))

@@ -12,6 +12,7 @@ from typing import Any
 from data.manifest import NAME as MANIFEST
 from data.manifest import SIZES, entry_of, manifest_text
 from ldm.files.atomic import write_atomically
+from ldm.files.strict_json import write_json
 
 KEY_DIGITS_IN_SHARD = 4  # img2dataset's sample names: shard number, then four digits
 
@@ -33,10 +34,11 @@ def write_shards(samples: Sequence[tuple[bytes, str, dict[str, Any]]], folder: P
     for number in range(shards):
         own = samples[number::shards]
         _write_tar(own, folder / f"{number:05d}.tar.gz", number)
-        stats = {"count": len(own), "successes": len(own), "failed_to_download": 0, "failed_to_resize": 0}
-        _write_json(stats | {"status_dict": {"success": len(own)}}, folder / f"{number:05d}_stats.json")
+        counts = {"count": len(own), "failed_to_download": 0, "failed_to_resize": 0}
+        more = {"status_dict": {"success": len(own)}, "successes": len(own)}
+        write_json(counts | more, folder / f"{number:05d}_stats.json", indent=1)
         sizes[f"{number:05d}.tar.gz"] = len(own)
-    _write_json(sizes, folder / SIZES)
+    write_json(sizes, folder / SIZES, indent=1)
     entries = {name: entry_of(folder / name) for name in sizes}
     write_atomically(folder / MANIFEST, manifest_text(entries).encode())
 
@@ -53,7 +55,3 @@ def _write_tar(samples: Sequence[tuple[bytes, str, dict[str, Any]]], path: Path,
             text = json.dumps(record, ensure_ascii=False, sort_keys=True)
             tar.write({"__key__": key, "webp": image, "txt": caption.encode(), "json": text.encode()})
     write_atomically(path, gzip.compress(buffer.getvalue(), compresslevel=9, mtime=0))
-
-
-def _write_json(value: dict[str, Any], path: Path) -> None:
-    write_atomically(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.accounts import accounts_of
 from helpers.loading import BAD, SIZES, first, images, same
 from helpers.serving import served, until
 from PIL import ImageFile
 
+from data.bad_samples import BadSample, Quarantine
 from data.config import DataConfig, HeldOutConfig, ShardSet
-from data.ledger import BadSample, Quarantine
 from data.loader import CaptionedImages, held_out
 from data.manifest import main as write_manifest
 from ldm.errors import DataError
@@ -53,10 +54,10 @@ def test_every_sample_of_an_epoch_is_delivered_or_rejected(tiny_shards: Callable
     content = (path := tmp_path / "shards" / "00002.tar").read_bytes()
     path.write_bytes(content[: content.index(b"000020001.txt")])
     loader = images(shards, on_bad=lambda bad: None, quarantine=quarantine)
-    first(loader, 20)
+    closed = accounts_of(loader, first(loader, 20)).closed
     rejected = {0: 0, 1: 2, 2: 1, 3: 1}
-    assert len(loader.ledger.closed) > 10
-    for account in loader.ledger.closed:
+    assert len(closed) > 10
+    for account in closed:
         assert account.delivered + account.rejected == account.expected == SIZES[account.shard]
         assert account.rejected == rejected[account.shard]
     listed = [json.loads(line) for line in quarantine.path.read_text().splitlines()]
@@ -83,11 +84,12 @@ def test_a_remote_shard_that_is_gone_is_stood_in_for(tiny_shards: Callable[..., 
         (folder / "00001.tar").unlink()
         told: list[BadSample] = []
         loader = images(url, lanes=2, on_bad=told.append)
-        for a, b in zip(clean, first(loader, 14), strict=True):
+        batches = first(loader, 14)
+        for a, b in zip(clean, batches, strict=True):
             for asked, given in zip(a.samples, b.samples, strict=True):
                 assert given == asked or asked[0] == 1 != given[0]
         assert {(bad.key, "00001.tar" in bad.reason) for bad in told} == {(f"#{index}", True) for index in range(5)}
-        for account in loader.ledger.closed:
+        for account in accounts_of(loader, batches).closed:
             assert (account.rejected > 0) == (account.shard == 1)
 
 
@@ -184,6 +186,7 @@ def test_a_place_out_of_reach_is_waited_for_no_longer_than_for_three_shards(
         with pytest.raises(DataError, match=rf"no sample of shard \S*{near[1]:05d}\.tar can be used.* No such file"):
             first(loader, 12)
     else:
-        given = {shard for batch in first(loader, 12) for shard, _ in batch.samples}
+        batches = first(loader, 12)
+        given = {shard for batch in batches for shard, _ in batch.samples}
         assert given == set(near) - set(near[1:3])
-        assert loader.ledger.rejected == 4 * gone
+        assert accounts_of(loader, batches).rejected == 4 * gone

@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers.loading import BAD, SIZES, first, images, same
 
+from data.bad_samples import BadSample
 from data.config import DataConfig, HeldOutConfig
-from data.ledger import BadSample
 from data.loader import held_out
 from data.manifest import main as write_manifest
 from data.readers import ImageCaptionReader

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.ledger import BadSample, Quarantine
+from data.bad_samples import BadSample, Quarantine
 
 BAD = BadSample("00000.tar", "000000001", "no caption")
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data.order
-from data.ledger import BadSample
+from data.bad_samples import BadSample
 from data.loader import CaptionedImages
 from data.order import Mixture, SampleOrder, SetOrder, Visit
 from data.shards import Shard

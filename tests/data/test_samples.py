@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.ledger import BadSample
+from data.bad_samples import BadSample
 from data.readers import CONTROLS, decode_pixels, read_captions
 from data.shards import BadSampleError, RawSample
 

@@ -15,6 +15,7 @@ from PIL import Image
 from data.config import DataConfig
 from data.loader import Batch, CaptionedImages
 from data.manifest import NAME, entry_of, manifest_text
+from helpers.accounts import accounts_of
 
 BLOCK = 512
 SOUND = 3  # samples of the shard beside the damaged one
@@ -142,7 +143,7 @@ def check_shard(seed: int, folder: Path) -> str:
     before = _listing(folder)
     images, batches = _epoch((path, other), samples + SOUND, seed, prefetch=draw.choice((0, 0, 0, 2)))
     assert _listing(folder) == before, "reading has written something"
-    account, beside = sorted(images.ledger.closed, key=lambda account: account.shard)
+    account, beside = sorted(accounts_of(images, batches).closed, key=lambda account: account.shard)
     assert account.delivered + account.rejected == account.expected == samples, "a sample is not accounted for"
     assert (beside.delivered, beside.rejected) == (SOUND, 0), "a sample of the sound shard is lost"
     assert account.rejected == len(images.bad_samples), "a rejected sample is not listed"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+from helpers.accounts import Account, Ledger
 
-from data.ledger import WINDOW, Account, BadShare, Ledger
+from data.bad_samples import WINDOW, BadShare
 from data.order import SampleOrder
 
 BAD = {(0, 1), (2, 0), (2, 2)}
