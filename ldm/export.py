@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     from ldm.interop.compvis.writing import check_target_file, write_single_file
     from ldm.interop.diffusers_layout.folder import check_target, write_folder
     from ldm.interop.model_card import files_beside
-    from ldm.interop.read_model import read_model
+    from ldm.interop.read_model import LoadOptions, read_model
 
     (check_target if args.format == "diffusers" else check_target_file)(args.target)
     if args.fp16 and args.dtype not in ("fp16", None):
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     if length is not None:
         parts = reconstructed(args.source, length, args.step)
     elif args.step is None:
-        parts = read_model(args.source, dtype=torch.float32, ema=args.ema == "yes")
+        parts = read_model(args.source, LoadOptions(ema=args.ema == "yes"), dtype=torch.float32)
     else:
         raise ValueError(f"--step is {args.step}, but --ema is {args.ema}: give --ema an average's length, as 0.13")
     print(parts.describe(), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,19 @@ def read_json(
 
 
 def read_text(path: Path, *, most: int = MAX_BYTES, missing: str, kind: str = "text") -> str:
-    """Read a UTF-8 file. kind: its type in error messages. Raises FileNotFoundError or ValueError as read_json does."""
+    """Read a UTF-8 file, without a byte-order mark. kind: its type in messages. Raises the same errors as read_json."""
     try:
         if path.exists() and not path.is_file():  # a pipe or a device might never end
             raise ValueError(f"{path} is not a plain file, expected {kind}")
         if path.stat().st_size > most:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, expected at most {most} of {kind}")
-        return path.read_text(encoding="utf-8")
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, expected {kind} of at most {most}")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} {missing}") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): give another, or copy it again") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not {kind} in UTF-8 ({error}): copy it again") from error
+        raise ValueError(f"{path} is not {kind} in UTF-8 ({error}): save it as UTF-8, or copy it again") from error
 
 
 def parse_json(text: str, *, source: Path | str) -> dict[str, Any]:
@@ -47,6 +48,15 @@ def parse_json(text: str, *, source: Path | str) -> dict[str, Any]:
     if type(content) is not dict:
         raise ValueError(f"{source} must hold a JSON object, not a {type(content).__name__}: copy it again")
     return content
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    """Parse the JSON objects in complete lines; a writer that was interrupted may have left an incomplete one."""
+    found: list[Any] = []
+    for line in text.splitlines():
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict)]
 
 
 def write_json(content: Any, path: Path, *, indent: int | None = 2, ensure_ascii: bool = True) -> None:

@@ -5,7 +5,6 @@ B batch, C latent channels, H x W pixels, h x w latents. White (1) in a mask is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from data.readers import eight_bits, over_white, to_pixels
 from ldm.diffusion import PathConfig, noise_sample
 from ldm.inference.request import steps_left
 from ldm.model.latent_diffusion import LatentDiffusion
-from ldm.samplers import Denoise
+from ldm.samplers import Denoise, Generators
 from vae.autoencoder import DiagonalGaussian
 
 
@@ -66,12 +65,7 @@ def remaining(times: Tensor, strength: float) -> Tensor:
 
 @torch.no_grad()
 def begin(
-    model: LatentDiffusion,
-    drawn_on: Canvas,
-    generators: Sequence[torch.Generator],
-    times: Tensor,
-    *,
-    for_inpainting: bool,
+    model: LatentDiffusion, drawn_on: Canvas, generators: Generators, times: Tensor, *, for_inpainting: bool
 ) -> Start:
     """Compute x = alpha z + sigma n at times[0], with z each picture's own sample of the posterior, and n its noise.
 

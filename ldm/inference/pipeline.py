@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -14,18 +14,18 @@ from torch import Tensor
 from ldm.denoisers import Denoiser, choose_attention, describe_attention
 from ldm.diffusion import Prediction
 from ldm.inference.contact_sheet import to_images
-from ldm.inference.guided import guided
 from ldm.inference.img2img import Canvas, Start, begin, canvas, keeping, remaining
-from ldm.inference.options import FORMATS
-from ldm.inference.recipe import Drawing, LoadedWith, recipe_of
+from ldm.inference.options import FORMATS, DrawOptions
+from ldm.inference.recipe import Drawing, recipe_of
 from ldm.inference.request import DrawRequest
 from ldm.interop.compvis.writing import write_single_file
 from ldm.interop.diffusers_layout.folder import write_folder
-from ldm.interop.read_model import Lora, model_name, read_model
+from ldm.interop.read_model import AS_IT_IS, LoadOptions, model_name, read_model
 from ldm.model.components import ModelComponents
 from ldm.model.facts import ModelFacts
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.samplers import SAMPLERS, Denoise, Variance, time_grid
+from ldm.samplers.guidance import Schedule, classifier_free, projected, rescaled, scheduled, within_interval
 
 Progress = Callable[[int, int], object]  # (steps done, total steps)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to draw in
@@ -41,16 +41,11 @@ class TextToImage:
     """
 
     def __init__(
-        self,
-        parts: ModelComponents,
-        *,
-        name: str,
-        weights_hash: str | None = None,
-        loaded_with: LoadedWith | None = None,
+        self, parts: ModelComponents, options: LoadOptions = AS_IT_IS, *, name: str, weights_hash: str | None = None
     ) -> None:
-        self.parts, self.name = parts, name
+        """options: what the parts were loaded with, for the recipes."""
+        self.parts, self.loaded_with, self.name = parts, options, name
         self._weights_hash = weights_hash
-        self.loaded_with = loaded_with or LoadedWith()
         choose_attention(self.denoiser, self.device, self.dtype)
         self.native_size = parts.sample_size * self.model.vae.config.factor  # pixels a side, as in training
         # H and W must be multiples of this: whole latents, and whole patches of them.
@@ -130,14 +125,12 @@ class TextToImage:
         FileNotFoundError, naming the file, if it is missing, truncated or something else.
         """
         place = choose_device(device)
-        loras = [Lora(Path(file), strength) for file, strength in lora]
-        extra = LoadedWith(vae=None if vae is None else Path(vae), lora=loras, ema=ema, prediction=prediction)
-        parts = read_model(
-            Path(path), dtype=choose_dtype(dtype, place), vae=extra.vae, lora=loras, ema=ema, prediction=prediction
-        )
+        loras = [(Path(file), strength) for file, strength in lora]
+        options = LoadOptions(vae=None if vae is None else Path(vae), lora=loras, ema=ema, prediction=prediction)
+        parts = read_model(Path(path), options, dtype=choose_dtype(dtype, place))
         for network in parts.networks:
             network.eval().requires_grad_(False).to(device=place)
-        return cls(parts, name=model_name(Path(path)), loaded_with=extra)
+        return cls(parts, options, name=model_name(Path(path)))
 
     def save(self, path: str | Path, *, format: str = "diffusers", dtype: str | None = None) -> None:
         """Write the model, LoRAs merged, for other programs: "diffusers", a folder with a model card, or "single-file",
@@ -287,6 +280,22 @@ def draw_all(
         for repeat in range(repeats):
             yield pipe.draw(replace(request, seed=request.seed + repeat * n), n=n, progress=stepped)
             before += request.steps
+
+
+def guided(with_prompt: Denoise, without: Denoise, scale: float, options: DrawOptions) -> Denoise:
+    """Return denoise(x_t, t) with the guidance that the options select, from those with the prompts and with the
+    negative ones."""
+    over_time = scheduled(cast(Schedule, options.guidance_schedule), scale)
+    if options.is_projected:
+        keep, limit, momentum = options.guidance_parallel, options.guidance_norm_limit, options.guidance_momentum
+        denoise = projected(with_prompt, without, over_time, parallel=keep, norm_limit=limit, momentum=momentum)
+    elif options.guidance_rescale:
+        denoise = rescaled(with_prompt, without, over_time, options.guidance_rescale)
+    else:
+        denoise = classifier_free(with_prompt, without, over_time)
+    if options.guidance_interval != (0.0, 1.0):
+        denoise = within_interval(denoise, with_prompt, *options.guidance_interval)
+    return denoise
 
 
 def lost_words(pipe: TextToImage, requests: Iterable[DrawRequest]) -> list[str]:

@@ -17,10 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ldm.files.strict_json import read_text
 from ldm.inference.parameter import parameters
 from ldm.inference.request import DrawRequest
 
-MAX_FILE_BYTES = 16 * 2**20
+MAX_FILE_BYTES, KIND = 16 * 2**20, "a text file with one prompt per line"
 # Option -> (field of DrawRequest, kind of its value).
 OPTIONS = {word: (name, about.kind) for name, about in parameters(DrawRequest).items() for word in about.in_line}
 OPTION = re.compile(r"(?<!\S)--([A-Za-z][\w-]*)(?!\S)")
@@ -29,16 +30,7 @@ QUOTED = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'([^']*)')(?=\s+--[A-Za-z]|\s*
 
 def read_prompts(path: Path, defaults: DrawRequest) -> list[DrawRequest]:
     """Read the requests of a prompt file. Raises ValueError or OSError, naming file and line."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no prompt file {path}: give a text file with one prompt per line")
-    if not path.is_file():  # a pipe or a device might never end
-        raise ValueError(f"{path} is not a plain file: give a text file with one prompt per line")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, expected a prompt file of at most {MAX_FILE_BYTES}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (at byte {error.start}): save it as UTF-8") from error
+    lines = read_text(path, most=MAX_FILE_BYTES, missing=f"is missing: give {KIND}", kind=KIND).split("\n")
     requests = [
         parse_line(line.strip(), defaults, place=f"{path}, line {number}: ")
         for number, line in enumerate(lines, 1)

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.diffusion import Prediction
 from ldm.files.digest import short_hash
 from ldm.inference.options import PLAIN, DrawOptions
 from ldm.inference.parameter import parameters
 from ldm.inference.pictures import picture_hash
 from ldm.inference.request import DrawRequest, PictureSettings
+from ldm.interop.read_model import LoadOptions
 from ldm.samplers import SAMPLERS
 
 if TYPE_CHECKING:
@@ -59,24 +59,12 @@ class Drawing(NamedTuple):
     recipe: Recipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedWith:
-    """The options with which a model was loaded: see TextToImage.load."""
-
-    vae: Path | None = None
-    lora: Sequence[tuple[Path, float]] = ()
-    ema: bool = True
-    prediction: Prediction | None = None
-
-    def recorded(self) -> dict[str, Any]:
-        """Return them as fields of a Recipe. The first call reads the complete files, to hash them."""
-        loras = [f"{file.name}{'' if by == 1 else f':{by:g}'} {file_hash(file)}" for file, by in self.lora]
-        return {
-            "vae": f"{self.vae.name} {file_hash(self.vae)}".strip() if self.vae else "",
-            "loras": ", ".join(loras),
-            "prediction": self.prediction or "",
-            "ema": self.ema,
-        }
+def recorded(options: LoadOptions) -> dict[str, Any]:
+    """Return what a model was loaded with as fields of a Recipe. The first call reads the complete files, to hash
+    them."""
+    loras = [f"{file.name}{'' if by == 1 else f':{by:g}'} {file_hash(file)}" for file, by in options.lora]
+    vae = f"{options.vae.name} {file_hash(options.vae)}".strip() if options.vae else ""
+    return {"vae": vae, "loras": ", ".join(loras), "prediction": options.prediction or "", "ema": options.ema}
 
 
 def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Recipe:
@@ -84,7 +72,7 @@ def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Re
     drawn = replace(request, width=image.width, height=image.height)
     settings = {name: about.kind(getattr(drawn, name)) for name, about in parameters(PictureSettings).items()}
     return Recipe(
-        **settings | pipe.loaded_with.recorded(),
+        **settings | recorded(pipe.loaded_with),
         options=request.options,
         model=pipe.name,
         weights_hash=pipe.weights_hash,

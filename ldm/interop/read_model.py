@@ -4,9 +4,9 @@ LoRAs; and what its small files say of it, before its weights are read."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,39 +27,39 @@ from ldm.model.facts import ModelFacts
 from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
 
-class Lora(NamedTuple):
-    file: Path
-    strength: float = 1.0
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What a model is loaded with: see ldm.TextToImage.load."""
+
+    vae: Path | None = None
+    lora: Sequence[tuple[Path, float]] = ()
+    ema: bool = True
+    prediction: Prediction | None = None
 
 
-def read_model(
-    path: Path,
-    *,
-    dtype: torch.dtype,
-    vae: Path | None = None,
-    lora: Sequence[Lora] = (),
-    ema: bool = True,
-    prediction: Prediction | None = None,
-) -> ModelComponents:
-    """Read a model in this precision, on the CPU: see ldm.TextToImage.load.
+AS_IT_IS = LoadOptions()
+
+
+def read_model(path: Path, options: LoadOptions = AS_IT_IS, *, dtype: torch.dtype) -> ModelComponents:
+    """Read a model in this precision, on the CPU.
 
     LoRAs are merged in float32 and the result is rounded once; this needs up to twice the memory.
     """
     folder, wanted = model_folder(path), dtype
-    dtype = torch.float32 if lora else wanted
+    dtype = torch.float32 if options.lora else wanted
     if folder.is_dir():
-        parts = read_folder(folder, dtype=dtype, prediction=prediction)
+        parts = read_folder(folder, dtype=dtype, prediction=options.prediction)
     elif folder.exists():
-        parts = read_single_file(path, dtype=dtype, ema=ema, prediction=prediction)
+        parts = read_single_file(path, dtype=dtype, ema=options.ema, prediction=options.prediction)
     else:
         raise FileNotFoundError(f"there is no model at {path}: give the folder or file of one")
-    if vae is not None:
+    if (vae := options.vae) is not None:
         other = read_vae(vae, dtype=dtype, in_place_of=parts.model.vae.config)
         parts = with_remark(replace(parts, model=replace(parts.model, vae=other)), f"autoencoder of {vae.name}")
-    for file, strength in lora:
+    for file, strength in options.lora:
         add_lora(parts, file, strength)
         parts = with_remark(parts, f"LoRA {file.name} of strength {strength:g}")
-    for network in parts.networks if lora else ():
+    for network in parts.networks if options.lora else ():
         network.to(wanted)
     return parts
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from ldm.diffusion import ScaledLinearBetaPath
 from ldm.inference.options import PLAIN
-from ldm.inference.recipe import Drawing, LoadedWith, recipe_of
+from ldm.inference.recipe import Drawing, recipe_of
+from ldm.interop.read_model import LoadOptions
 from ldm.model.facts import ModelFacts
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class FakeTextToImage:
     description = "a tiny model, sha256 0123456789"
     device: str
     precision: str
-    loaded_with: LoadedWith
+    loaded_with: LoadOptions
     loads: list[tuple]
     about: dict
     calls: list[dict]
@@ -46,7 +47,7 @@ class FakeTextToImage:
             raise ValueError(f"{path} holds\nno model")
         fake = cls()
         fake.device, fake.precision = f"real {device}", f"real {dtype}"
-        fake.loaded_with = LoadedWith(**about)
+        fake.loaded_with = LoadOptions(**about)
         return fake
 
     def draw(self, request, *, n=1, progress=None):

@@ -24,7 +24,7 @@ def test_what_is_written_is_read(tmp_path: Path):
         (b"[" * 100_000, "is not JSON"),
         (b"[1]", "must hold a JSON object, not a list"),
         (b"\xff\xfe", "is not JSON in UTF-8"),
-        (b" " * 101, "has 101 bytes, expected at most 100 of JSON"),
+        (b" " * 101, "has 101 bytes, expected JSON of at most 100"),
     ],
 )
 def test_anything_else_is_an_error_that_names_it(tmp_path: Path, content: bytes, fault: str):

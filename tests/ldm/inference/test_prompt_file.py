@@ -98,8 +98,8 @@ def test_file(tmp_path, end):
         ("a --prompt b", "line 1: prompt is given twice"),
         ("--s 9", "line 1: there are options but no prompt"),
         (b"a\0b", "line 1: the prompt is .*, with a zero byte"),
-        ("ä".encode("utf-16"), "is not UTF-8 text"),
-        (b" " * (MAX_FILE_BYTES + 1), "expected a prompt file of at most"),
+        ("ä".encode("utf-16"), "is not a text file with one prompt per line in UTF-8"),
+        (b" " * (MAX_FILE_BYTES + 1), f"expected a text file with one prompt per line of at most {MAX_FILE_BYTES}"),
     ],
 )
 def test_file_refused(tmp_path, content, message):
@@ -108,7 +108,7 @@ def test_file_refused(tmp_path, content, message):
 
 
 def test_what_is_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no prompt file .*missing.txt"):
+    with pytest.raises(FileNotFoundError, match="missing.txt is missing: give a text file with one prompt per line"):
         read_prompts(tmp_path / "missing.txt", DEFAULTS)
     for path in (tmp_path, type(tmp_path)("/dev/zero")):
         with pytest.raises(ValueError, match="is not a plain file"):

@@ -21,10 +21,10 @@ from ldm.inference.contact_sheet import Sheet
 from ldm.inference.parameter import parameters
 from ldm.inference.pictures import NumberedFiles, picture_hash, read_picture
 from ldm.inference.pipeline import draw_all, lost_words
-from ldm.inference.recipe import LoadedWith, Recipe, png_bytes, read_recipes, software
+from ldm.inference.recipe import Recipe, png_bytes, read_recipes, recorded, software
 from ldm.inference.request import MAX_SEED
 from ldm.interop.compvis.writing import write_single_file
-from ldm.interop.read_model import read_facts
+from ldm.interop.read_model import LoadOptions, read_facts
 from ldm.model.facts import UNKNOWN, ModelFacts
 
 PHOTO = Image.new("RGB", (50, 41), "red")
@@ -154,10 +154,10 @@ def test_what_a_model_was_loaded_with_is_recorded(tmp_path):
     (tmp_path / "vae").mkdir()
     hashed = hashlib.sha256(b"a").hexdigest()[:10]
     loras = [(tmp_path / "a.safetensors", 0.8), (tmp_path / "a.safetensors", 1.0)]
-    assert LoadedWith(lora=loras, vae=tmp_path / "vae", ema=False, prediction="v").recorded() == {
+    assert recorded(LoadOptions(lora=loras, vae=tmp_path / "vae", ema=False, prediction="v")) == {
         "loras": f"a.safetensors:0.8 {hashed}, a.safetensors {hashed}", "vae": "vae", "ema": False, "prediction": "v",
     }  # fmt: skip
-    assert LoadedWith().recorded() == {"loras": "", "vae": "", "ema": True, "prediction": ""}
+    assert recorded(LoadOptions()) == {"loras": "", "vae": "", "ema": True, "prediction": ""}
 
 
 @pytest.fixture
