@@ -25,6 +25,7 @@ from ldm.interop.network_files import RUN_MODEL
 from ldm.model.components import ModelComponents
 from ldm.training.denoiser_config import TrainConfig
 from ldm.training.denoiser_setup import LatentEncoder, frozen_half, start_from
+from ldm.training.engine.config import DTYPES
 from ldm.training.engine.distributed import Ranks
 from ldm.training.session import Session
 from ldm.training.task import Task
@@ -49,12 +50,12 @@ class DenoiserTask(Task[TrainConfig]):
         self.shape = (self.model.vae.config.latent_channels, self.side, self.side)
         session.seed()
         self.network = self.build()
-        self.dtype = torch.bfloat16 if session.bf16 else torch.float32
+        self.dtype = DTYPES[session.precision]  # of the matrix products
         choose_attention(self.network, self.device, self.dtype)
         if config.model.start is not None:
             start_from(self.network, config, config.model.start)
-        sampled = config.model.latents == "sample"
-        self.encode = LatentEncoder(self.model.vae, keep=config.model.keep_latents, bf16=session.bf16, sample=sampled)
+        sampled, bf16 = config.model.latents == "sample", self.dtype == torch.bfloat16
+        self.encode = LatentEncoder(self.model.vae, keep=config.model.keep_latents, bf16=bf16, sample=sampled)
         self.history = LossHistory() if config.model.objective.time_sampling == "importance" else None
 
     def build(self) -> Denoiser:
@@ -103,7 +104,7 @@ class DenoiserTask(Task[TrainConfig]):
         Noise and times are fixed and no caption is dropped. If training uses importance sampling of times, these are
         uniform.
         """
-        objective, bf16 = self.config.model.objective, self.session.bf16
+        objective, bf16 = self.config.model.objective, self.dtype == torch.bfloat16
         encode = LatentEncoder(self.model.vae, keep=False, bf16=bf16)
         if objective.time_sampling == "importance":
             objective = replace(objective, time_sampling="uniform")

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.files.atomic import Taken, atomic_file, lock_folder
+from ldm.files.atomic import Taken, lock_folder, write_atomically
 from ldm.files.messages import one_line
+from ldm.files.strict_json import json_lines
 from ldm.training.checkpoints.folders import Checkpoints
 
 DATA_WAIT = "data_wait"  # fraction of the time that training spent waiting for data
@@ -79,8 +80,7 @@ class Run:
         self.lock()
         (self.config.path / "config.yaml").write_text(self.config_text)
         kept = [] if step is None else [record for record in self._records() if record["step"] <= step]
-        with atomic_file(self.metrics_path) as partial:
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write_atomically(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self.checkpoints.clear()
 
     def lock(self) -> None:
@@ -102,12 +102,8 @@ class Run:
         return any(record["step"] == step and "loss" not in record for record in self._records())
 
     def _records(self) -> list[dict[str, Any]]:
-        """Read the complete lines of metrics.jsonl; an interrupted run may have left an incomplete one."""
-        records = []
-        for line in self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-        return records
+        """Read the complete lines of metrics.jsonl."""
+        return json_lines(self.metrics_path.read_text()) if self.metrics_path.exists() else []
 
     @property
     def metrics_path(self) -> Path:

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from data.ledger import Quarantine
+from data.bad_samples import Quarantine
 from data.loader import Batch, CaptionedImages, held_out
 from data.readers import Reader
 from ldm.errors import DataError
@@ -46,10 +46,6 @@ class Session(Generic[Config]):
     def precision(self) -> Resolved:
         """The precision of the forward pass."""
         return resolved_precision(self.config.engine.precision, self.world.device)
-
-    @property
-    def bf16(self) -> bool:
-        return self.precision == "bf16"
 
     def seed(self) -> None:
         """Seed this process's random number generators from run.seed. Call it before building a network."""

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -116,28 +117,11 @@ class Task(ABC, Generic[Config]):
         assert not state
 
 
-def _denoiser() -> type[Task[Any]]:
-    from ldm.training.denoiser_task import DenoiserTask
-
-    return DenoiserTask
-
-
-def _vae() -> type[Task[Any]]:
-    from ldm.training.vae_task import VAETask
-
-    return VAETask
-
-
-def _clip() -> type[Task[Any]]:
-    from ldm.training.clip_task import CLIPTask
-
-    return CLIPTask
-
-
-TASKS: dict[str, Callable[[], type[Task[Any]]]] = {
-    "denoiser": _denoiser,
-    "vae": _vae,
-    "clip": _clip,
+# kind -> module and class, below this package: a command imports only the training that it runs.
+TASKS = {
+    "denoiser": "denoiser_task:DenoiserTask",
+    "vae": "vae_task:VAETask",
+    "clip": "clip_task:CLIPTask",
 }
 
 
@@ -145,7 +129,7 @@ def task_of(kind: object) -> type[Task[Any]]:
     """Return the class of a kind. Raises ValueError, which suggests the nearest, for an unknown kind."""
     if kind not in TASKS:
         raise unknown_name("kind of training", str(kind), {name: name for name in TASKS})
-    return TASKS[str(kind)]()
+    return resolve_name(f"{__package__}.{TASKS[str(kind)]}")
 
 
 def run_task(args: Namespace, *, default: str) -> None:

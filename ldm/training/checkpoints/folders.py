@@ -18,6 +18,8 @@ from ldm.files.atomic import atomic_file, to_disk
 from ldm.files.digest import sha256_of
 
 MANIFEST = "manifest.json"
+NAME = re.compile(r"step_(\d{7,})")
+LATEST = "latest"  # a file that names the newest, for people and scripts; resuming uses the newest that verifies
 
 
 class Digest(NamedTuple):
@@ -106,10 +108,6 @@ def _text(value: Any) -> str:
 
 def _of_list(listed: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
-
-
-NAME = re.compile(r"step_(\d{7,})")
-LATEST = "latest"  # a file that names the newest, for people and scripts; resuming uses the newest that verifies
 
 
 class Checkpoints:

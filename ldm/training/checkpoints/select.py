@@ -4,7 +4,7 @@ a run that began with one configuration may go on with another."""
 from __future__ import annotations
 
 import dataclasses
-import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ from data.loader import CaptionedImages
 from ldm.config import dump, parse, read_tree
 from ldm.errors import CheckpointError
 from ldm.training.checkpoints.folders import NAME, Checkpoints, fault, step_of
-from ldm.training.checkpoints.saver import STATE
 from ldm.training.checkpoints.train_state import TrainState, read_train_state
 from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.engine import Engine
 from ldm.training.run import ALLOWABLE, Run
+
+# No number depends on these settings: they may differ on resume.
+FREE_OF_ENGINE = ("zero_stage", "accumulation", "offload", "recompute", "save_in_background", "hang_seconds")
+READING = {entry.name for entry in dataclasses.fields(ReadingConfig)}  # how shards are reached
 
 
 def resume(run: Run, engine: Engine, world: Ranks, *, config: Any, images: CaptionedImages) -> TrainState | None:
@@ -163,10 +166,8 @@ def rewound(run: Run, path: Path, world: Ranks) -> Path:
 
 def recorded_rewind(checkpoint: Path) -> str | None:
     """Read which checkpoint its run had been rewound to; None if to none, or if the record cannot be read."""
-    try:
-        return json.loads((checkpoint / STATE).read_text()).get("rewound_to")
-    except (OSError, ValueError, AttributeError):
-        return None
+    with suppress(CheckpointError):
+        return read_train_state(checkpoint).rewound_to
 
 
 def checked(path: Path, world: Ranks) -> Path:
@@ -188,10 +189,6 @@ def damage(path: Path, world: Ranks) -> str | None:
 
 
 # Settings that change how a step is computed but not its result; they may differ on resume.
-FREE_OF_ENGINE = ("zero_stage", "accumulation", "offload", "recompute", "save_in_background", "hang_seconds")
-READING = {entry.name for entry in dataclasses.fields(ReadingConfig)}  # how shards are reached: no number depends on it
-
-
 def check_continues(then: str, now: Any, *, same_shards: bool = False) -> list[str]:
     """Raise ValueError, naming the key, if a run that began with one configuration cannot go on with another.
 

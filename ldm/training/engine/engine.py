@@ -27,6 +27,8 @@ from ldm.training.optim.lr_schedule import lr_at
 from ldm.training.optim.optimizers import ParameterGroup, build_optimizer
 
 SKIPPED_AT_MOST = 10  # batches in a row without a finite gradient before training stops
+START, LARGEST = 2.0**16, 2.0**24  # of the loss scale
+PATIENCE = 2000  # steps without overflow before the loss scale is doubled
 
 
 class Update(NamedTuple):
@@ -246,10 +248,6 @@ class Engine:
         if self.loss_scale is not None and state.loss_scale is not None:
             self.loss_scale = LossScale(**state.loss_scale)
         return state
-
-
-START, LARGEST = 2.0**16, 2.0**24  # of the loss scale
-PATIENCE = 2000  # steps without overflow before the scale is doubled
 
 
 class LossScale(NamedTuple):

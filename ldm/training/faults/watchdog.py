@@ -7,6 +7,7 @@ processes met. Rank 0 watches all ranks; the others watch rank 0 and its verdict
 from __future__ import annotations
 
 import atexit
+import json
 import math
 import os
 import signal
@@ -55,14 +56,6 @@ class Heartbeat(NamedTuple):
     phase: str
     pid: int
     host: str
-
-    def __str__(self) -> str:
-        return " ".join(map(str, self))
-
-    @classmethod
-    def parse(cls, text: bytes) -> Heartbeat:
-        count, progress, step, phase, pid, host = text.decode().split(" ", 5)
-        return cls(int(count), int(progress), int(step), phase, int(pid), host)
 
 
 @dataclass(slots=True)
@@ -146,7 +139,7 @@ def this_host() -> str:
     parts = [socket.gethostname()]
     with suppress(OSError):  # a system without /proc
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return "/".join(parts).replace(" ", "-")
+    return "/".join(parts)
 
 
 def process_lives(pid: int) -> bool:
@@ -254,7 +247,7 @@ class Watchdog:
         with self._sending:  # so that an earlier heartbeat cannot overtake the last one, "done"
             self._count += 1
             beat = Heartbeat(self._count, self._progress, self._step, self._phase, os.getpid(), self.detector.host)
-            store.set(f"beat/{self.world.rank}", str(beat))
+            store.set(f"beat/{self.world.rank}", json.dumps(beat))
 
     def _forward_stop(self, store: Store) -> None:
         """Forward a stop signal to rank 0 at once: the ranks exchange it at the end of a step, but rank 0 may draw for
@@ -270,7 +263,7 @@ class Watchdog:
         for rank in range(self.world.ranks) if self.world.is_main else (0,):
             key = f"beat/{rank}"
             if store.check([key]):
-                self.detector.observe(rank, Heartbeat.parse(store.get(key)), time.monotonic())
+                self.detector.observe(rank, Heartbeat(*json.loads(store.get(key))), time.monotonic())
         verdict = self.detector.verdict(time.monotonic())
         if verdict is not None:
             store.set(VERDICT, verdict)

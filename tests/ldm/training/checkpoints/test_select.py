@@ -135,7 +135,7 @@ def test_a_checkpoint_of_its_own_is_known_by_any_path(tmp_path: Path, monkeypatc
 def test_the_same_command_again_does_not_go_back_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """A launcher that starts a run again after each failure repeats run.resume, too."""
     run = make_run(tmp_path, 10)
-    add_checkpoint(run, 20, {"rewound_to": "step_0000010"})
+    add_checkpoint(run, 20, state_of_a_run(rewound_to="step_0000010").to_json())
     asked = make_run(tmp_path, resume=run.checkpoints.path(10))
     assert choose(asked, ALONE) == run.checkpoints.path(20)
     assert names(run) == {"step_0000010", "step_0000020"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -108,7 +109,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
 
 
 def beat(*, count: int = 1, phase: str = STEP, pid: int) -> str:
-    return str(Heartbeat(count, 1, 1, phase, pid, this_host()))
+    return json.dumps(Heartbeat(count, 1, 1, phase, pid, this_host()))
 
 
 def test_a_single_process_watches_nobody():
@@ -174,10 +175,10 @@ def test_who_is_done_needs_nobody_and_nobody_waits_for_it(ends: Ends):
     other.moved(1)
     until(lambda: len(content) == 2)
     other.done()
-    assert Heartbeat.parse(content["beat/1"].encode()).phase == DONE
+    assert Heartbeat(*json.loads(content["beat/1"])).phase == DONE
     second.gone = True
-    before = Heartbeat.parse(content["beat/0"].encode()).count
-    until(lambda: Heartbeat.parse(content["beat/0"].encode()).count > before + 3)
+    before = Heartbeat(*json.loads(content["beat/0"])).count
+    until(lambda: Heartbeat(*json.loads(content["beat/0"])).count > before + 3)
     assert not ends.codes
 
 
@@ -193,7 +194,7 @@ def test_rank_0_may_be_done_first(ends: Ends):
 
 def test_rank_0_may_end_well_before_the_others_say_that_they_are_done(ends: Ends):
     """Its store is gone then, but it was done: nobody is to blame."""
-    store = MemoryStore({"beat/0": str(Heartbeat(9, 9, 9, DONE, os.getpid(), this_host()))})
+    store = MemoryStore({"beat/0": json.dumps(Heartbeat(9, 9, 9, DONE, os.getpid(), this_host()))})
     watch = ends.watch(1, store)
     until(lambda: 0 in watch.detector.seen)
     store.gone = True
@@ -221,7 +222,7 @@ def test_being_done_is_the_last_that_is_told(ends: Ends):
     release.set()
     saying.join()
     until(lambda: not any(thread.name == "peers" for thread in threading.enumerate()))
-    assert Heartbeat.parse(store.content["beat/1"].encode()).phase == DONE
+    assert Heartbeat(*json.loads(store.content["beat/1"])).phase == DONE
 
 
 def test_a_rank_says_where_it_is(ends: Ends):
@@ -229,7 +230,7 @@ def test_a_rank_says_where_it_is(ends: Ends):
     watch = ends.watch(1, store, ranks=2)
 
     def told() -> tuple[int, int, str]:
-        now = Heartbeat.parse(store.content["beat/1"].encode())
+        now = Heartbeat(*json.loads(store.content["beat/1"]))
         return now.progress, now.step, now.phase
 
     until(lambda: "beat/1" in store.content and told() == (0, 0, ELSEWHERE))
