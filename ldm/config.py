@@ -32,12 +32,10 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
 def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain values of a YAML file, `section.key=value` words applied. Raises ValueError as load_config does."""
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ValueError(
-            f"config {path} cannot be read ({error.strerror}): give a YAML file, as in configs/"
-        ) from error
-    except yaml.YAMLError as error:
+        raise ValueError(f"config {path} cannot be read ({error.strerror}): see the files in configs/") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path} is not YAML: {one_line(str(error))}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"config {path} holds no sections: see those in configs/")

@@ -143,7 +143,6 @@ def text_encoder_config_json(config: TextEncoderConfig, *, whole: bool = False) 
         "attention_dropout": 0.0,
         "initializer_factor": 1.0,
         "initializer_range": 0.02,
-        "layer_norm_eps": LAYER_NORM_EPS,
         "model_type": TextEncoder.kind,
     }
     return dict(sorted(content.items()))

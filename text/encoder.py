@@ -117,7 +117,7 @@ class TransformersTextEncoder(TextEncoder):
         from transformers.models.clip.configuration_clip import CLIPTextConfig
         from transformers.models.clip.modeling_clip import CLIPTextModel
 
-        self.model = CLIPTextModel(CLIPTextConfig(layer_norm_eps=LAYER_NORM_EPS, **transformers_settings(config)))
+        self.model = CLIPTextModel(CLIPTextConfig(**transformers_settings(config)))
 
     def _context_and_last(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         penultimate = self.config.hidden == "penultimate"
@@ -153,8 +153,9 @@ class OpenClipTextEncoder(TextEncoder):
 
 
 def transformers_settings(config: TextEncoderConfig) -> dict[str, Any]:
-    """Name the fields of a configuration as CLIPTextConfig does."""
-    return {theirs: getattr(config, ours) for theirs, ours in TRANSFORMERS_NAMES.items()}
+    """Return a configuration's values under CLIPTextConfig's names."""
+    settings = {theirs: getattr(config, ours) for theirs, ours in TRANSFORMERS_NAMES.items()}
+    return settings | {"layer_norm_eps": LAYER_NORM_EPS}
 
 
 def open_clip_text_cfg(config: TextEncoderConfig) -> dict[str, Any]:

@@ -70,11 +70,6 @@ def parse_weights(prompt: str) -> list[list[Piece]]:
     return [_merge(section) for section in sections]
 
 
-def check_weights(prompt: str) -> None:
-    """Raise ValueError if `parse_weights` would; needs no tokenizer."""
-    parse_weights(prompt)
-
-
 def chunk_count(tokenizer: Tokenizer, prompt: str) -> int:
     """Count the chunks K of a prompt, at least 1; prompts of equal K can be encoded together without padding."""
     return len(_chunks(tokenizer, prompt))

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 PARTIAL = ".partial"  # suffix of files and folders being written
+LOCK = ".lock"  # not the folder itself: NFS locks only what is open for writing
 NEW, OLDER = "new", "older"  # in a folder of its own that each writer of a folder has
 
 
@@ -114,9 +115,6 @@ def to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-LOCK = ".lock"  # not the folder itself: NFS locks only what is open for writing
 
 
 class Taken(Exception):

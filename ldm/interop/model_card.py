@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from ldm.config import read_tree
+from ldm.files.strict_json import json_lines
 from ldm.interop.diffusers_layout.denoiser import layout_of
 from ldm.interop.diffusers_layout.folder import NOTES, own_file
 from ldm.interop.network_files import RUN_MODEL
@@ -81,14 +80,9 @@ def files_beside(
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a run's metrics.jsonl that have a step; none if the file does not exist."""
-    records = []
-    for line in own_file(run, run / "metrics.jsonl", most=MAX_METRICS_BYTES).decode(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # an interrupted run may have left an incomplete line
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
-    return records
+    """Read the lines of a run's metrics.jsonl that have a step; none if the file does not exist."""
+    text = own_file(run, run / "metrics.jsonl", most=MAX_METRICS_BYTES).decode(errors="replace")
+    return [record for record in json_lines(text) if isinstance(record.get("step"), int)]
 
 
 def model_card(

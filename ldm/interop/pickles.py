@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # LEGACY: torch's magic number, pickled
+TENSORS = (Tensor, torch.nn.Parameter)  # the types of what is read
 MAX_PICKLE_BYTES = 2**26  # without the tensors' data, stored separately; Stable Diffusion's has 1 or 2 MB
 
 
@@ -62,11 +63,7 @@ def open_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds a {type(content).__name__}, expected named tensors: give the file of a model")
     if "string_to_param" in content:
         raise ValueError(f"{path} is a textual inversion (words for a model), which is not supported: give a model")
-    return {name: value.data for name, value in content.items() if isinstance(name, str) and _is_tensor(value)}
-
-
-def _is_tensor(value: object) -> bool:
-    return type(value) in (Tensor, torch.nn.Parameter)
+    return {name: value.data for name, value in content.items() if isinstance(name, str) and type(value) in TENSORS}
 
 
 def is_mapped(path: Path) -> bool:

@@ -153,6 +153,9 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("run: [1, 2")
     with pytest.raises(ValueError, match=r"bad\.yaml is not YAML"):
         load_config(TrainConfig, tmp_path / "bad.yaml")
+    (tmp_path / "wide.yaml").write_bytes("run: ä".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"wide\.yaml is not YAML"):
+        load_config(TrainConfig, tmp_path / "wide.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match=r"list\.yaml"):
         load_config(TrainConfig, tmp_path / "list.yaml", ["run.name=x"])

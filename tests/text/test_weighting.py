@@ -7,14 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from text import (
-    Tokenizer,
-    TokenizerConfig,
-    check_weights,
-    chunk_count,
-    parse_weights,
-    tokenize_weighted,
-)
+from text import Tokenizer, TokenizerConfig
+from text.weighting import chunk_count, parse_weights, tokenize_weighted
 
 TOKENIZER = Tokenizer(TokenizerConfig(pad_id=0))
 
@@ -179,7 +173,7 @@ def test_any_text_is_read_and_loses_only_syntax(prompt: str) -> None:
 )
 def test_refuses_weights_out_of_bounds(prompt: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        check_weights(prompt)
+        parse_weights(prompt)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value) and "from -100 to 100" in str(caught.value)
     with pytest.raises(ValueError, match="has weight"):
@@ -188,7 +182,7 @@ def test_refuses_weights_out_of_bounds(prompt: str, message: str) -> None:
 
 @pytest.mark.parametrize("prompt", ["(cat:100) (dog:-100)", "[" * 10000 + "cat", "(" * 48 + "cat", "(:1000)cat"])
 def test_takes_weights_within_bounds(prompt: str) -> None:
-    check_weights(prompt)
+    parse_weights(prompt)
 
 
 @pytest.mark.parametrize(

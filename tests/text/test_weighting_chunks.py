@@ -7,17 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from text import (
-    TextEncoderConfig,
-    Tokenizer,
-    TokenizerConfig,
-    TransformersTextEncoder,
-    chunk_count,
-    encode_weighted,
-    parse_weights,
-    tokenize_weighted,
-)
-from text.weighting import emphasize
+from text import TextEncoderConfig, Tokenizer, TokenizerConfig, TransformersTextEncoder
+from text.weighting import chunk_count, emphasize, encode_weighted, parse_weights, tokenize_weighted
 
 TOKENIZERS = {pad_id: Tokenizer(TokenizerConfig(pad_id=pad_id)) for pad_id in (0, 49407)}
 SHORT = [Tokenizer(TokenizerConfig(context_length=n, pad_id=pad)) for n, pad in [(3, 0), (4, 49407), (9, 0), (26, 0)]]

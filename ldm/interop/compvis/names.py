@@ -52,10 +52,7 @@ VAE_MIDDLE = {
 HEADS_OF_CONVOLUTIONAL, HEAD_WIDTH_OF_LINEAR = 8, 64  # Stable Diffusion 1 and 2: heads do not follow from shapes
 ENCODER_BLOCK = re.compile(r"encoder\.(?:down|down_blocks)\.(\d+)\.(?:block|resnets)\.(\d+)\.conv2\.weight")
 LONGEST = 200  # blocks on the way down
-OPEN_CLIP, TRANSFORMERS = (
-    "model.",
-    "transformer.",
-)  # prefixes of the text encoder's names, after transformers' or open_clip's
+OPEN_CLIP, TRANSFORMERS = "model.", "transformer."  # prefixes of the text encoder's names
 HEAD_WIDTH = 64  # of every CLIP; it does not follow from any shape
 OPEN_CLIP_WIDTH = 1024  # of Stable Diffusion 2, in either layout
 # Tensors whose shapes give the positions, the tokens and the width within a layer; and the pattern of layer names.

@@ -205,12 +205,8 @@ def check_all(plan: Plan, tensors: Mapping[str, Tensor], *, source: Path) -> Non
     wanted = {plan.unet_names[ours]: tensor for ours, tensor in plan.unet.state_dict().items()}
     wanted |= {plan.vae_names[ours]: tensor for ours, tensor in plan.vae.state_dict().items()}
     wanted |= {CONDITIONER + name: tensor for name, tensor in plan.text_encoder.wanted.items()}
-    unasked = {name for name in tensors if name.startswith(DENOISER)} if plan.averaged else set()
-    found = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name in wanted or not (LEFT_OVER.fullmatch(name) or name in unasked)
-    }
+    unasked = {name for name in tensors if LEFT_OVER.fullmatch(name) or (plan.averaged and name.startswith(DENOISER))}
+    found = {name: tensor for name, tensor in tensors.items() if name in wanted or name not in unasked}
     check_fit(wanted, found, source=source, to=f"the nearest known layout, {nearest(plan)}")
 
 

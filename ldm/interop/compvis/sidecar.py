@@ -16,6 +16,7 @@ import yaml
 
 from ldm.denoisers import UNetConfig
 from ldm.diffusion import Prediction
+from ldm.files.atomic import write_atomically
 
 OWN_KEY = "foundry"  # in the header of our files: JSON with the config.json of each part
 HIDDEN_KEY = "foundry_hidden"  # in the text encoder's: the layer after which its states are taken
@@ -108,5 +109,5 @@ def with_heads(config: UNetConfig, sidecar: Sidecar) -> UNetConfig:
     return replace(config, heads=sidecar.heads) if sidecar.heads else config
 
 
-def dump_yaml(tree: dict[str, Any]) -> str:
-    return yaml.safe_dump(tree, sort_keys=False)
+def write_yaml(tree: dict[str, Any], path: Path) -> None:
+    write_atomically(path, yaml.safe_dump(tree, sort_keys=False).encode())

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ldm.denoisers import UNetConfig
 from ldm.diffusion import ScaledLinearBetaPath
-from ldm.files.atomic import atomic_file
 from ldm.interop.compvis.names import OPEN_CLIP, TRANSFORMERS, is_attention_of_vae, unet_names, vae_names
-from ldm.interop.compvis.sidecar import HIDDEN_KEY, OWN_KEY, dump_yaml
+from ldm.interop.compvis.sidecar import HIDDEN_KEY, OWN_KEY, write_yaml
 from ldm.interop.diffusers_layout.denoiser import UNetLayout
 from ldm.interop.diffusers_layout.layout import Surroundings
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
@@ -28,7 +27,6 @@ from ldm.interop.identify import CONDITIONER, DENOISER, FIRST_STAGE
 from ldm.interop.network_files import write_weights
 from ldm.interop.weight_reader import open_weights
 from ldm.model.components import ModelComponents
-from ldm.model.conditioner import TextTower
 from text.conversion import prefixed_weights, text_encoder_config_json, transformers_to_open_clip
 from text.encoder import OpenClipTextEncoder, TransformersTextEncoder
 from text.tokenizer import clip_vocabulary
@@ -45,10 +43,9 @@ def write_single_file(parts: ModelComponents, path: Path, *, dtype: torch.dtype)
     check_target_file(path)
     check_writable(parts)
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in single_file_tensors(parts).items()}
-    text = dump_yaml(ldm_config(parts))
+    config = ldm_config(parts)
     write_weights(tensors, path, header(parts, tensors, title=path.stem))
-    with atomic_file(path.with_suffix(".yaml")) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_yaml(config, path.with_suffix(".yaml"))
 
 
 def check_target_file(path: Path) -> None:
@@ -82,13 +79,8 @@ def check_writable(parts: ModelComponents) -> None:
                 f"the {part}'s widths {widths} are not multiples of the first, as the layout requires: export a "
                 "diffusers folder"
             )
-    if _text_tower(parts).tokenizer.to_json()["model"]["vocab"] != clip_vocabulary().ids:
+    if parts.model.conditioner.towers[0].tokenizer.to_json()["model"]["vocab"] != clip_vocabulary().ids:
         raise ValueError("a single file cannot hold a tokenizer other than CLIP's: export a diffusers folder")
-
-
-def _text_tower(parts: ModelComponents) -> TextTower:
-    (tower,) = parts.model.conditioner.towers
-    return tower
 
 
 def single_file_tensors(parts: ModelComponents) -> dict[str, Tensor]:
@@ -107,7 +99,7 @@ def single_file_tensors(parts: ModelComponents) -> dict[str, Tensor]:
 
 
 def conditioner_tensors(parts: ModelComponents) -> dict[str, Tensor]:
-    encoder = _text_tower(parts).encoder
+    encoder = parts.model.conditioner.towers[0].encoder
     assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
     weights = prefixed_weights(encoder)
     if encoder.config.activation == "gelu":
@@ -121,7 +113,7 @@ def header(parts: ModelComponents, tensors: Mapping[str, Tensor], *, title: str)
     assert isinstance(parts.config, UNetConfig)
     model, width = parts.model, parts.model.conditioner.width
     side = parts.sample_size * model.vae.config.factor
-    text = _text_tower(parts).encoder
+    text = parts.model.conditioner.towers[0].encoder
     own = {
         "unet": UNetLayout().to_json(parts.config, Surroundings.of(parts.as_loaded)),
         "vae": vae_config_json(folded(model.vae).config),
@@ -229,7 +221,7 @@ def first_stage_section(parts: ModelComponents) -> dict[str, Any]:
 
 
 def cond_stage_section(parts: ModelComponents) -> dict[str, Any]:
-    config = _text_tower(parts).encoder.config
+    config = parts.model.conditioner.towers[0].encoder.config
     if config.activation == "gelu":
         layer = {"freeze": True, "layer": config.hidden}
         return {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": layer}

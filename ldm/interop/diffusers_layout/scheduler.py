@@ -6,16 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
-from ldm.diffusion import (
-    CosinePath,
-    EDMPath,
-    LinearBetaPath,
-    PathConfig,
-    Prediction,
-    RectifiedFlowPath,
-    ScaledLinearBetaPath,
-)
-from ldm.diffusion.table_paths import BetaTablePath
+from ldm.diffusion.paths import EDMPath, PathConfig, RectifiedFlowPath
+from ldm.diffusion.predictions import Prediction
+from ldm.diffusion.table_paths import BetaTablePath, CosinePath, LinearBetaPath, ScaledLinearBetaPath
 from ldm.files.strict_json import read_json
 from ldm.interop.diffusers_layout.layout import VERSION
 from ldm.interop.network_files import check_whole_numbers, described_by

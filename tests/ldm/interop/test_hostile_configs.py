@@ -129,7 +129,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (lambda f: (f / "tokenizer/tokenizer_config.json").unlink(), "is missing"),
     "a config of garbage": (lambda f: (f / "unet/config.json").write_text("{"), "is not JSON"),
     "a config without end": (lambda f: (f / "vae/config.json").write_text("[" * 100_000), "is not JSON"),
-    "a giant config": (lambda f: (f / "vae/config.json").write_bytes(b" " * 2**25), "of JSON"),
+    "a giant config": (lambda f: (f / "vae/config.json").write_bytes(b" " * 2**25), "expected JSON of at most"),
     "another U-Net": (lambda f: edit(f / "unet/config.json", _class_name="UNet3D"), "describes 'UNet3D'"),
     "another norm": (lambda f: edit(f / "unet/config.json", act_fn="gelu"), "has act_fn 'gelu'"),
     "another size": (lambda f: edit(f / "unet/config.json", cross_attention_dim=32), "wide a context, the text enc"),
