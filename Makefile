@@ -43,7 +43,7 @@ FAST := tests/test_structure.py tests/test_mathematics.py tests/test_project_fil
 	tests/ldm/denoisers tests/ldm/test_config.py tests/ldm/test_config_data.py \
 	$(foreach name,guidance single_step time_grids,tests/ldm/samplers/test_$(name).py) \
 	$(foreach name,ema loss_scale lr_schedule muon optimizers,tests/ldm/training/optim/test_$(name).py) \
-	$(foreach name,config ledger mixture order quarantine samples shards tar,tests/data/test_$(name).py)
+	$(foreach name,bad_samples config mixture order quarantine samples shards tar,tests/data/test_$(name).py)
 test-fast: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(PYTEST) $(FAST)
