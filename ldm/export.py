@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ def main(args: argparse.Namespace) -> None:
     from ldm.interop.compvis.writing import check_target_file, write_single_file
     from ldm.interop.diffusers_layout.folder import check_target, write_folder
     from ldm.interop.model_card import files_beside
+    from ldm.interop.read_back import check_written
     from ldm.interop.read_model import LoadOptions, read_model
 
     (check_target if args.format == "diffusers" else check_target_file)(args.target)
@@ -52,12 +54,13 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--step is {args.step}, but --ema is {args.ema}: give --ema an average's length, as 0.13")
     print(parts.describe(), flush=True)
     dtype = DTYPES["fp16" if args.fp16 else args.dtype or "fp32"]
+    check = partial(check_written, parts, dtype=dtype)
     if args.format == "diffusers":
         beside = files_beside(parts, args.source, name=args.target.resolve().name, dtype=dtype, length=length)
-        write_folder(parts, args.target, dtype=dtype, beside=beside)
+        write_folder(parts, args.target, dtype=dtype, beside=beside, check=check)
     else:
-        write_single_file(parts, args.target, dtype=dtype)
-    print(f"wrote {args.target}")
+        write_single_file(parts, args.target, dtype=dtype, check=check)
+    print(f"wrote {args.target}, and read it back: it is the same model")
 
 
 def average_length(ema: str) -> float | None:

@@ -28,13 +28,21 @@ class Conditioner:
     """One or more text towers, which encode captions into a Condition.
 
     Several towers encode the same captions; their token states and pooled vectors are joined along the width, as in
-    SDXL, and the mask is that of the first. Raises ValueError for towers whose contexts differ in length.
+    SDXL, and the mask is that of the first. Raises ValueError for towers whose contexts differ in length, and for an
+    encoder whose special tokens are not those of its tokenizer.
     """
 
     def __init__(self, *towers: TextTower) -> None:
         lengths = [tower.encoder.config.context_length for tower in towers]
         if len(set(lengths)) != 1:
             raise ValueError(f"the text encoders read {lengths} tokens, expected the same length for all: give others")
+        for encoder, tokenizer in towers:
+            config, ids = encoder.config, (tokenizer.config.pad_id, tokenizer.eos_id)
+            if (config.pad_id, config.eos_id) != ids:
+                raise ValueError(
+                    f"the tokenizer ends captions with {ids[1]} and pads them with {ids[0]}, the text encoder with "
+                    f"{config.eos_id} and {config.pad_id}: give a text encoder its own tokenizer"
+                )
         self.towers = towers
 
     @property

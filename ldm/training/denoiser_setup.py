@@ -10,23 +10,24 @@ from torch import Tensor
 from data.loader import Batch
 from ldm.denoisers import Denoiser
 from ldm.interop.diffusers_layout.denoiser import layout_of, load_denoiser
+from ldm.interop.diffusers_layout.folder import open_text_parts
 from ldm.interop.diffusers_layout.vae import load_vae
 from ldm.interop.network_files import load_strictly, model_folder
-from ldm.model.conditioner import Conditioner, TextTower
+from ldm.model.conditioner import Conditioner
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.training.denoiser_config import TrainConfig
-from text.conversion import load_text_encoder
-from text.tokenizer import load_tokenizer
 from vae.autoencoder import AutoencoderKL, DiagonalGaussian
 
 
 def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
     """Load the frozen autoencoder and text encoder from the folders named in the configuration."""
-    text = Path(config.model.text)
-    encoder = load_text_encoder(text / "text_encoder").eval().requires_grad_(False).to(device)
+    towers = [part.read(torch.float32) for part in open_text_parts(Path(config.model.text))]
+    vae = load_vae(Path(config.model.vae) / "vae")
+    for network in (vae, *(tower.encoder for tower in towers)):
+        network.eval().requires_grad_(False).to(device)
     return LatentDiffusion(
-        vae=load_vae(Path(config.model.vae) / "vae").eval().requires_grad_(False).to(device),
-        conditioner=Conditioner(TextTower(encoder, load_tokenizer(text / "tokenizer"))),
+        vae=vae,
+        conditioner=Conditioner(*towers),
         path=config.model.path,
         prediction=config.model.objective.prediction,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm.denoisers import UNetConfig
 from ldm.diffusion import ScaledLinearBetaPath
+from ldm.files.atomic import atomic_file
 from ldm.interop.compvis.names import OPEN_CLIP, TRANSFORMERS, is_attention_of_vae, unet_names, vae_names
 from ldm.interop.compvis.sidecar import HIDDEN_KEY, OWN_KEY, write_yaml
 from ldm.interop.diffusers_layout.denoiser import UNetLayout
@@ -35,8 +36,12 @@ SUFFIX = ".safetensors"
 ARCHITECTURES = {"Stable Diffusion 1": "stable-diffusion-v1", "Stable Diffusion 2": "stable-diffusion-v2"}
 
 
-def write_single_file(parts: ModelComponents, path: Path, *, dtype: torch.dtype) -> None:
+def write_single_file(
+    parts: ModelComponents, path: Path, *, dtype: torch.dtype, check: Callable[[Path], object] | None = None
+) -> None:
     """Write NAME.safetensors in CompVis's layout, and NAME.yaml. An older export of that name is replaced.
+
+    check: called with the complete file before it takes its name; if it raises, nothing is replaced.
 
     Raises ValueError for a model that the layout, or the programs that read it, do not support.
     """
@@ -44,7 +49,10 @@ def write_single_file(parts: ModelComponents, path: Path, *, dtype: torch.dtype)
     check_writable(parts)
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in single_file_tensors(parts).items()}
     config = ldm_config(parts)
-    write_weights(tensors, path, header(parts, tensors, title=path.stem))
+    with atomic_file(path) as partial:
+        write_weights(tensors, partial, header(parts, tensors, title=path.stem))
+        if check is not None:
+            check(partial)
     write_yaml(config, path.with_suffix(".yaml"))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,18 @@ def _precision(parts: Sequence[Weights]) -> str:
 
 
 def write_folder(
-    parts: ModelComponents, folder: Path, *, dtype: torch.dtype, beside: Mapping[str, bytes] | None = None
+    parts: ModelComponents,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    beside: Mapping[str, bytes] | None = None,
+    check: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a model to a folder. It replaces an older export there once it is complete.
 
-    beside: additional files, such as a model card, by their path in the folder. Raises ValueError if the folder exists
-    and is not an export: nothing else is ever deleted.
+    beside: additional files, such as a model card, by their path in the folder. check: called with the complete folder
+    before it takes its name; if it raises, nothing is replaced. Raises ValueError if the folder exists and is not an
+    export: nothing else is ever deleted.
     """
     check_target(folder)
     with atomic_folder(folder) as partial:
@@ -128,6 +134,8 @@ def write_folder(
         for name, content in (beside or {}).items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
+        if check is not None:
+            check(partial)
 
 
 def write_parts(parts: ModelComponents, folder: Path, *, dtype: torch.dtype) -> None:
@@ -178,9 +186,12 @@ class TextPart:
     weights: Weights
 
     def read(self, dtype: torch.dtype) -> TextTower:
+        """Read the weights. The special tokens are the tokenizer's: published text encoders state ids of their own."""
+        tokens = self.tokenizer
         with described_by(self.folder):
-            encoder = self.kind.build(self.config, self.weights.read(dtype), dtype=dtype)
-        return TextTower(encoder, self.tokenizer)
+            config = replace(self.config, pad_id=tokens.config.pad_id, bos_id=tokens.bos_id, eos_id=tokens.eos_id)
+            encoder = self.kind.build(config, self.weights.read(dtype), dtype=dtype)
+        return TextTower(encoder, tokens)
 
 
 def open_text_parts(folder: Path) -> list[TextPart]:
