@@ -49,7 +49,9 @@ def test_more_pictures_than_fit_a_batch_are_drawn_in_turns(dit_folder, monkeypat
     assert calls == [(i + 1, 12) for i in range(12)]
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm2", "plms", "pndm"])
+@pytest.mark.parametrize(
+    "sampler", ["ddim", "heun", "dpm2", "plms", "pndm", "dpm_fast", "dpm_adaptive", "dpmpp_sde", "restart"]
+)
 def test_progress_counts_steps_whatever_the_evaluations(dit_folder, sampler):
     calls = []
     draw(TextToImage.load(dit_folder), sampler=sampler, steps=6, progress=lambda *call: calls.append(call))
