@@ -147,7 +147,7 @@ def _between_entries(path: PathConfig, fractions: Tensor) -> Tensor:
     n = path.num_train_timesteps
     positions = 1 + (n - 1) * (1 - fractions)  # t = 1 / N is the first entry
     below = positions.floor()
-    levels = torch.lerp(*(path.log_snr(place / n) for place in (below, positions.ceil())), positions - below)
+    levels = torch.lerp(path.log_snr(below / n), path.log_snr(positions.ceil() / n), positions - below)
     between = (positions > below) & levels.isfinite()
     return torch.cat([torch.where(between, path.time_of_log_snr(levels), positions / n), zero])
 

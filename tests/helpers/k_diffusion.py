@@ -25,6 +25,50 @@ def euler(x: Tensor, x0: Tensor, start: float, end: float) -> Tensor:
     return x + (x - x0) / start * (end - start)
 
 
+def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise, eta: float = 1.0) -> Tensor:
+    for start, end in pairwise(sigmas):
+        down, up = split(start, end, eta)
+        x = euler(x, denoise(x, start), start, down)
+        x = x + up * noise() if up else x
+    return x
+
+
+def heun(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise) -> Tensor:
+    for start, end in pairwise(sigmas):
+        slope = (x - denoise(x, start)) / start
+        after = x + slope * (end - start)
+        x = after if end == 0 else x + (slope + (after - denoise(after, end)) / end) / 2 * (end - start)
+    return x
+
+
+def dpmpp_2s_ancestral(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise, eta: float = 1.0) -> Tensor:
+    for start, end in pairwise(sigmas):
+        x0 = denoise(x, start)
+        down, up = split(start, end, eta)
+        if down > 0:
+            middle = math.sqrt(start * down)
+            x0 = denoise(middle / start * x - math.expm1(math.log(middle / start)) * x0, middle)
+            x = down / start * x - math.expm1(math.log(down / start)) * x0
+        else:
+            x = euler(x, x0, start, 0.0)
+        x = x + up * noise() if up else x
+    return x
+
+
+def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise) -> Tensor:
+    before, h_before = None, 0.0
+    for start, end in pairwise(sigmas):
+        x0 = carried = denoise(x, start)
+        if end == 0:
+            return x0
+        h = math.log(start / end)
+        if before is not None:
+            carried = (1 + h / h_before / 2) * x0 - h / h_before / 2 * before
+        x = end / start * x - math.expm1(-h) * carried
+        before, h_before = x0, h
+    return x
+
+
 def dpm_2_ancestral(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise, eta: float = 1.0) -> Tensor:
     for start, end in pairwise(sigmas):
         x0 = denoise(x, start)
@@ -56,7 +100,9 @@ def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise, et
     return x
 
 
-def dpmpp_2m_sde_heun(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise) -> Tensor:
+def dpmpp_2m_sde(
+    denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise, *, solver_type: str = "midpoint"
+) -> Tensor:
     before, h_before = None, 0.0
     for start, end in pairwise(sigmas):
         x0 = denoise(x, start)
@@ -66,7 +112,8 @@ def dpmpp_2m_sde_heun(denoise: Denoise, x: Tensor, sigmas: list[float], noise: N
         kept = -math.expm1(-2 * h)
         x = end / start * math.exp(-h) * x + kept * x0
         if before is not None:
-            x = x + (kept / (-2 * h) + 1) * h / h_before * (x0 - before)
+            weight = kept / 2 if solver_type == "midpoint" else kept / (-2 * h) + 1
+            x = x + weight * h / h_before * (x0 - before)
         x = x + noise() * end * math.sqrt(kept)
         before, h_before = x0, h
     return x

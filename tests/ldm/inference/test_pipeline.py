@@ -33,9 +33,10 @@ def draw(pipe, **changes):
 )
 def test_a_picture_is_the_same_alone_and_in_a_batch(kind, sampler, request):
     pipe = TextToImage.load(request.getfixturevalue(f"{kind}_folder"))
-    together = draw(pipe, sampler=sampler, n=3)
+    steps = 8 if sampler == "restart" else 4  # Heun's method on Karras's grid multiplies rounding if steps are large
+    together = draw(pipe, sampler=sampler, n=3, steps=steps)
     for i in range(3):
-        alone = draw(pipe, sampler=sampler, seed=11 + i)
+        alone = draw(pipe, sampler=sampler, seed=11 + i, steps=steps)
         assert (together[i] - alone[0]).abs().max() <= 1e-4
 
 

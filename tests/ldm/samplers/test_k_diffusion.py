@@ -15,10 +15,17 @@ from ldm.samplers import SAMPLERS, time_grid
 
 PATHS = [ScaledLinearBetaPath(), EDMPath()]
 THEIRS: dict[str, Callable[..., Tensor]] = {
+    "euler": partial(k_diffusion.euler_ancestral, eta=0.0),
+    "euler_ancestral": k_diffusion.euler_ancestral,
+    "heun": k_diffusion.heun,
+    "dpm2": partial(k_diffusion.dpm_2_ancestral, eta=0.0),
+    "dpmpp_2s_ancestral": k_diffusion.dpmpp_2s_ancestral,
+    "dpmpp_2m": k_diffusion.dpmpp_2m,
+    "dpmpp_2m_sde": k_diffusion.dpmpp_2m_sde,
     "lms": k_diffusion.lms,
     "dpm2_ancestral": k_diffusion.dpm_2_ancestral,
     "dpmpp_sde": k_diffusion.dpmpp_sde,
-    "dpmpp_2m_sde_heun": k_diffusion.dpmpp_2m_sde_heun,
+    "dpmpp_2m_sde_heun": partial(k_diffusion.dpmpp_2m_sde, solver_type="heun"),
     "dpmpp_3m_sde": k_diffusion.dpmpp_3m_sde,
     "dpm_fast": k_diffusion.dpm_fast,
     "dpm_adaptive": k_diffusion.dpm_adaptive,
