@@ -69,6 +69,15 @@ def test_pages_that_name_commands_of_make_are_seen():
 
 
 @pytest.mark.parametrize("target", sorted(make_targets()))
+def test_files_that_a_target_runs_exist(target: str):
+    """A test that is renamed is renamed there as well."""
+    told = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    named = set(re.findall(r"(?<!\S)(?:tests|benchmarks|examples|ldm|data|text|vae)/[\w/.-]+(?=\s)", told))
+    assert not [name for name in named if not (ROOT / name).exists()]
+    assert named or target not in {"mutation", "reliability", "test-fast"}
+
+
+@pytest.mark.parametrize("target", sorted(make_targets()))
 def test_targets_that_are_no_files_are_phony(target: str):
     phony = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert target in " ".join(phony).split()

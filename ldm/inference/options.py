@@ -23,12 +23,14 @@ class DrawOptions:
     """
 
     eta: float | None = parameter(
-        None, "fraction of fresh noise in ddim and the ancestral samplers, 0 to 1 (default: 0 in ddim, else 1)",
+        None, "fraction of fresh noise in ddim, dpmpp_sde, dpm_fast, dpm_adaptive and the ancestral samplers, 0 to 1 "
+        "(default: 0 in ddim, else 1)",
         kind=float, flags=("--eta", "--ddim-eta"), metavar="X", group=FINER, within=Range(low=0, high=1), a1111="Eta",
     )  # fmt: skip
     time_grid: str | None = parameter(
-        None, "times of the steps: one of {names}, or the times themselves, decreasing from 1 (noise) to 0, such as "
-        "1,0.6,0.3,0 (default: trailing, or karras for models on EDM's path)",
+        None, "times of the steps: one of {names}, or A1111's name of one, such as 'SGM Uniform', or the times "
+        "themselves, decreasing from 1 (noise) to 0, such as 1,0.6,0.3,0 (default: trailing, or karras for models on "
+        "EDM's path)",
         names=keys_of("TIME_GRIDS", "samplers/time_grids.py"),
         flags=("--time-grid", "--schedule-type"), metavar="NAME", group=FINER, a1111="Schedule type",
     )  # fmt: skip

@@ -55,7 +55,8 @@ class Parameter:
 
 
 def keys_of(table: str, file: str) -> Callable[[], str]:
-    """Return a function that reads a table's keys from the source of a file of ldm/: an import would load torch."""
+    """Return a function that lists a table's keys, each with its entry's `note`, if it has one, from the source of a
+    file of ldm/: an import would load torch."""
     return partial(_keys_in, table, Path(__file__).parents[1] / file)
 
 
@@ -63,7 +64,14 @@ def _keys_in(table: str, file: Path) -> str:
     nodes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.AnnAssign)]
     (found,) = [node.value for node in nodes if ast.unparse(node.target) == table]
     assert isinstance(found, ast.Dict)
-    return ", ".join(ast.literal_eval(key) for key in found.keys if key is not None)
+    return ", ".join(
+        ast.literal_eval(key) + _note_in(value) for key, value in zip(found.keys, found.values, strict=True) if key
+    )
+
+
+def _note_in(entry: ast.expr) -> str:
+    words = {word.arg: word.value for word in entry.keywords} if isinstance(entry, ast.Call) else {}
+    return f" ({ast.literal_eval(words['note'])})" if "note" in words else ""
 
 
 def parameter(default: Any, help: str, **about: Any) -> Any:

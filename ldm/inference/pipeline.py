@@ -16,6 +16,7 @@ from ldm.diffusion import Prediction
 from ldm.inference.contact_sheet import to_images
 from ldm.inference.img2img import Canvas, Start, begin, canvas, keeping, remaining
 from ldm.inference.options import FORMATS, DrawOptions
+from ldm.inference.progress import Progress, counted, reporter
 from ldm.inference.recipe import Drawing, recipe_of
 from ldm.inference.request import DrawRequest
 from ldm.interop.compvis.writing import write_single_file
@@ -27,7 +28,6 @@ from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.samplers import SAMPLERS, Denoise, Variance, time_grid
 from ldm.samplers.guidance import Schedule, classifier_free, projected, rescaled, scheduled, within_interval
 
-Progress = Callable[[int, int], object]  # (steps done, total steps)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to draw in
 STORED = PRECISIONS | {"fp16": torch.float16}
 MAX_BATCH = 16  # pictures drawn at once; more are drawn in several batches, with the same result
@@ -201,18 +201,20 @@ class TextToImage:
         drawn_on, size = self._canvas(common)
         times = time_grid(model.path, common.steps, options.grid)
         times = times if drawn_on is None else remaining(times, drawn_on.strength)
-        rounds = model.conditioner.batches([own.prompt for own in wanted], options.weighting, largest=MAX_BATCH)
+        sampler = SAMPLERS[common.sampler]
+        largest = 1 if sampler.one_by_one else MAX_BATCH
+        rounds = model.conditioner.batches([own.prompt for own in wanted], options.weighting, largest=largest)
         drawn: list[Tensor] = []
         for number, prompts in enumerate(rounds):
             first = sum(map(len, rounds[:number]))
             generators = [torch.Generator().manual_seed(own.seed) for own in wanted[first : first + len(prompts)]]
             begun = self._begin(drawn_on, generators, times, size)
             denoise, variance = self._denoise(prompts, common, begun, times)
-            function = SAMPLERS[common.sampler].with_options(eta=options.eta, variance=variance)
-            if progress is not None:
-                denoise = counted(denoise, progress, times, number=number, of=len(rounds))
+            function = sampler.with_options(eta=options.eta, variance=variance)
+            report = reporter(progress, len(times) - 1, number=number, of=len(rounds))
             with torch.no_grad():
-                latents = function(denoise, begun.x, model.path, times, generators)
+                latents = function(counted(denoise, report, times), begun.x, model.path, times, generators)
+            report(len(times) - 1)  # the last evaluation of a sampler that chooses its own times may be before
             drawn.append(model.decode(latents))
         return torch.cat(drawn)
 
@@ -303,22 +305,6 @@ def lost_words(pipe: TextToImage, requests: Iterable[DrawRequest]) -> list[str]:
     whole = [request for request in requests if request.options.weighting == "none"]
     texts = dict.fromkeys(text for request in whole for text in (request.prompt, request.negative_prompt))
     return [lost for text in texts if (lost := pipe.cut_off(text))]
-
-
-def counted(denoise: Denoise, progress: Progress, times: Tensor, *, number: int, of: int) -> Denoise:
-    """Wrap `denoise` to report progress: the steps done in batch `number` of `of`. Samplers do not report it."""
-    done, steps = 0, len(times) - 1
-
-    def counting(x_t: Tensor, t: Tensor) -> Tensor:
-        nonlocal done
-        x0 = denoise(x_t, t)
-        reached = min(int((times > t).sum()) + 1, steps)  # some samplers evaluate twice, or in the middle of a step
-        if reached > done:
-            done = reached
-            progress(number * steps + done, of * steps)
-        return x0
-
-    return counting
 
 
 def choose_device(device: str) -> torch.device:

@@ -41,7 +41,7 @@ class PictureSettings:
         in_line=("s", "steps"), a1111="Steps",
     )  # fmt: skip
     sampler: str = parameter(
-        "dpmpp_2m", "one of {names}, or its name in A1111 (default: {default})",
+        "dpmpp_2m", "one of {names}, or its name in A1111, such as 'DPM++ 2M Karras' (default: {default})",
         names=keys_of("SAMPLERS", "samplers/__init__.py"),
         flags=("--sampler", "--scheduler"), metavar="NAME", in_line=("sampler_name",), a1111="Sampler",
     )  # fmt: skip
@@ -136,13 +136,14 @@ class DrawRequest(PictureSettings):
             raise ValueError(f"{self.place}{error}") from error
 
     def _checked(self, facts: ModelFacts) -> DrawRequest:
-        from ldm.samplers import SAMPLERS, sampler_named, time_grid
+        from ldm.samplers import SAMPLERS, sampler_and_grid, time_grid
         from text.weighting import parse_weights
 
-        name = sampler_named(self.sampler)
-        SAMPLERS[name].with_eta(self.options.eta)
+        name, grid = sampler_and_grid(self.sampler, self.options.time_grid)
+        options = replace(self.options, time_grid=grid)
+        SAMPLERS[name].with_eta(options.eta)
         if facts.path is not None:
-            time_grid(facts.path, self.steps, self.options.grid)
+            time_grid(facts.path, self.steps, options.grid)
         if facts.learned_variance is not None:
             SAMPLERS[name].check(learned=facts.learned_variance)
         if self.options.weighting == "a1111":
@@ -152,7 +153,7 @@ class DrawRequest(PictureSettings):
             wanted = "it an image and a mask" if self.image is None else "a mask too, white where to paint"
             raise ValueError(f"{facts.name} is made for inpainting: give {wanted}")
         height, width = self._size(facts)
-        return replace(self, sampler=name, height=height, width=width, strength=self.usual_strength)
+        return replace(self, sampler=name, height=height, width=width, strength=self.usual_strength, options=options)
 
     def _size(self, facts: ModelFacts) -> tuple[int | None, int | None]:
         """Return height and width: the given ones, the image's rounded down to multiples of the factor, or the model's.

@@ -1,8 +1,9 @@
 """Adams-Bashforth methods: the noise eps as a polynomial through its values at earlier nodes.
 
 x' / alpha' = x / alpha + the integral of eps over kappa = sigma / alpha. The methods differ in the polynomial and its
-variable. A step from alpha = 0, where kappa is infinite, is a DDIM step, and its eps is not reused; a step to sigma = 0
-is a DDIM step as well.
+variable. A step from alpha = 0, where kappa is infinite, is a DDIM step, and its eps is not reused. A step to sigma = 0
+is like any other, as in k-diffusion and diffusers, except for `deis`, whose variable is infinite there: it takes a DDIM
+step.
 """
 
 import math
@@ -24,7 +25,7 @@ def lms(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator:
     x' / alpha' = x / alpha + sum_j c_j eps_j, c_j = integral of the j-th Lagrange polynomial over kappa: the
     Adams-Bashforth method on an uneven grid. Liu et al. 2022 (arXiv 2202.09778), eq. 12, is the case of even grids.
     """
-    return adams(denoise, x, path, times, order=4, variable=lambda kappa: kappa)
+    return adams(denoise, x, path, times, order=4, variable=lambda kappa: kappa, to_zero=True)
 
 
 def deis(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators) -> Tensor:
@@ -36,31 +37,49 @@ def deis(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator
 
 
 def adams(
-    denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, *, order: int, variable: Callable[[Tensor], Tensor]
+    denoise: Denoise,
+    x: Tensor,
+    path: PathConfig,
+    times: Tensor,
+    *,
+    order: int,
+    variable: Callable[[Tensor], Tensor],
+    to_zero: bool = False,
 ) -> Tensor:
-    """Step by x' / alpha' = x / alpha + integral of eps over kappa, eps a polynomial in variable(kappa)."""
+    """Step by x' / alpha' = x / alpha + integral of eps over kappa, eps a polynomial in variable(kappa).
+
+    to_zero: whether the variable is finite at kappa = 0, so that a step to there may be of this kind.
+    """
     history: list[tuple[float, Tensor]] = []  # (kappa, eps), the newest last
     for step in grid_steps(path, times):
         start, end = step
         x0 = denoise(x, start.t)
-        if not math.isfinite(step.h):
+        if start.alpha == 0 or (end.sigma == 0 and not to_zero):
             x = ddim_step(x, x0, start, end)
             continue
         history = [*history[1 - order :], (start.sigma / start.alpha, (x - start.alpha * x0) / start.sigma)]
         weights = adams_weights(tuple(kappa for kappa, _ in history), end.sigma / end.alpha, variable)
-        x = end.alpha * (x / start.alpha + sum(w * eps for w, (_, eps) in zip(weights, history, strict=True)))
+        if end.sigma > 0:
+            x = end.alpha * (x / start.alpha + sum(w * eps for w, (_, eps) in zip(weights, history, strict=True)))
+        else:  # the same, without the difference of large numbers that a single step from high noise would be
+            newest = history[-1][1]
+            x = x0 + sum(w * (eps - newest) for w, (_, eps) in zip(weights[:-1], history[:-1], strict=True))
     return x
 
 
 def adams_weights(kappas: Sequence[float], end: float, variable: Callable[[Tensor], Tensor]) -> list[float]:
     """Return c_j = integral of the Lagrange polynomials in variable(k) over k from kappas[-1] to end.
 
-    By Gaussian quadrature in log k, which is exact to the last digits for any grid in use.
+    By Gaussian quadrature in log k, which is exact to the last digits for any grid in use. To end = 0 it is in k, which
+    is exact for a polynomial in k.
     """
     points, weights = gauss_legendre(24)
-    low, high = math.log(kappas[-1]), math.log(end)
-    k = (low + (high - low) * (points + 1) / 2).exp()
-    measure = weights * k * (high - low) / 2  # dk = k d(log k)
+    if end == 0:
+        k, measure = kappas[-1] * (1 - points) / 2, weights * -kappas[-1] / 2
+    else:
+        low, high = math.log(kappas[-1]), math.log(end)
+        k = (low + (high - low) * (points + 1) / 2).exp()
+        measure = weights * k * (high - low) / 2  # dk = k d(log k)
     return lagrange_integrals(variable(torch.tensor(kappas, dtype=torch.float64)), variable(k), measure)
 
 
@@ -112,7 +131,8 @@ def pseudo_adams(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, *
     """Step by x' = DDIM(x, mean of eps over the step), eps a cubic in t; `start` gives the mean for the first `started`
     steps.
 
-    The mean is over t, not kappa, as if kappa changed evenly along the step: hence order 2, "pseudo".
+    The mean is over t, not kappa, as if kappa changed evenly along the step: hence order 2, "pseudo". A step from
+    alpha = 0 is a DDIM step, and so is one of the first that ends at sigma = 0, where `start` cannot evaluate eps.
     """
 
     def eps_at(x: Tensor, node: Node) -> Tensor:
@@ -120,7 +140,7 @@ def pseudo_adams(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, *
 
     history: list[tuple[float, Tensor]] = []  # (t, eps), the newest last
     for step in grid_steps(path, times):
-        if not math.isfinite(step.h):
+        if step.start.alpha == 0 or (step.end.sigma == 0 and started > 0):
             x = ddim_step(x, denoise(x, step.start.t), *step)
             continue
         eps = eps_at(x, step.start)

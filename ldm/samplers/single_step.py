@@ -113,10 +113,16 @@ def heun(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator
     Karras et al. 2022 (arXiv 2206.00364), algorithm 1. A step from alpha = 0 or to sigma = 0 is a DDIM step.
     """
     for step in grid_steps(path, times):
-        x0 = denoise(x, step.start.t)
-        x = ddim_step(x, x0, *step)
-        if math.isfinite(step.h):
-            x = x + step.end.alpha * math.expm1(step.h) / 2 * (denoise(x, step.end.t) - x0)
+        x = heun_step(denoise, x, step)
+    return x
+
+
+def heun_step(denoise: Denoise, x: Tensor, step: Step) -> Tensor:
+    """Take one step of Heun's method."""
+    x0 = denoise(x, step.start.t)
+    x = ddim_step(x, x0, *step)
+    if math.isfinite(step.h):
+        x = x + step.end.alpha * math.expm1(step.h) / 2 * (denoise(x, step.end.t) - x0)
     return x
 
 
@@ -128,14 +134,32 @@ def dpm2(denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator
     is a DDIM step.
     """
     for step in grid_steps(path, times):
-        x0 = denoise(x, step.start.t)
-        answer = ddim_step(x, x0, *step)
-        if math.isfinite(step.h):
-            middle = node_between(path, step, 0.5)
-            x0_middle = denoise(ddim_step(x, x0, step.start, middle), middle.t)
-            answer = answer + step.end.alpha * 2 * math.sinh(step.h / 2) * (x0_middle - x0)
-        x = answer
+        x = midpoint_step(denoise, x, path, step)
     return x
+
+
+def dpm2_ancestral(
+    denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators, *, eta: float = 1.0
+) -> Tensor:
+    """DPM2 with fresh noise: a step of `dpm2` to a lower noise level, then noise up to the step's own.
+
+    k-diffusion's sample_dpm_2_ancestral.
+    """
+    for step in grid_steps(path, times):
+        down, up = ancestral(step, eta)
+        x = add_noise(midpoint_step(denoise, x, path, Step(step.start, down)), up, generator)
+    return x
+
+
+def midpoint_step(denoise: Denoise, x: Tensor, path: PathConfig, step: Step) -> Tensor:
+    """Take one step of `dpm2`. The step's end need not lie on the path."""
+    x0 = denoise(x, step.start.t)
+    answer = ddim_step(x, x0, *step)
+    if math.isfinite(step.h):
+        middle = node_between(path, step, 0.5)
+        x0_middle = denoise(ddim_step(x, x0, step.start, middle), middle.t)
+        answer = answer + step.end.alpha * 2 * math.sinh(step.h / 2) * (x0_middle - x0)
+    return answer
 
 
 def dpmpp_2s_ancestral(
@@ -151,5 +175,24 @@ def dpmpp_2s_ancestral(
         if math.isfinite(step.h):
             middle = node_between(path, Step(step.start, down), 0.5)
             x0 = denoise(ddim_step(x, x0, step.start, middle), middle.t)
+        x = add_noise(ddim_step(x, x0, step.start, down), up, generator)
+    return x
+
+
+def dpmpp_sde(
+    denoise: Denoise, x: Tensor, path: PathConfig, times: Tensor, generator: Generators, *, eta: float = 1.0
+) -> Tensor:
+    """SDE-DPM-Solver++(2S): like dpmpp_2s_ancestral, but x also reaches the midpoint with fresh noise.
+
+    k-diffusion's sample_dpmpp_sde with r = 1/2, after Lu et al. 2022 (arXiv 2211.01095), section 5. A step from
+    alpha = 0 or to sigma = 0 is a DDIM step.
+    """
+    for step in grid_steps(path, times):
+        x0 = denoise(x, step.start.t)
+        if math.isfinite(step.h):
+            middle = node_between(path, step, 0.5)
+            down, up = ancestral(Step(step.start, middle), eta)
+            x0 = denoise(add_noise(ddim_step(x, x0, step.start, down), up, generator), middle.t)
+        down, up = ancestral(step, eta)
         x = add_noise(ddim_step(x, x0, step.start, down), up, generator)
     return x

@@ -16,9 +16,13 @@ Generators = Sequence[torch.Generator]
 
 def node_between(path: PathConfig, step: Step, fraction: float) -> Node:
     """Return the node at lambda + fraction h, for a finite h."""
-    log_snr = 2 * (step.start.half_log_snr + fraction * step.h)
-    t = path.time_of_log_snr(torch.tensor(log_snr, dtype=torch.float64))
-    return Node(t.to(step.start.t), path.alpha(t).item(), path.sigma(t).item())
+    return node_of(path, step.start.half_log_snr + fraction * step.h, step.start.t)
+
+
+def node_of(path: PathConfig, half_log_snr: float, like: Tensor) -> Node:
+    """Return the node at a finite lambda = log(alpha / sigma); its time has the dtype of `like`."""
+    t = path.time_of_log_snr(torch.tensor(2 * half_log_snr, dtype=torch.float64))
+    return Node(t.to(like), path.alpha(t).item(), path.sigma(t).item())
 
 
 def noise_like(x: Tensor, generator: Generators) -> Tensor:

@@ -3,6 +3,9 @@
 All end at t = 0 and start at t = 1, except those made for Stable Diffusion (leading, align_your_steps). Grids in
 log-SNR lie between the path's finite ends (log_snr_range); if the path starts from pure noise, t = 1 is an additional
 node before them.
+
+normal, simple, sgm_uniform and ddim_uniform are ComfyUI's and A1111's ways through a table of noise levels. On paths
+without a table the first three are even in t, as they are within a table's rounding.
 """
 
 import math
@@ -13,31 +16,42 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.paths import PathConfig
+from ldm.diffusion.table_paths import BetaTablePath
 from ldm.files.messages import unknown_name
+from ldm.samplers.names import squeezed
 
 Grid = Callable[[PathConfig, int], Tensor]
 
 
 def time_grid(path: PathConfig, steps: int, grid: str | Sequence[float] | None = None) -> Tensor:
-    """Return steps + 1 times, float64, strictly decreasing to 0.
+    """Return steps + 1 times, float64, strictly decreasing to 0; of ddim_uniform, see there.
 
-    grid: a name of TIME_GRIDS, or the times themselves; None: the path's default. Raises ValueError, naming the
-    invalid value.
+    grid: a name that grid_named takes, or the times themselves; None: the path's default. Raises ValueError, naming
+    the invalid value.
     """
     if steps < 1:
         raise ValueError(f"steps must be 1 or more, not {steps}")
     grid = path.default_grid if grid is None else grid
     if not isinstance(grid, str):
         return explicit_times(steps, grid)
-    grid = grid.lower()
-    if grid not in TIME_GRIDS:
-        raise unknown_name("time grid", grid, {name: name for name in TIME_GRIDS})
+    grid = grid_named(grid)
     times = TIME_GRIDS[grid](path, steps)
     if not (times[:-1] > times[1:]).all():
         raise ValueError(
             f"grid {grid} has no {steps} different times on path {path.kind}: use fewer steps, or trailing"
         )
     return times
+
+
+def grid_named(name: str) -> str:
+    """Return the key of TIME_GRIDS for a key or A1111's "Schedule type", in any case and spacing.
+
+    Raises ValueError, which suggests the nearest, for an unknown name.
+    """
+    known = {squeezed(key): key for key in TIME_GRIDS} | SCHEDULE_TYPES
+    if squeezed(name) not in known:
+        raise unknown_name("time grid", name, {key: key for key in TIME_GRIDS})
+    return known[squeezed(name)]
 
 
 def explicit_times(steps: int, times: Sequence[float]) -> Tensor:
@@ -81,13 +95,61 @@ def leading(path: PathConfig, steps: int) -> Tensor:
     It starts below the last noise level, so that its pure noise differs slightly from training. Rombach et al. 2022, in
     their code; steps_offset = 1.
     """
-    n: int | None = getattr(path, "num_train_timesteps", None)
-    if n is None:
-        raise ValueError(f"grid 'leading' counts the entries of a table, and path {path.kind} has none: use trailing")
+    n = table_size(path, "leading")
     if steps > n - 1:
         raise ValueError(f"steps is {steps}, more than the path has noise levels; use fewer")
     entries = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (n // steps) + 1
     return torch.cat([(entries + 1) / n, torch.zeros(1, dtype=torch.float64)])
+
+
+def ddim_uniform(path: PathConfig, steps: int) -> Tensor:
+    """Entries 1, 1 + N // steps, 1 + 2 (N // steps), ... to the end of a table, as ComfyUI and A1111 take DDIM's.
+
+    It is `leading` if the steps divide N; else it has more steps than asked for, such as 8 for 7 of 1000.
+    """
+    n = table_size(path, "ddim_uniform")
+    entries = torch.arange(1, n, max(n // steps, 1), dtype=torch.float64).flip(0)
+    return torch.cat([(entries + 1) / n, torch.zeros(1, dtype=torch.float64)])
+
+
+def table_size(path: PathConfig, grid: str) -> int:
+    """Return N. Raises ValueError, naming the grid, for a path without a table."""
+    if not isinstance(path, BetaTablePath):
+        raise ValueError(f"grid {grid!r} counts the entries of a table, and path {path.kind} has none: use trailing")
+    return path.num_train_timesteps
+
+
+def simple(path: PathConfig, steps: int) -> Tensor:
+    """Every (N / steps)-th entry from the last, rounded towards the noise. ComfyUI's simple_scheduler."""
+    n = path.num_train_timesteps if isinstance(path, BetaTablePath) else steps
+    passed = (torch.arange(steps, dtype=torch.float64) * (n / steps)).floor()
+    return torch.cat([(n - passed) / n, torch.zeros(1, dtype=torch.float64)])
+
+
+def normal(path: PathConfig, steps: int) -> Tensor:
+    """Even in the entries from the last to the first, and then 0. A1111's uniform, ComfyUI's normal_scheduler."""
+    return _between_entries(path, torch.arange(steps, dtype=torch.float64) / max(1, steps - 1))
+
+
+def sgm_uniform(path: PathConfig, steps: int) -> Tensor:
+    """Like normal for one step more, without the last entry. A1111's and ComfyUI's, after Stability's own code."""
+    return _between_entries(path, torch.arange(steps, dtype=torch.float64) / steps)
+
+
+def _between_entries(path: PathConfig, fractions: Tensor) -> Tensor:
+    """Return the times at fractions of the way from the last entry to the first, and 0.
+
+    Between entries log(sigma / alpha) is linear, as in k-diffusion's DiscreteSchedule; next to an infinite one t is.
+    """
+    zero = torch.zeros(1, dtype=torch.float64)
+    if not isinstance(path, BetaTablePath):
+        return torch.cat([torch.lerp(torch.ones(1, dtype=torch.float64), cleanest_time(path), fractions), zero])
+    n = path.num_train_timesteps
+    positions = 1 + (n - 1) * (1 - fractions)  # t = 1 / N is the first entry
+    below = positions.floor()
+    levels = torch.lerp(path.log_snr(below / n), path.log_snr(positions.ceil() / n), positions - below)
+    between = (positions > below) & levels.isfinite()
+    return torch.cat([torch.where(between, path.time_of_log_snr(levels), positions / n), zero])
 
 
 def quadratic(path: PathConfig, steps: int) -> Tensor:
@@ -112,6 +174,19 @@ def karras(path: PathConfig, steps: int, rho: float = 7.0) -> Tensor:
     def place(fraction: Tensor, low: float, high: float) -> Tensor:
         first, last = math.exp(-low / 2 / rho), math.exp(-high / 2 / rho)
         return -2 * rho * (first + fraction * (last - first)).log()
+
+    return _in_log_snr(path, steps, place)
+
+
+def kl_optimal(path: PathConfig, steps: int) -> Tensor:
+    """Even in arctan(sigma / alpha), and then 0. Sabour et al. 2024 (arXiv 2404.14507), eq. 7, as ComfyUI takes it.
+
+    A1111's has one step less between the ends and stops at the last level, where noise is left.
+    """
+
+    def place(fraction: Tensor, low: float, high: float) -> Tensor:
+        first, last = math.atan(math.exp(-low / 2)), math.atan(math.exp(-high / 2))
+        return -2 * (first + fraction * (last - first)).tan().log()
 
     return _in_log_snr(path, steps, place)
 
@@ -168,4 +243,11 @@ TIME_GRIDS: dict[str, Grid] = {
     "log_snr": even_log_snr,
     "beta": beta,
     "align_your_steps": align_your_steps,
+    "normal": normal,
+    "simple": simple,
+    "sgm_uniform": sgm_uniform,
+    "ddim_uniform": ddim_uniform,
+    "kl_optimal": kl_optimal,
 }
+# A1111's "Schedule type" where it is not the grid's own name.
+SCHEDULE_TYPES = {"uniform": "normal", "ddim": "ddim_uniform", "polyexponential": "exponential"}  # its rho is 1

@@ -166,9 +166,35 @@ def test_every_sampler_by_name_and_label(command, model, name, word):
     assert recipe.sampler == name
 
 
-@pytest.mark.parametrize("table", [SAMPLERS, TIME_GRIDS])
-def test_help_lists_what_there_is(txt2img, table):
-    assert f"one of {', '.join(table)}, or" in " ".join(txt2img.build_parser().format_help().split())
+@pytest.mark.parametrize(
+    "names", [[f"{key} ({one.note})" if one.note else key for key, one in SAMPLERS.items()], TIME_GRIDS]
+)
+def test_help_lists_what_there_is(txt2img, names):
+    assert f"one of {', '.join(names)}, or" in " ".join(txt2img.build_parser().format_help().split())
+
+
+@pytest.mark.parametrize(
+    ("words", "sampler", "grid"),
+    [
+        (("--sampler", "DPM++ 2M SDE Karras"), "dpmpp_2m_sde", "karras"),
+        (("--sampler", "Euler a", "--schedule-type", "SGM Uniform"), "euler_ancestral", "sgm_uniform"),
+        (("--sampler", "DPM++ 3M SDE", "--schedule-type", "Automatic"), "dpmpp_3m_sde", "exponential"),
+        (("--sampler", "DPM2 a Karras", "--time-grid", "karras"), "dpm2_ancestral", "karras"),
+        (("--from-file", "p.txt"), "dpmpp_2m", "karras"),
+    ],
+)
+def test_a_sampler_and_its_grid_in_one_name(command, model, words, sampler, grid):
+    Path("p.txt").write_text('an apple --sampler_name "DPM++ 2M Karras"\n')
+    assert command(*(() if "--from-file" in words else ("--prompt", "x")), *words)[0] == 0
+    assert model.calls[0]["sampler"] == sampler and model.calls[0]["options"] == DrawOptions(time_grid=grid)
+    (recipe,) = read_recipes(Path("outputs/samples/00000.png"))
+    assert (recipe.sampler, recipe.options.time_grid) == (sampler, grid)
+
+
+def test_a_grid_against_the_samplers_own_is_one_line(command):
+    code, _, err = command("--prompt", "x", "--sampler", "DPM++ 2M Karras", "--time-grid", "exponential")
+    told = "names the time grid karras, but the time grid is exponential: leave out one"
+    assert (code, err) == (2, f"error: sampler 'DPM++ 2M Karras' {told}\n")
 
 
 def test_times_may_be_given_and_tell_the_steps(command, model):

@@ -33,9 +33,10 @@ def draw(pipe, **changes):
 )
 def test_a_picture_is_the_same_alone_and_in_a_batch(kind, sampler, request):
     pipe = TextToImage.load(request.getfixturevalue(f"{kind}_folder"))
-    together = draw(pipe, sampler=sampler, n=3)
+    steps = 8 if sampler == "restart" else 4  # Heun's method on Karras's grid multiplies rounding if steps are large
+    together = draw(pipe, sampler=sampler, n=3, steps=steps)
     for i in range(3):
-        alone = draw(pipe, sampler=sampler, seed=11 + i)
+        alone = draw(pipe, sampler=sampler, seed=11 + i, steps=steps)
         assert (together[i] - alone[0]).abs().max() <= 1e-4
 
 
@@ -49,7 +50,9 @@ def test_more_pictures_than_fit_a_batch_are_drawn_in_turns(dit_folder, monkeypat
     assert calls == [(i + 1, 12) for i in range(12)]
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm2", "plms", "pndm"])
+@pytest.mark.parametrize(
+    "sampler", ["ddim", "heun", "dpm2", "plms", "pndm", "dpm_fast", "dpm_adaptive", "dpmpp_sde", "restart"]
+)
 def test_progress_counts_steps_whatever_the_evaluations(dit_folder, sampler):
     calls = []
     draw(TextToImage.load(dit_folder), sampler=sampler, steps=6, progress=lambda *call: calls.append(call))

@@ -1,5 +1,7 @@
 """What every sampler promises: one answer in one step, pictures apart from their batch, inputs left alone."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.analytic import MEAN, STD, double, generators, ideal_denoiser
@@ -9,6 +11,7 @@ from ldm.diffusion.paths import EDMPath, RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.samplers import SAMPLERS, SamplerFunction, noise_like, time_grid
 
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+OWN_NODES = ("dpm_fast", "dpm_adaptive")  # they take only the range from the grid
 
 
 def drawing_with(name: str) -> SamplerFunction:
@@ -25,7 +28,7 @@ def test_one_step_is_the_denoisers_answer(name, path):
     assert answer.dtype == torch.float32 and answer.shape == x.shape
 
 
-@every_sampler
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if not sampler.one_by_one])
 @pytest.mark.parametrize("start", [1.0, 0.6])
 def test_picture_does_not_depend_on_its_batch(name, path, start):
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -43,9 +46,8 @@ def test_picture_does_not_depend_on_its_batch(name, path, start):
 @every_sampler
 def test_generators_matter_only_where_stochastic(name):
     path, x = RectifiedFlowPath(), torch.ones(1, 1, 2, 2)
-    pictures = [
-        drawing_with(name)(ideal_denoiser(path), x, path, time_grid(path, 5), generators(seed)) for seed in (0, 0, 1)
-    ]
+    times = time_grid(path, 24)  # restart has no restarts below twenty
+    pictures = [drawing_with(name)(ideal_denoiser(path), x, path, times, generators(seed)) for seed in (0, 0, 1)]
     assert torch.equal(pictures[0], pictures[1])
     assert torch.equal(pictures[0], pictures[2]) != SAMPLERS[name].stochastic
 
@@ -65,11 +67,24 @@ def test_each_node_but_the_last_is_evaluated_and_inputs_are_left_alone(name):
     drawing_with(name)(denoise, x, path, times, generators(0, 1))
     visited = [t for t, *_ in seen]
     sampler = SAMPLERS[name]
-    assert len(visited) == 5 * sampler.evaluations + 1 + sampler.more_at_first
-    assert list(dict.fromkeys(t for t in visited if t in times)) == times[:-1].tolist()
+    if name != "dpm_adaptive":  # it takes as many as it needs
+        assert len(visited) == 5 * sampler.evaluations + 1 + sampler.more_at_first
+    if name in OWN_NODES:
+        assert visited[0] == times[0] and all(times[-2] <= t for t in visited)
+    else:
+        assert list(dict.fromkeys(t for t in visited if t in times)) == times[:-1].tolist()
     assert torch.equal(x, copies[0]) and torch.equal(times, copies[1])
     for _, x_t, x_before, answer, answer_before in seen:
         assert torch.equal(x_t, x_before) and torch.equal(answer, answer_before)
+
+
+def test_a_picture_of_dpm_adaptive_depends_on_its_batch():
+    """That is why it is drawn alone: see test_a_picture_is_the_same_alone_and_in_a_batch of the pipeline."""
+    path, x = ScaledLinearBetaPath(), noise_like(torch.empty(2, 1, 4, 4), generators(0, 1))
+    draw = partial(SAMPLERS["dpm_adaptive"].function, lambda x, t: torch.tanh(3 * x))
+    together = draw(torch.stack([x[0], 50 * x[1]]), path, time_grid(path, 5), generators(2, 3))
+    assert not torch.allclose(draw(x[:1], path, time_grid(path, 5), generators(2))[0], together[0])
+    assert [name for name, sampler in SAMPLERS.items() if sampler.one_by_one] == ["dpm_adaptive"]
 
 
 @every_sampler

@@ -18,6 +18,7 @@ from ldm.samplers import SAMPLERS, TIME_GRIDS, noise_like, time_grid
 DETERMINISTIC = [name for name, sampler in SAMPLERS.items() if not sampler.stochastic]
 # lcm is for consistency models: it draws means from any other denoiser.
 DRAWS_DATA = [name for name, sampler in SAMPLERS.items() if sampler.stochastic and name != "lcm"]
+FEW_NOISES = {"restart": 2, "dpm_fast": 20, "dpm_adaptive": 2}  # others draw one for each step
 STEPS = (256, 512)
 EXACT = 1e-11  # what rounding alone makes of no error at all
 
@@ -95,20 +96,21 @@ def moments(name: str, path: PathConfig, times: Tensor, monkeypatch: pytest.Monk
         return torch.nn.functional.one_hot(torch.tensor(drawn), x.shape[-1]).to(x).expand_as(x)
 
     start_mean, unit = marginal(path, times[0], double(0.0, 1.0))
-    x = torch.full((1, 1, 1, len(times) + 1), start_mean.item(), dtype=torch.float64)
+    most = 2 * len(times)  # of noises
+    x = torch.full((1, 1, 1, most + 2), start_mean.item(), dtype=torch.float64)
     x[..., 0] = unit
     denoise, variance = ideal_scatter(path, times, ideal_denoiser(path))
     with monkeypatch.context() as patch:
         patch.setattr("ldm.samplers.steps.noise_like", basis_noise)
         x = SAMPLERS[name].with_options(variance=variance)(denoise, x, path, times, []).flatten()
-    assert drawn >= len(times) - 2
+    assert drawn >= FEW_NOISES.get(name, len(times) - 2)
     return x[-1].item(), (x[:-1] - x[-1]).square().sum().item()
 
 
 @pytest.mark.parametrize("name", DRAWS_DATA)
 def test_weak_order_of_stochastic_samplers(name, path, monkeypatch):
     errors = []
-    for n in (64, 128):
+    for n in (66, 132):  # multiples of three: the last step of dpm_fast depends on the rest
         times = path.time_of_log_snr(2 * uneven(-1.0, 1.0, n))
         mean, variance = moments(name, path, times, monkeypatch)
         exact_mean, upper = marginal(path, times[-1], double(0.0, 1.0)).tolist()
@@ -126,7 +128,7 @@ def test_a_variance_that_was_learned_well_needs_no_small_steps(path, monkeypatch
         assert variance == pytest.approx((upper - exact_mean) ** 2, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", DRAWS_DATA)
+@pytest.mark.parametrize("name", [name for name in DRAWS_DATA if name != "dpm_adaptive"])  # its tolerance is large
 @pytest.mark.parametrize("path", [ScaledLinearBetaPath(), RectifiedFlowPath(), EDMPath()], ids=lambda path: path.kind)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_stochastic_samplers_draw_the_data(name, path, seed):
@@ -144,7 +146,7 @@ def test_stochastic_samplers_draw_the_data(name, path, seed):
 @pytest.mark.parametrize("grid", [*TIME_GRIDS, tuple(0.7 - 0.014 * i for i in range(50)) + (0.0,)], ids=str)
 def test_what_is_started_with_fits_the_grid(grid, path):
     """The data's deviation comes out, also where the first time is below 1, as of align_your_steps and given times."""
-    if grid == "leading" and not hasattr(path, "num_train_timesteps"):
+    if grid in ("leading", "ddim_uniform") and not hasattr(path, "num_train_timesteps"):
         return
     std = 0.9 * path.sigma_data
     times = time_grid(path, 50, grid)

@@ -3,13 +3,15 @@
 import math
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from helpers import schedules
 
 from ldm.diffusion.paths import EDMPath, RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.samplers import TIME_GRIDS, time_grid
-from ldm.samplers.time_grids import ALIGNED_SD15, beta
+from ldm.samplers.time_grids import ALIGNED_SD15, beta, grid_named
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 every_grid = pytest.mark.parametrize("grid", TIME_GRIDS)
@@ -18,14 +20,17 @@ every_grid = pytest.mark.parametrize("grid", TIME_GRIDS)
 @every_grid
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 100])
 def test_a_grid_falls_from_noise_to_data(grid, steps, path):
-    if grid == "leading" and not hasattr(path, "num_train_timesteps"):
-        with pytest.raises(ValueError, match="counts the entries of a table"):
+    if grid in ("leading", "ddim_uniform") and not hasattr(path, "num_train_timesteps"):
+        with pytest.raises(ValueError, match=f"grid '{grid}' counts the entries of a table"):
             time_grid(path, steps, grid)
         return
     times = time_grid(path, steps, grid)
-    assert len(times) == steps + 1 and times.dtype == torch.float64
-    assert times[-1] == 0 and (times.diff() < 0).all() and times[0] <= 1
-    if grid not in ("leading", "align_your_steps"):
+    if grid == "ddim_uniform":
+        assert steps + 1 <= len(times) <= steps + 5
+    else:
+        assert len(times) == steps + 1
+    assert times[-1] == 0 and (times.diff() < 0).all() and times[0] <= 1 and times.dtype == torch.float64
+    if grid not in ("leading", "ddim_uniform", "align_your_steps"):
         assert times[0] == pytest.approx(1.0, abs=1e-9)
 
 
@@ -138,3 +143,58 @@ def test_impossible_grids_are_refused(steps, grid, message):
 def test_leading_is_for_tables():
     with pytest.raises(ValueError, match="path rectified_flow has none: use trailing"):
         time_grid(RectifiedFlowPath(), 10, "leading")
+
+
+@pytest.mark.parametrize(
+    "grid",
+    ["normal", "sgm_uniform", "simple", "ddim_uniform", "kl_optimal", "exponential", "polyexponential", "karras"],
+)
+@pytest.mark.parametrize("steps", [2, 7, 20, 30, 50])
+def test_the_schedules_of_comfyui_and_a1111(grid, steps):
+    """Their noise levels, and where these are entries of the table, the entries themselves."""
+    path = ScaledLinearBetaPath()
+    kept = (1 - path.betas()).cumprod(0).numpy()
+    theirs = getattr(schedules, grid)(np.sqrt((1 - kept) / kept), steps)
+    times = time_grid(path, steps, grid)
+    ours = (path.sigma(times) / path.alpha(times)).tolist()
+    assert ours == pytest.approx(theirs, rel=1e-9)
+    if grid in ("simple", "ddim_uniform"):
+        assert torch.equal(times, path.snap(times))
+
+
+def test_ddims_grid_has_more_steps_where_they_do_not_divide():
+    path = ScaledLinearBetaPath()
+    assert [len(time_grid(path, steps, "ddim_uniform")) - 1 for steps in (7, 20, 30, 600)] == [8, 20, 31, 999]
+    assert torch.equal(time_grid(path, 20, "ddim_uniform"), time_grid(path, 20, "leading"))
+
+
+def test_normal_is_even_in_the_entries_next_to_pure_noise_too():
+    path = ScaledLinearBetaPath(zero_terminal_snr=True)
+    times = time_grid(path, 5, "normal")
+    assert times[0] == 1 and times[-2].item() == pytest.approx(1e-3)
+    assert path.timesteps(times[:-1]).tolist() == pytest.approx([999, 749.25, 499.5, 249.75, 0], abs=2e-3)
+    between = time_grid(path, 1500, "sgm_uniform")
+    assert between.isfinite().all() and between[1].item() == pytest.approx((1 + 999 * (1 - 1 / 1500)) / 1000)
+
+
+def test_without_a_table_the_ways_through_one_are_even():
+    path = RectifiedFlowPath()
+    assert time_grid(path, 4, "simple").tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert torch.allclose(time_grid(path, 4, "normal"), time_grid(path, 4, "linear"))
+    last = time_grid(path, 1000, "normal")[-2].item()
+    assert time_grid(path, 2, "sgm_uniform").tolist() == pytest.approx([1, (1 + last) / 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("word", "grid"),
+    [
+        ("Karras", "karras"), ("Exponential", "exponential"), ("SGM Uniform", "sgm_uniform"), ("Simple", "simple"),
+        ("SGMUniform", "sgm_uniform"), ("Normal", "normal"), ("Uniform", "normal"), ("DDIM", "ddim_uniform"),
+        ("Beta", "beta"), ("Polyexponential", "exponential"), ("Align Your Steps", "align_your_steps"),
+        ("KL Optimal", "kl_optimal"), ("LOG-SNR", "log_snr"),
+    ],
+)  # fmt: skip
+def test_a1111s_words_for_grids(word, grid):
+    path = ScaledLinearBetaPath()
+    assert grid_named(word) == grid
+    assert torch.equal(time_grid(path, 6, word), time_grid(path, 6, grid))

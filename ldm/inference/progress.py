@@ -1,0 +1,35 @@
+"""The progress of a drawing, in steps, found from the times at which a sampler evaluates the denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ldm.samplers import Denoise
+
+Progress = Callable[[int, int], object]  # (steps done, total steps)
+
+
+def reporter(progress: Progress | None, steps: int, *, number: int, of: int) -> Callable[[int], None]:
+    """Return a function that reports the steps reached in batch `number` of `of`, each once."""
+    done = 0
+
+    def report(reached: int) -> None:
+        nonlocal done
+        if progress is not None and reached > done:
+            done = reached
+            progress(number * steps + done, of * steps)
+
+    return report
+
+
+def counted(denoise: Denoise, report: Callable[[int], None], times: Tensor) -> Denoise:
+    """Wrap `denoise` to report the step that it is in, since samplers do not."""
+
+    def counting(x_t: Tensor, t: Tensor) -> Tensor:
+        x0 = denoise(x_t, t)
+        report(min(int((times > t).sum()) + 1, len(times) - 1))  # some evaluate twice, or in the middle of a step
+        return x0
+
+    return counting
