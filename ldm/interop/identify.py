@@ -19,13 +19,15 @@ class Foreign(NamedTuple):
     remedy: str = "which is not supported yet: give Stable Diffusion 1 or 2"
 
 
+LORA = "a LoRA"
 LORA_MARKS = (
-    "lora_unet_", "lora_te", ".lora_A.", ".lora_down.", ".lora.down.", "_lora.down.", "lora_linear_layer",
-    ".hada_w1", ".lokr_w", ".dora_scale",
+    "lora_unet_", "lora_te", "lycoris_", "oft_unet_", ".lora_A.", ".lora_down.", ".lora.down.", "_lora.down.",
+    "lora_linear_layer", ".hada_w1", ".lokr_w", ".dora_scale", ".on_input", ".oft_blocks", ".ia3_l", ".w_norm",
+    ".diff_b", "bundle_emb.",
 )  # fmt: skip
 # The first match counts, so parts are listed after the models that contain them.
 FOREIGN = (
-    Foreign("a LoRA", LORA_MARKS, "which is added to a model: give it with --lora"),
+    Foreign(LORA, LORA_MARKS, "which is added to a model: give it with --lora"),
     Foreign("a ControlNet", ("control_model.", "controlnet_", "input_hint_block.")),
     Foreign("a T2I-Adapter or IP-Adapter", ("ip_adapter.", "adapter.body.", "image_proj.")),
     Foreign("a motion module (AnimateDiff)", ("motion_modules.", "temporal_transformer.")),

@@ -3,6 +3,7 @@ LoRAs; and what its small files say of it, before its weights are read."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import Prediction
+from ldm.files.messages import some
 from ldm.interop.compvis.names import vae_from_shapes, vae_names
 from ldm.interop.compvis.reading import LEFT_OVER, attention_as_matrices, read_single_file
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, read_denoiser_config
@@ -19,7 +21,7 @@ from ldm.interop.diffusers_layout.folder import read_folder
 from ldm.interop.diffusers_layout.scheduler import read_scheduler
 from ldm.interop.diffusers_layout.vae import load_vae, open_vae, with_new_names
 from ldm.interop.identify import FIRST_STAGE, is_vae, refuse_foreign, shapes_of
-from ldm.interop.lora import merge_lora, read_lora
+from ldm.interop.lora import LayerChange, bundled_embeddings, merge_lora, open_lora, read_lora
 from ldm.interop.network_files import RUN_MODEL, described_by, fill, model_folder
 from ldm.interop.weight_reader import open_weights
 from ldm.model.components import ModelComponents, inpainting_channels
@@ -64,13 +66,19 @@ def read_model(path: Path, options: LoadOptions = AS_IT_IS, *, dtype: torch.dtyp
     return parts
 
 
-def add_lora(parts: ModelComponents, file: Path, strength: float) -> None:
-    """Merge one file into the weights. Raises ValueError, with no weight changed, if it is of another model."""
-    weights = open_weights(file)
+def add_lora(parts: ModelComponents, path: Path, strength: float) -> None:
+    """Merge a file, or those of a LoRA's folder, into the weights.
+
+    Raises ValueError, with no weight changed, if it is of another model.
+    """
     names = layout_of(parts.config).other_names(parts.denoiser, parts.config)
     encoder = parts.model.conditioner.encoders[0]
-    layers = read_lora(weights, denoiser=parts.denoiser, text_encoder=encoder, compvis_names=names)
-    merge_lora(layers, denoiser=parts.denoiser, text_encoder=encoder, strength=strength)
+    changes: list[LayerChange] = []
+    for weights in open_lora(path):
+        changes += read_lora(weights, denoiser=parts.denoiser, text_encoder=encoder, compvis_names=names)
+        if words := bundled_embeddings(weights.tensors):
+            warnings.warn(f"{weights.source} brings {len(words)} embeddings ({some(words)}): not used", stacklevel=2)
+    merge_lora(changes, denoiser=parts.denoiser, text_encoder=encoder, strength=strength)
 
 
 def with_remark(parts: ModelComponents, remark: str) -> ModelComponents:

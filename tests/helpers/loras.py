@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.denoisers import DiTConfig, UNetConfig
-from ldm.interop.lora import LoraLayer, Part, merge_lora, read_lora
+from ldm.interop.lora import LayerChange, LoraLayer, Part, merge_lora, read_lora
 from ldm.interop.weight_reader import Weights, open_weights
 from text import TextEncoderConfig, TransformersTextEncoder
 
@@ -93,16 +94,18 @@ def mixed_layers(model: Model) -> list[LoraLayer]:
     ]
 
 
-def read(model: Model, weights: dict[str, Tensor], metadata: dict[str, str] | None = None, **names: Any):
+def read(
+    model: Model, weights: dict[str, Tensor], metadata: dict[str, str] | None = None, **names: Any
+) -> list[Any]:  # LoraLayer, or another family's
     opened = Weights((SOURCE,), weights, lambda: weights, metadata or {})
     return read_lora(opened, **model._asdict(), **names)
 
 
-def read_file(model: Model, path: Path) -> list[LoraLayer]:
+def read_file(model: Model, path: Path) -> list[Any]:
     return read_lora(open_weights(path), **model._asdict())
 
 
-def merge(model: Model, layers: list[LoraLayer], strength: float = 1.0) -> Model:
+def merge(model: Model, layers: Sequence[LayerChange], strength: float = 1.0) -> Model:
     """Into a copy."""
     changed = model.copy()
     assert merge_lora(layers, **changed._asdict(), strength=strength) == len(layers)

@@ -93,7 +93,10 @@ def test_a_strength_that_is_no_number_is_refused(strength: float, unet: Model):
 @pytest.mark.parametrize(
     ("last", "message"),
     [
-        (lambda m: LoraLayer("denoiser", "mid.foo", torch.ones(1, 2), torch.ones(2, 1), 1), "has no linear .* mid.foo"),
+        (
+            lambda m: LoraLayer("denoiser", "mid.foo", torch.ones(1, 2), torch.ones(2, 1), 1),
+            "has no linear, .* layer mid.foo",
+        ),
         (lambda m: LoraLayer("denoiser", FC1, torch.ones(1, 16), torch.ones(32, 1), 1), f"the denoiser has no .*{FC1}"),
         (
             lambda m: LoraLayer("denoiser", TO_K, torch.ones(1, 16), torch.ones(32, 1), 1),
