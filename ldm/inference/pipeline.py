@@ -14,7 +14,8 @@ from torch import Tensor
 from ldm.denoisers import Denoiser, choose_attention, describe_attention
 from ldm.diffusion import Prediction
 from ldm.inference.contact_sheet import to_images
-from ldm.inference.img2img import Canvas, Start, begin, canvas, keeping, remaining
+from ldm.inference.course import Course, course_of
+from ldm.inference.img2img import Canvas, Start, begin, canvas, keeping
 from ldm.inference.options import FORMATS, DrawOptions
 from ldm.inference.recipe import Drawing, recipe_of
 from ldm.inference.request import DrawRequest
@@ -24,7 +25,7 @@ from ldm.interop.read_model import AS_IT_IS, LoadOptions, model_name, read_model
 from ldm.model.components import ModelComponents
 from ldm.model.facts import ModelFacts
 from ldm.model.latent_diffusion import LatentDiffusion
-from ldm.samplers import SAMPLERS, Denoise, Variance, time_grid
+from ldm.samplers import Denoise, Variance
 from ldm.samplers.guidance import Schedule, classifier_free, projected, rescaled, scheduled, within_interval
 
 Progress = Callable[[int, int], object]  # (steps done, total steps)
@@ -65,6 +66,7 @@ class TextToImage:
         return ModelFacts(
             name=self.name,
             path=self.model.path,
+            scheduler=self.parts.scheduler,
             learned_variance=self.denoiser.learned_variance,
             native_size=self.native_size,
             factor=self.factor,
@@ -197,23 +199,21 @@ class TextToImage:
 
     def _together(self, wanted: Sequence[DrawRequest], progress: Progress | None) -> Tensor:
         """Draw checked requests that differ only in prompt and seed, as pixels."""
-        model, common, options = self.model, wanted[0], wanted[0].options
+        common, options = wanted[0], wanted[0].options
         drawn_on, size = self._canvas(common)
-        times = time_grid(model.path, common.steps, options.grid)
-        times = times if drawn_on is None else remaining(times, drawn_on.strength)
-        rounds = model.conditioner.batches([own.prompt for own in wanted], options.weighting, largest=MAX_BATCH)
+        course = course_of(common, self.parts, drawn_on)
+        rounds = self.model.conditioner.batches([own.prompt for own in wanted], options.weighting, largest=MAX_BATCH)
         drawn: list[Tensor] = []
         for number, prompts in enumerate(rounds):
             first = sum(map(len, rounds[:number]))
             generators = [torch.Generator().manual_seed(own.seed) for own in wanted[first : first + len(prompts)]]
-            begun = self._begin(drawn_on, generators, times, size)
-            denoise, variance = self._denoise(prompts, common, begun, times)
-            function = SAMPLERS[common.sampler].with_options(eta=options.eta, variance=variance)
+            begun = self._begin(drawn_on, generators, course, size)
+            denoise, variance = self._denoise(prompts, begun, course)
             if progress is not None:
-                denoise = counted(denoise, progress, times, number=number, of=len(rounds))
+                denoise = counted(denoise, progress, course.times, number=number, of=len(rounds))
             with torch.no_grad():
-                latents = function(denoise, begun.x, model.path, times, generators)
-            drawn.append(model.decode(latents))
+                latents = course.draw(denoise, begun, generators, variance)
+            drawn.append(self.model.decode(latents))
         return torch.cat(drawn)
 
     def _canvas(self, request: DrawRequest) -> tuple[Canvas | None, tuple[int, int]]:
@@ -227,17 +227,16 @@ class TextToImage:
         return drawn_on, (size[0] // factor, size[1] // factor)
 
     def _begin(
-        self, drawn_on: Canvas | None, generators: Sequence[torch.Generator], times: Tensor, size: tuple[int, int]
+        self, drawn_on: Canvas | None, generators: Sequence[torch.Generator], course: Course, size: tuple[int, int]
     ) -> Start:
+        model, times = course.model, course.times
         if drawn_on is None:
-            return Start(x=self.model.prior(self.model.noise(generators, size=size), times))
-        return begin(self.model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)
+            return Start(x=model.prior(model.noise(generators, size=size), times))
+        return begin(model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)
 
-    def _denoise(
-        self, prompts: Sequence[str], request: DrawRequest, begun: Start, times: Tensor
-    ) -> tuple[Denoise, Variance]:
+    def _denoise(self, prompts: Sequence[str], begun: Start, course: Course) -> tuple[Denoise, Variance]:
         """Return the function for the sampler, with guidance and the mask applied, and the network's variance."""
-        model = self.model
+        model, request = course.model, course.request
         with_prompt, without = (
             model.denoise_with(
                 self.denoiser, model.conditioner(texts, request.options.weighting)._replace(concat=begun.concat)
@@ -245,7 +244,7 @@ class TextToImage:
             for texts in (prompts, [request.negative_prompt] * len(prompts))
         )
         denoise = guided(with_prompt, without, request.scale, request.options)
-        denoise = denoise if begun.mask is None else keeping(denoise, begun, model.path, times)
+        denoise = denoise if begun.mask is None else keeping(denoise, begun, model.path, course.times)
         return denoise, with_prompt.variance
 
     def cut_off(self, prompt: str) -> str:
