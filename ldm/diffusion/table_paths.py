@@ -201,3 +201,22 @@ class CosinePath(BetaTablePath):
         t = torch.arange(n + 1, dtype=torch.float64) / n
         f = ((t + self.offset) / (1 + self.offset) * math.pi / 2).cos() ** 2
         return (1 - f[1:] / f[:-1]).clamp(max=self.beta_limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedBetasPath(BetaTablePath):
+    """A path of given betas, one per entry, such as diffusers' trained_betas."""
+
+    kind: Literal["trained_betas"] = "trained_betas"
+    table: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.table) != self.num_train_timesteps or not all(0 < beta < 1 for beta in self.table):
+            raise ValueError(
+                f"the table has {len(self.table)} betas, expected {self.num_train_timesteps}, one per timestep, each "
+                "between 0 and 1"
+            )
+
+    def betas(self) -> Tensor:
+        return torch.tensor(self.table, dtype=torch.float64)

@@ -93,6 +93,13 @@ def begin(
     return Start(x=x, concat=torch.cat([mask.expand(len(masked), -1, -1, -1), masked], dim=1))
 
 
+def restored(latents: Tensor, start: Start) -> Tensor:
+    """Put the image's own latents where the mask keeps them: sampling may end at a level that still has noise."""
+    if start.clean is None or start.mask is None:
+        return latents
+    return start.mask * latents + (1 - start.mask) * start.clean
+
+
 def keeping(denoise: Denoise, start: Start, path: PathConfig, times: Tensor) -> Denoise:
     """Wrap denoise(x_t, t) to keep what the mask leaves black: x_t is alpha z + sigma n there, and x0_hat is z.
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from ldm.denoisers import Denoiser, choose_attention, describe_attention
 from ldm.diffusion import Prediction
 from ldm.inference.contact_sheet import to_images
-from ldm.inference.img2img import Canvas, Start, begin, canvas, keeping, remaining
+from ldm.inference.course import Course, course_of
+from ldm.inference.img2img import Canvas, Start, begin, canvas, keeping
 from ldm.inference.options import FORMATS, DrawOptions
 from ldm.inference.progress import Progress, counted, reporter
 from ldm.inference.recipe import Drawing, recipe_of
@@ -25,7 +26,7 @@ from ldm.interop.read_model import AS_IT_IS, LoadOptions, model_name, read_model
 from ldm.model.components import ModelComponents
 from ldm.model.facts import ModelFacts
 from ldm.model.latent_diffusion import LatentDiffusion
-from ldm.samplers import SAMPLERS, Denoise, Variance, time_grid
+from ldm.samplers import Denoise, Variance
 from ldm.samplers.guidance import Schedule, classifier_free, projected, rescaled, scheduled, within_interval
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to draw in
@@ -65,6 +66,7 @@ class TextToImage:
         return ModelFacts(
             name=self.name,
             path=self.model.path,
+            scheduler=self.parts.scheduler,
             learned_variance=self.denoiser.learned_variance,
             native_size=self.native_size,
             factor=self.factor,
@@ -197,25 +199,22 @@ class TextToImage:
 
     def _together(self, wanted: Sequence[DrawRequest], progress: Progress | None) -> Tensor:
         """Draw checked requests that differ only in prompt and seed, as pixels."""
-        model, common, options = self.model, wanted[0], wanted[0].options
+        common, options = wanted[0], wanted[0].options
         drawn_on, size = self._canvas(common)
-        times = time_grid(model.path, common.steps, options.grid)
-        times = times if drawn_on is None else remaining(times, drawn_on.strength)
-        sampler = SAMPLERS[common.sampler]
-        largest = 1 if sampler.one_by_one else MAX_BATCH
-        rounds = model.conditioner.batches([own.prompt for own in wanted], options.weighting, largest=largest)
+        course = course_of(common, self.parts, drawn_on)
+        largest = 1 if course.one_by_one else MAX_BATCH
+        rounds = self.model.conditioner.batches([own.prompt for own in wanted], options.weighting, largest=largest)
         drawn: list[Tensor] = []
         for number, prompts in enumerate(rounds):
             first = sum(map(len, rounds[:number]))
             generators = [torch.Generator().manual_seed(own.seed) for own in wanted[first : first + len(prompts)]]
-            begun = self._begin(drawn_on, generators, times, size)
-            denoise, variance = self._denoise(prompts, common, begun, times)
-            function = sampler.with_options(eta=options.eta, variance=variance)
-            report = reporter(progress, len(times) - 1, number=number, of=len(rounds))
+            begun = self._begin(drawn_on, generators, course, size)
+            denoise, variance = self._denoise(prompts, begun, course)
+            report = reporter(progress, len(course.times) - 1, number=number, of=len(rounds))
             with torch.no_grad():
-                latents = function(counted(denoise, report, times), begun.x, model.path, times, generators)
-            report(len(times) - 1)  # the last evaluation of a sampler that chooses its own times may be before
-            drawn.append(model.decode(latents))
+                latents = course.draw(counted(denoise, report, course.times), begun, generators, variance)
+            report(len(course.times) - 1)  # the last evaluation of a sampler that chooses its own times may be before
+            drawn.append(self.model.decode(latents))
         return torch.cat(drawn)
 
     def _canvas(self, request: DrawRequest) -> tuple[Canvas | None, tuple[int, int]]:
@@ -229,17 +228,16 @@ class TextToImage:
         return drawn_on, (size[0] // factor, size[1] // factor)
 
     def _begin(
-        self, drawn_on: Canvas | None, generators: Sequence[torch.Generator], times: Tensor, size: tuple[int, int]
+        self, drawn_on: Canvas | None, generators: Sequence[torch.Generator], course: Course, size: tuple[int, int]
     ) -> Start:
+        model, times = course.model, course.times
         if drawn_on is None:
-            return Start(x=self.model.prior(self.model.noise(generators, size=size), times))
-        return begin(self.model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)
+            return Start(x=model.prior(model.noise(generators, size=size), times))
+        return begin(model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)
 
-    def _denoise(
-        self, prompts: Sequence[str], request: DrawRequest, begun: Start, times: Tensor
-    ) -> tuple[Denoise, Variance]:
+    def _denoise(self, prompts: Sequence[str], begun: Start, course: Course) -> tuple[Denoise, Variance]:
         """Return the function for the sampler, with guidance and the mask applied, and the network's variance."""
-        model = self.model
+        model, request = course.model, course.request
         with_prompt, without = (
             model.denoise_with(
                 self.denoiser, model.conditioner(texts, request.options.weighting)._replace(concat=begun.concat)
@@ -247,7 +245,7 @@ class TextToImage:
             for texts in (prompts, [request.negative_prompt] * len(prompts))
         )
         denoise = guided(with_prompt, without, request.scale, request.options)
-        denoise = denoise if begun.mask is None else keeping(denoise, begun, model.path, times)
+        denoise = denoise if begun.mask is None else keeping(denoise, begun, model.path, course.times)
         return denoise, with_prompt.variance
 
     def cut_off(self, prompt: str) -> str:

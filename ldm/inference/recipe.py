@@ -23,14 +23,18 @@ from ldm.files.digest import short_hash
 from ldm.inference.options import PLAIN, DrawOptions
 from ldm.inference.parameter import parameters
 from ldm.inference.pictures import picture_hash
-from ldm.inference.request import DrawRequest, PictureSettings
+from ldm.inference.request import OUR_SAMPLER, DrawRequest, PictureSettings
 from ldm.interop.read_model import LoadOptions
+from ldm.model.components import ModelComponents
+from ldm.model.facts import STOCK
 from ldm.samplers import SAMPLERS
+from ldm.samplers.stock import LABELS
 
 if TYPE_CHECKING:
     from ldm.inference.pipeline import TextToImage
 
 PARAMETERS, FOUNDRY = "parameters", "foundry"
+NOT_FOLLOWED = "not followed: "  # begins a Recipe's scheduler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,7 @@ class Recipe(PictureSettings):
     mask: str = ""
     strength: float = 0.0  # 0: it started from noise
     prediction: str = ""  # as given to load; "": the model's own
+    scheduler: str = ""  # the stock scheduler that was followed, or why it was not; "" for a sampler by name
     ema: bool = True  # whether averaged weights were used, if the file had both
 
 
@@ -82,7 +87,16 @@ def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Re
         init_image="" if request.image is None else picture_hash(request.image),
         mask="" if request.mask is None else picture_hash(request.mask),
         strength=float(request.strength or 0),
+        scheduler=scheduler_of(request, pipe.parts),
     )
+
+
+def scheduler_of(request: DrawRequest, parts: ModelComponents) -> str:
+    """Describe the stock scheduler that a checked request follows, or the part of the folder's that is not followed."""
+    if request.sampler == STOCK and parts.scheduler is not None:
+        return parts.scheduler.describe()
+    by_default = request.sampler == OUR_SAMPLER and request.options.grid is None
+    return f"{NOT_FOLLOWED}{parts.unfollowed}" if parts.unfollowed and by_default else ""
 
 
 def software() -> str:
@@ -107,6 +121,7 @@ def parameters_text(recipe: Recipe) -> str:
         "Denoising strength": recipe.strength,
         "Init image hash": recipe.init_image,
         "Mask hash": recipe.mask,
+        "Scheduler": recipe.scheduler,
     }
     pairs = {
         **_setting_pairs(recipe),
@@ -123,9 +138,19 @@ def parameters_text(recipe: Recipe) -> str:
 
 def _setting_pairs(recipe: Recipe) -> dict[str, object]:
     """Return the settings that A1111 has names for, in its format."""
-    in_its_form = {"sampler": SAMPLERS[recipe.sampler].label, "scale": repr(recipe.scale).removesuffix(".0")}
+    sampler, grid = own_sampler(recipe)
+    in_its_form = {"sampler": sampler, "scale": repr(recipe.scale).removesuffix(".0")}
     known = {name: about.a1111 for name, about in parameters(PictureSettings).items() if about.a1111}
-    return {key: in_its_form.get(name, getattr(recipe, name)) for name, key in known.items()}
+    pairs = {key: in_its_form.get(name, getattr(recipe, name)) for name, key in known.items()}
+    return pairs | ({"Schedule type": grid} if grid else {})
+
+
+def own_sampler(recipe: Recipe) -> tuple[str, str]:
+    """Return A1111's name of the sampler, and the grid of a stock scheduler, which no option names."""
+    if recipe.sampler != STOCK:
+        return SAMPLERS[recipe.sampler].label, ""
+    kind, grid = recipe.scheduler.split(", ")[:2]
+    return LABELS[kind], grid
 
 
 def _option_pairs(options: DrawOptions) -> dict[str, object]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from ldm.inference.options import PLAIN, DrawOptions
 from ldm.inference.parameter import Range, check_ranges, keys_of, parameter
-from ldm.model.facts import UNKNOWN, ModelFacts
+from ldm.model.facts import STOCK, UNKNOWN, ModelFacts
 
 if TYPE_CHECKING:
     from PIL import Image
 
 RANDOM_SEED = -1
+OUR_SAMPLER = "dpmpp_2m"  # of models whose folder does not state one
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_SIDE = 4096  # pixels
@@ -41,7 +42,8 @@ class PictureSettings:
         in_line=("s", "steps"), a1111="Steps",
     )  # fmt: skip
     sampler: str = parameter(
-        "dpmpp_2m", "one of {names}, or its name in A1111, such as 'DPM++ 2M Karras' (default: {default})",
+        "", "one of {names}, or its name in A1111, such as 'DPM++ 2M Karras' (default: the model's own, which is that of "
+        "the scheduler in its folder, and dpmpp_2m where that names none; with a time grid dpmpp_2m)",
         names=keys_of("SAMPLERS", "samplers/__init__.py"),
         flags=("--sampler", "--scheduler"), metavar="NAME", in_line=("sampler_name",), a1111="Sampler",
     )  # fmt: skip
@@ -136,15 +138,16 @@ class DrawRequest(PictureSettings):
             raise ValueError(f"{self.place}{error}") from error
 
     def _checked(self, facts: ModelFacts) -> DrawRequest:
-        from ldm.samplers import SAMPLERS, sampler_and_grid, time_grid
+        from ldm.samplers import SAMPLERS, time_grid
         from text.weighting import parse_weights
 
-        name, grid = sampler_and_grid(self.sampler, self.options.time_grid)
+        name, grid = self._sampler(facts)
         options = replace(self.options, time_grid=grid)
-        SAMPLERS[name].with_eta(options.eta)
-        if facts.path is not None:
+        if name in SAMPLERS:
+            SAMPLERS[name].with_eta(options.eta)
+        if facts.path is not None and name != STOCK:
             time_grid(facts.path, self.steps, options.grid)
-        if facts.learned_variance is not None:
+        if facts.learned_variance is not None and name in SAMPLERS:
             SAMPLERS[name].check(learned=facts.learned_variance)
         if self.options.weighting == "a1111":
             parse_weights(self.prompt)  # raises for a weight out of range
@@ -154,6 +157,29 @@ class DrawRequest(PictureSettings):
             raise ValueError(f"{facts.name} is made for inpainting: give {wanted}")
         height, width = self._size(facts)
         return replace(self, sampler=name, height=height, width=width, strength=self.usual_strength, options=options)
+
+    def _sampler(self, facts: ModelFacts) -> tuple[str, str | None]:
+        """Return the sampler and the time grid: keys of SAMPLERS and TIME_GRIDS (or times, or None for the path's
+        default); STOCK for the sampler that the model's folder states, or "" while the model is not known.
+
+        Raises ValueError for an unknown name, and for steps or an eta that a stock scheduler does not have.
+        """
+        from ldm.samplers import sampler_and_grid
+        from ldm.samplers.stock_plan import stock_plan
+
+        grid = self.options.time_grid
+        if self.sampler.lower() not in ("", STOCK):
+            return sampler_and_grid(self.sampler, grid)
+        if grid is not None or (facts.path is not None and facts.scheduler is None):
+            return sampler_and_grid(OUR_SAMPLER, grid)
+        if facts.path is None or facts.scheduler is None:
+            return "", None
+        if self.options.eta is not None and not facts.scheduler.has_eta:
+            raise ValueError(
+                f"the model's own sampler {facts.scheduler.kind} has no eta: leave it out, or name a sampler"
+            )
+        stock_plan(facts.scheduler, cast(Any, facts.path), "eps", self.steps)
+        return STOCK, None
 
     def _size(self, facts: ModelFacts) -> tuple[int | None, int | None]:
         """Return height and width: the given ones, the image's rounded down to multiples of the factor, or the model's.

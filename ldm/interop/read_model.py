@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.denoisers import UNetConfig
 from ldm.diffusion import Prediction
 from ldm.files.messages import some
 from ldm.interop.compvis.names import vae_from_shapes, vae_names
 from ldm.interop.compvis.reading import LEFT_OVER, attention_as_matrices, read_single_file
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, read_denoiser_config
-from ldm.interop.diffusers_layout.folder import read_folder
+from ldm.interop.diffusers_layout.folder import SCHEDULER, read_folder, read_sampling
 from ldm.interop.diffusers_layout.scheduler import read_scheduler
 from ldm.interop.diffusers_layout.vae import load_vae, open_vae, with_new_names
 from ldm.interop.identify import FIRST_STAGE, is_vae, refuse_foreign, shapes_of
@@ -102,12 +103,16 @@ def read_facts(path: Path) -> ModelFacts:
     """
     folder = model_folder(path)
     facts: dict[str, Any] = {"name": model_name(path)}
-    if (scheduler := folder / "scheduler" / "scheduler_config.json").exists():
-        facts["path"] = read_scheduler(scheduler)[0]
     networks = [file for layout in ALL_LAYOUTS if (file := folder / layout.folder / "config.json").exists()]
+    scheduler = read_scheduler(file) if (file := folder / SCHEDULER).exists() else None
+    if scheduler is not None:
+        facts["path"] = scheduler[0]
     if len(networks) != 1:
         return ModelFacts(**facts)
     config, around = read_denoiser_config(networks[0])
+    if scheduler is not None:
+        unet, inpainting = isinstance(config, UNetConfig), around.concat_channels > 0
+        facts["scheduler"] = read_sampling(folder, *scheduler, unet=unet, inpainting=inpainting).stock
     facts["learned_variance"] = around.learned_variance
     if (folder / "vae" / "config.json").exists():
         vae = open_vae(folder / "vae")

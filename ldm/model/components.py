@@ -12,6 +12,7 @@ from torch import nn
 from ldm.denoisers import Denoiser, DenoiserConfig
 from ldm.files.digest import short_hash
 from ldm.model.latent_diffusion import LatentDiffusion
+from ldm.samplers.stock import StockScheduler
 from text.encoder import TextEncoderConfig
 from text.tokenizer import Tokenizer
 from vae.autoencoder import AutoencoderKL
@@ -47,6 +48,8 @@ class ModelComponents:
     sample_size: int  # side of the native latents
     notes: str = ""  # foundry.yaml: the resolved configuration of the run
     origin: Origin | None = field(default=None, compare=False)
+    scheduler: StockScheduler | None = None  # what its folder says about sampling; None: our own default
+    unfollowed: str = ""  # what of that is not followed, so that our default is used
 
     @property
     def as_loaded(self) -> LoadedDenoiser:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig
+    from ldm.samplers.stock import StockScheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,10 +16,12 @@ class ModelFacts:
 
     name: str = "the model"
     path: PathConfig | None = None
+    scheduler: StockScheduler | None = None  # what its folder says about sampling; None with a path: our own default
     learned_variance: bool | None = None  # whether the network has learned one
     native_size: int | None = None  # pixels a side, as in training
     factor: int | None = None  # height and width must be multiples of it: whole latents, and whole patches of them
     for_inpainting: bool | None = None
 
 
+STOCK = "stock"  # in a request and in a picture's record: the sampler, grid and end that the model's folder states
 UNKNOWN = ModelFacts()

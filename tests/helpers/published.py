@@ -210,6 +210,34 @@ MODELS: dict[str, Published] = {
     "1-clip-skip-2": Published(text={"projection_dim": 768, "num_hidden_layers": 1}),
 }  # fmt: skip
 
+# PixArt-alpha's scheduler/scheduler_config.json.
+PIXART_SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "_diffusers_version": "0.22.0.dev0",
+    "algorithm_type": "dpmsolver++",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "dynamic_thresholding_ratio": 0.995,
+    "euler_at_final": False,
+    "lambda_min_clipped": float("-inf"),
+    "lower_order_final": True,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_spacing": "linspace",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+    "use_lu_lambdas": False,
+    "variance_type": None,
+}
+SCHEDULERS: dict[str, dict[str, Any]] = {name: SCHEDULER | dict(model.scheduler) for name, model in MODELS.items()}
+SCHEDULERS["pixart-alpha"] = PIXART_SCHEDULER
+
 
 def sizes(model: Published) -> dict[str, dict[str, Any]]:
     """The small sizes of each network. Widths are multiples of what a single file cannot state: groups and heads."""

@@ -34,7 +34,13 @@ from ldm.interop.compvis.names import (
 )
 from ldm.interop.compvis.sidecar import HIDDEN_KEY, Sidecar, read_sidecar, with_heads
 from ldm.interop.diffusers_layout.denoiser import UNetLayout
-from ldm.interop.diffusers_layout.scheduler import scheduler_config_json, scheduler_from
+from ldm.interop.diffusers_layout.scheduler import (
+    Sampling,
+    sampling_from,
+    scheduler_config_json,
+    scheduler_from,
+    warn_of,
+)
 from ldm.interop.diffusers_layout.vae import vae_config
 from ldm.interop.identify import CONDITIONER, DENOISER, FIRST_STAGE, Shapes, refuse_foreign, refuse_parts, shapes_of
 from ldm.interop.network_files import check_fit, described_by
@@ -104,6 +110,11 @@ def read_single_file(
     scheduler_config_json(noise_path, prediction)  # raises for a prediction that this path does not have
     with described_by(path):
         side = native_side(sidecar, plan, prediction)
+        sampling = Sampling(None)
+        if sidecar.own is not None:
+            inpainting = plan.unet.concat_channels > 0
+            sampling = sampling_from(sidecar.own["scheduler"], noise_path, prediction, unet=True, inpainting=inpainting)
+    warn_of(sampling, source=path, path=noise_path)
     remarks = (*_ema_remark(bool(averaged), ema=ema), *remarks)
     return ModelComponents(
         model=LatentDiffusion(vae=plan.vae, conditioner=conditioner, path=noise_path, prediction=prediction),
@@ -112,6 +123,8 @@ def read_single_file(
         sample_size=side,
         notes=weights.metadata.get("foundry.notes", ""),
         origin=Origin(files=weights.files, precision=describe(weights.tensors), remarks=remarks),
+        scheduler=sampling.stock,
+        unfollowed=sampling.unfollowed,
     )
 
 

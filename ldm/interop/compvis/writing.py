@@ -126,7 +126,7 @@ def header(parts: ModelComponents, tensors: Mapping[str, Tensor], *, title: str)
         "unet": UNetLayout().to_json(parts.config, Surroundings.of(parts.as_loaded)),
         "vae": vae_config_json(folded(model.vae).config),
         "text_encoder": text_encoder_config_json(text.config, whole=True) | {HIDDEN_KEY: text.config.hidden},
-        "scheduler": scheduler_config_json(model.path, model.prediction),
+        "scheduler": scheduler_config_json(model.path, model.prediction, parts.scheduler),
     }
     kind = parts.config.describe(width)
     inpainting = "/inpainting" * parts.for_inpainting

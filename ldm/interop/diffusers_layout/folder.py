@@ -9,23 +9,33 @@ from typing import Any
 
 import torch
 
-from ldm.diffusion import Prediction
+from ldm.denoisers import UNet
+from ldm.diffusion import PathConfig, Prediction
 from ldm.files.atomic import atomic_folder
 from ldm.files.strict_json import write_json
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, open_denoiser, save_denoiser
 from ldm.interop.diffusers_layout.layout import OWN, VERSION, DenoiserLayout
-from ldm.interop.diffusers_layout.scheduler import read_scheduler, scheduler_config_json
+from ldm.interop.diffusers_layout.scheduler import (
+    DEFAULT_CLASS,
+    Sampling,
+    read_scheduler,
+    sampling_from,
+    scheduler_config_json,
+    warn_of,
+)
 from ldm.interop.diffusers_layout.vae import folded, open_vae, save_vae, vae_weights
 from ldm.interop.network_files import TEXT_STEM, described_by, fill, find_weights, read_config
 from ldm.interop.weight_reader import Weights, describe
 from ldm.model.components import ModelComponents, Origin, check_components_fit
 from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
+from ldm.samplers.stock import StockScheduler
 from text.conversion import TEXT_ENCODERS, TextEncoderKind, kind_of
 from text.encoder import TextEncoderConfig
 from text.tokenizer import Tokenizer
 
 NOTES = "foundry.yaml"
+SCHEDULER = Path("scheduler") / "scheduler_config.json"
 INDEX = "model_index.json"
 MAX_NOTES_BYTES = 2**20
 # Allowed in a model_index.json: diffusers' own pipelines, and known classes for the parts that are read.
@@ -49,7 +59,7 @@ def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | No
     check_index(folder)
     # Read all configs before any weights, so that an unsuitable folder fails at once and not after a minute.
     part = folder / _denoiser_part(folder)
-    path, stated = read_scheduler(folder / "scheduler" / "scheduler_config.json")
+    path, stated = read_scheduler(folder / SCHEDULER)
     scheduler_config_json(path, prediction or stated)  # raises for a prediction that this path does not have
     loaded, vae, texts = open_denoiser(part), open_vae(folder / "vae"), open_text_parts(folder)
     check_components_fit(loaded, vae, [(text.config, text.tokenizer) for text in texts], source=folder)
@@ -60,6 +70,9 @@ def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | No
     fill(loaded.network, weights, dtype=dtype)
     model = LatentDiffusion(vae=vae, conditioner=Conditioner(*towers), path=path, prediction=prediction or stated)
     notes = own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES)
+    unet, inpainting = isinstance(loaded.network, UNet), loaded.network.concat_channels > 0
+    sampling = read_sampling(folder, path, prediction or stated, unet=unet, inpainting=inpainting)
+    warn_of(sampling, source=folder / SCHEDULER, path=path)
     return ModelComponents(
         model=model,
         denoiser=loaded.network,
@@ -67,7 +80,20 @@ def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | No
         sample_size=loaded.sample_size,
         notes=notes.decode(errors="replace"),
         origin=Origin(files=weights.files, precision=_precision([weights, *(text.weights for text in texts), of_vae])),
+        scheduler=sampling.stock,
+        unfollowed=sampling.unfollowed,
     )
+
+
+def read_sampling(folder: Path, path: PathConfig, prediction: Prediction, *, unet: bool, inpainting: bool) -> Sampling:
+    """Read how a folder says to sample its model, as diffusers' pipelines would."""
+    content, kind = read_config(folder / SCHEDULER), None
+    if (folder / INDEX).exists():
+        named = read_config(folder / INDEX).get("scheduler")
+        if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str):
+            kind = named[1] if named[0] == "diffusers" else ".".join(map(str, named))
+    with described_by(folder / SCHEDULER):
+        return sampling_from(content, path, prediction, kind=kind, unet=unet, inpainting=inpainting)
 
 
 def own_file(folder: Path, file: Path, *, most: int) -> bytes:
@@ -146,9 +172,12 @@ def write_parts(parts: ModelComponents, folder: Path, *, dtype: torch.dtype) -> 
     save_vae(folded(model.vae), folder / "vae", dtype=dtype)
     save_text_parts(towers, folder, dtype=dtype)
     (folder / "scheduler").mkdir()
-    write_json(scheduler_config_json(model.path, model.prediction), folder / "scheduler" / "scheduler_config.json")
+    write_json(scheduler_config_json(model.path, model.prediction, parts.scheduler), folder / SCHEDULER)
     kinds = [tower.encoder.kind for tower in towers]
-    write_json(model_index(layout, text_encoders=kinds, for_inpainting=parts.for_inpainting), folder / INDEX)
+    index = model_index(
+        layout, text_encoders=kinds, for_inpainting=parts.for_inpainting, scheduler=scheduler_class(parts.scheduler)
+    )
+    write_json(index, folder / INDEX)
     (folder / NOTES).write_text(parts.notes, encoding="utf-8")
 
 
@@ -159,16 +188,22 @@ def check_target(folder: Path) -> None:
         raise ValueError(f"{folder} exists and is not an export of this program: give a new folder, or an older export")
 
 
-def model_index(layout: DenoiserLayout[Any], *, text_encoders: Sequence[str], for_inpainting: bool) -> dict[str, Any]:
+def scheduler_class(scheduler: StockScheduler | None) -> str:
+    return DEFAULT_CLASS if scheduler is None else scheduler.kind
+
+
+def model_index(
+    layout: DenoiserLayout[Any], *, text_encoders: Sequence[str], for_inpainting: bool, scheduler: str = DEFAULT_CLASS
+) -> dict[str, Any]:
     """Build model_index.json: the pipeline that opens the folder, and the class of each subfolder.
 
-    text_encoders: their kinds.
+    text_encoders: their kinds. scheduler: its class.
     """
     return {
         "_class_name": layout.pipelines[-1 if for_inpainting else 0],
         layout.folder: [layout.library, layout.classes[0]],
         "_diffusers_version": VERSION,
-        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "scheduler": ["diffusers", scheduler],
         **text_classes(text_encoders),
         "vae": ["diffusers", "AutoencoderKL"],
         **layout.further_parts,
