@@ -6,6 +6,7 @@ JSON with everything that is needed to draw the picture again (for a contact she
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -20,21 +21,22 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.files.digest import short_hash
+from ldm.inference.infotext import parameters_text
 from ldm.inference.options import PLAIN, DrawOptions
 from ldm.inference.parameter import parameters
 from ldm.inference.pictures import picture_hash
 from ldm.inference.request import OUR_SAMPLER, DrawRequest, PictureSettings
 from ldm.interop.read_model import LoadOptions
+from ldm.interop.weight_reader import open_weights
 from ldm.model.components import ModelComponents
 from ldm.model.facts import STOCK
-from ldm.samplers import SAMPLERS
-from ldm.samplers.stock import LABELS
 
 if TYPE_CHECKING:
     from ldm.inference.pipeline import TextToImage
 
 PARAMETERS, FOUNDRY = "parameters", "foundry"
 NOT_FOLLOWED = "not followed: "  # begins a Recipe's scheduler
+LORA_DIGITS = 12  # of a LoRA's hash in A1111
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +51,14 @@ class Recipe(PictureSettings):
     # Older pictures do not have these.
     vae: str = ""  # a file's name, and the first 10 hex digits of its SHA-256; "" is none
     loras: str = ""  # "name:0.8 0123456789, other 9876543210"
+    lora_hashes: str = ""  # by which A1111 finds them, in the same order: "0123456789ab, ba9876543210"
     init_image: str = ""  # first 10 hex digits of the SHA-256 of the file that the drawing started from
     mask: str = ""
     strength: float = 0.0  # 0: it started from noise
     prediction: str = ""  # as given to load; "": the model's own
     scheduler: str = ""  # the stock scheduler that was followed, or why it was not; "" for a sampler by name
     ema: bool = True  # whether averaged weights were used, if the file had both
+    default_grid: str = ""  # the time grid of this model's path, used where the options name none
 
 
 class Drawing(NamedTuple):
@@ -69,7 +73,13 @@ def recorded(options: LoadOptions) -> dict[str, Any]:
     them."""
     loras = [f"{file.name}{'' if by == 1 else f':{by:g}'} {file_hash(file)}" for file, by in options.lora]
     vae = f"{options.vae.name} {file_hash(options.vae)}".strip() if options.vae else ""
-    return {"vae": vae, "loras": ", ".join(loras), "prediction": options.prediction or "", "ema": options.ema}
+    return {
+        "vae": vae,
+        "loras": ", ".join(loras),
+        "lora_hashes": ", ".join(lora_hash(file) for file, _ in options.lora),
+        "prediction": options.prediction or "",
+        "ema": options.ema,
+    }
 
 
 def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Recipe:
@@ -88,6 +98,7 @@ def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Re
         mask="" if request.mask is None else picture_hash(request.mask),
         strength=float(request.strength or 0),
         scheduler=scheduler_of(request, pipe.parts),
+        default_grid=pipe.facts.path.default_grid if pipe.facts.path else "",
     )
 
 
@@ -113,60 +124,26 @@ def file_hash(path: Path) -> str:
     return short_hash([path]) if path.is_file() else ""
 
 
-def parameters_text(recipe: Recipe) -> str:
-    """Return A1111's text: the prompt, the negative prompt if there is one, and a last line of `key: value` pairs."""
-    further = {
-        "VAE": recipe.vae,
-        "Lora": recipe.loras,
-        "Denoising strength": recipe.strength,
-        "Init image hash": recipe.init_image,
-        "Mask hash": recipe.mask,
-        "Scheduler": recipe.scheduler,
-    }
-    pairs = {
-        **_setting_pairs(recipe),
-        "Size": f"{recipe.width}x{recipe.height}",
-        "Model hash": recipe.weights_hash,
-        "Model": recipe.model,
-        **{key: value for key, value in further.items() if value},
-        **_option_pairs(recipe.options),
-        "Version": recipe.software,
-    }
-    negative = f"\nNegative prompt: {recipe.negative_prompt}" if recipe.negative_prompt else ""
-    return f"{recipe.prompt}{negative}\n{', '.join(f'{key}: {_quote(str(value))}' for key, value in pairs.items())}"
+@cache
+def lora_hash(path: Path) -> str:
+    """Return the hash by which A1111 finds a LoRA: the first 12 hex digits of the SHA-256 of a safetensors file without
+    its header, or of any other file; "" for a folder.
 
-
-def _setting_pairs(recipe: Recipe) -> dict[str, object]:
-    """Return the settings that A1111 has names for, in its format."""
-    sampler, grid = own_sampler(recipe)
-    in_its_form = {"sampler": sampler, "scale": repr(recipe.scale).removesuffix(".0")}
-    known = {name: about.a1111 for name, about in parameters(PictureSettings).items() if about.a1111}
-    pairs = {key: in_its_form.get(name, getattr(recipe, name)) for name, key in known.items()}
-    return pairs | ({"Schedule type": grid} if grid else {})
-
-
-def own_sampler(recipe: Recipe) -> tuple[str, str]:
-    """Return A1111's name of the sampler, and the grid of a stock scheduler, which no option names."""
-    if recipe.sampler != STOCK:
-        return SAMPLERS[recipe.sampler].label, ""
-    kind, grid = recipe.scheduler.split(", ")[:2]
-    return LABELS[kind], grid
-
-
-def _option_pairs(options: DrawOptions) -> dict[str, object]:
-    """Return the options that differ from their defaults, under A1111's names if there are any."""
-    pairs: dict[str, object] = {}
-    for name, about in parameters(DrawOptions).items():
-        value = getattr(options, name)
-        if value != getattr(PLAIN, name):
-            key = about.a1111 or name.replace("_", " ").capitalize()
-            pairs[key] = " to ".join(map(str, value)) if isinstance(value, tuple) else value
-    return pairs
-
-
-def _quote(value: str) -> str:
-    # In addition to A1111's rule (, : and newline): its reader strips leading blanks, and unquotes what starts with ".
-    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n]|^["\s]', value) else value
+    The file may state it, as kohya's do. Rule: kohya-ss/sd-scripts, library/train_util.py, addnet_hash_safetensors;
+    A1111, extensions-builtin/Lora/network.py.
+    """
+    if not path.is_file():
+        return ""
+    stated = open_weights(path).metadata.get("sshs_model_hash", "")[:LORA_DIGITS]
+    if re.fullmatch(f"[0-9a-f]{{{LORA_DIGITS}}}", stated):
+        return stated
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()[:LORA_DIGITS]
 
 
 def png_bytes(image: Image.Image, recipes: Sequence[Recipe]) -> bytes:

@@ -42,8 +42,8 @@ class PictureSettings:
         in_line=("s", "steps"), a1111="Steps",
     )  # fmt: skip
     sampler: str = parameter(
-        "", "one of {names}, or its name in A1111, such as 'DPM++ 2M Karras' (default: the model's own, which is that of "
-        "the scheduler in its folder, and dpmpp_2m where that names none; with a time grid dpmpp_2m)",
+        "", "one of {names}, or its name in A1111, such as 'DPM++ 2M Karras' (default: the model's own, which is that "
+        "of the scheduler in its folder, and dpmpp_2m where that names none; with a time grid dpmpp_2m)",
         names=keys_of("SAMPLERS", "samplers/__init__.py"),
         flags=("--sampler", "--scheduler"), metavar="NAME", in_line=("sampler_name",), a1111="Sampler",
     )  # fmt: skip

@@ -38,6 +38,18 @@ FOREIGN = (
     Foreign("a depth model of Stable Diffusion 2", ("depth_model.",)),
     Foreign("unCLIP of Stable Diffusion 2 or SDXL", ("noise_augmentor.", "label_emb.")),
     Foreign("Stable Cascade", ("clip_txt_mapper.", "channelwise.")),
+    Foreign(
+        "a DiT checkpoint in its authors' layout",
+        ("y_embedder.embedding_table.",),
+        "which draws classes of ImageNet, not texts: give Stable Diffusion 1 or 2, or train a DiT with ldm/train.py",
+    ),
+    Foreign("Sana in its authors' layout", ("attention_y_norm.",)),
+    Foreign(
+        "PixArt-alpha (or -sigma) in its authors' layout",
+        ("y_embedder.y_proj.", "y_embedder.y_embedding"),
+        "which is read from a folder in diffusers' layout, and only with a CLIP text encoder (PixArt-XL-2-* have T5): "
+        "give such a folder, or Stable Diffusion 1 or 2",
+    ),
     Foreign("a transformer in its authors' own layout", ("y_embedder.", "x_embedder.", "adaLN_modulation.")),
     Foreign("a CLIP with its image tower", ("visual.", "vision_model.")),
     Foreign("words for a model (textual inversion)", ("emb_params", "clip_l", "string_to_param")),

@@ -21,11 +21,11 @@ CARD, SHEET = "README.md", "assets/samples.png"
 MAX_PICTURES, MAX_PICTURE_BYTES, MAX_METRICS_BYTES = 16, 2**26, 2**30
 
 CARD_TEXT = Template("""---
-library_name: diffusers
+library_name: $library
 pipeline_tag: text-to-image
 tags:
 - text-to-image
-- diffusers
+- $library
 - latent-foundry
 ---
 
@@ -35,21 +35,11 @@ $what
 
 $sheet## Use
 
-In diffusers:
-
-```python
-import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("$name", torch_dtype=torch.float32)
-image = pipe("$prompt", num_inference_steps=30, guidance_scale=5.0$extra).images[0]
-```
-
-In Latent Foundry: `python txt2img.py --ckpt $name --prompt "$prompt"$words`, or
+${in_diffusers}In Latent Foundry: `python txt2img.py --ckpt $name --prompt "$prompt"$words`, or
 
 ```python
 from ldm import TextToImage
-
+$opened
 images = TextToImage.load("$name")("$prompt", steps=30, scale=5.0, seed=7, n=4$beginning)
 ```
 
@@ -58,6 +48,22 @@ $training## Limits
 It draws $size x $size pixels; it was not trained for other sizes. It knows only what its training images show, in the
 words of their captions, and has their biases.
 """)
+
+IN_DIFFUSERS = Template("""In diffusers:
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+$opened
+pipe = DiffusionPipeline.from_pretrained("$name", torch_dtype=torch.float32)
+image = pipe("$prompt", num_inference_steps=30, guidance_scale=5.0$extra).images[0]
+```
+
+$note""")
+OPENED = """from PIL import Image
+
+image, mask = Image.open("photo.png"), Image.open("mask.png")
+"""
 
 
 def files_beside(
@@ -101,14 +107,22 @@ def model_card(
     config = _training_config(parts.notes)
     prompts = config["preview"]["prompts"] if config else ("a red apple",)
     size = parts.sample_size * parts.model.vae.config.factor
+    layout = layout_of(parts.config)
+    common = {
+        "name": name,
+        "prompt": prompts[0].replace('"', "'"),
+        "opened": OPENED if parts.for_inpainting else "",
+    }
+    extra = layout.call_words(
+        size=size, context_length=parts.model.conditioner.context_length, for_inpainting=parts.for_inpainting
+    )
+    in_diffusers = IN_DIFFUSERS.substitute(common, extra=extra, note=layout.call_note)
     return CARD_TEXT.substitute(
-        name=name,
+        common,
+        library=layout.library.replace("_", "-"),
         what=_what(parts, size) + ("" if dtype == torch.float32 else f" Its weights were rounded to {FLOATS[dtype]}."),
         sheet=_sheet(config) if has_sheet else "",
-        prompt=prompts[0].replace('"', "'"),
-        extra=layout_of(parts.config).call_words(
-            size=size, context_length=parts.model.conditioner.context_length, for_inpainting=parts.for_inpainting
-        ),
+        in_diffusers=in_diffusers if layout.library == "diffusers" else "",
         beginning=", image=image, mask=mask" * parts.for_inpainting,
         words=" --init-img photo.png --mask mask.png" * parts.for_inpainting,
         training=_training(config, list(records), length) if config else "",

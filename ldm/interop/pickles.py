@@ -33,14 +33,18 @@ class Inert:
         pass
 
 
-# Names that Lightning wrote into the checkpoints of Stable Diffusion 1: its callback's class, and numpy scalars.
+# Names that Lightning wrote into the checkpoints of Stable Diffusion 1: its callback's class, and numpy scalars. Then
+# the arguments of a training's command line, which DiT's and other programs keep with the weights.
 HARMLESS = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
+    "argparse.Namespace",
+    *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
 )
+WRAPPERS = ("state_dict", "model")  # entries that hold the weights in a checkpoint of a training
 
 
 def is_pickle(path: Path) -> bool:
@@ -53,12 +57,12 @@ def is_pickle(path: Path) -> bool:
 def open_pickle(path: Path) -> dict[str, Tensor]:
     """Read the tensors by name; files in torch's format since 2020 are mapped into memory.
 
-    They may be in an entry `state_dict`; other entries (epoch, optimizer, ...) are left out. Raises ValueError for a
-    file that names code, or that is not such a file.
+    They may be in an entry `state_dict` or `model`; other entries (epoch, optimizer, ...) are left out. Raises
+    ValueError for a file that names code, or that is not such a file.
     """
     content = _load(path)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    if isinstance(content, dict):
+        content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected named tensors: give the file of a model")
     if "string_to_param" in content:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from helpers.painting import pngs
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldm.diffusion import Prediction
 from ldm.inference.flags import PREDICTIONS
 from ldm.inference.options import DrawOptions
-from ldm.inference.recipe import read_recipes
+from ldm.inference.recipe import lora_hash, read_recipes
 
 
 @pytest.fixture
@@ -36,7 +38,8 @@ def test_a_picture_to_begin_with(command, model, pictures):
     assert (recipe.init_image, recipe.mask, recipe.strength) == (short_hash("photo.png"), "", 0.4)
     with Image.open("outputs/samples/00000.png") as image:
         assert (
-            f"Denoising strength: 0.4, Init image hash: {short_hash('photo.png')}, Version" in image.info["parameters"]
+            f"Denoising strength: 0.4, Init image hash: {short_hash('photo.png')}, RNG: CPU, Version"
+            in image.info["parameters"]
         )
 
 
@@ -55,8 +58,9 @@ def test_the_usual_strength_is_recorded_too(command, model, pictures):
 
 
 def test_what_is_put_together_with_the_model(command, model):
-    for name in ("a.safetensors", "b.safetensors", "v.ckpt"):
-        Path(name).write_text(name)
+    Path("v.ckpt").write_text("v")
+    for name in ("a", "b"):
+        save_file({name: torch.ones(1)}, f"{name}.safetensors")
     words = (
         "--lora",
         "a.safetensors:0.8",
@@ -80,7 +84,11 @@ def test_what_is_put_together_with_the_model(command, model):
     assert (recipe.loras, recipe.vae) == (loras, f"v.ckpt {short_hash('v.ckpt')}")
     assert (recipe.prediction, recipe.ema) == ("v", False)
     with Image.open("outputs/samples/00000.png") as image:
-        assert f'VAE: {recipe.vae}, Lora: "{loras}", Version' in image.info["parameters"]
+        text = image.info["parameters"]
+        assert text.startswith("x<lora:a:0.8><lora:b:1>\n")
+        assert f"VAE hash: {short_hash('v.ckpt')}, VAE: v.ckpt, RNG: CPU" in text
+        hashes = ", ".join(f"{name}: {lora_hash(Path(f'{name}.safetensors'))}" for name in ("a", "b"))
+        assert f'Lora hashes: "{hashes}", Version' in text
 
 
 def test_predictions_are_those_that_there_are():

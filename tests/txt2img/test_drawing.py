@@ -41,13 +41,14 @@ def test_one_prompt_with_all_defaults(command, model):
         assert read_recipes(Path(file)) == [
             Recipe(prompt="a red apple", negative_prompt="", steps=30, scale=5.0, sampler="dpmpp_2m", seed=seed + i,
                    width=16, height=16, model="tiny", weights_hash="0123456789", device="real auto",
-                   precision="real auto", software=software())
+                   precision="real auto", software=software(), default_grid="trailing")
         ]  # fmt: skip
         with Image.open(file) as image:
             assert image.getpixel((0, 0)) == colour("a red apple", seed + i)
             assert image.info["parameters"] == (
-                f"a red apple\nSteps: 30, Sampler: DPM++ 2M, CFG scale: 5, Seed: {seed + i}, Size: 16x16, "
-                f"Model hash: 0123456789, Model: tiny, Version: {software()}"
+                "a red apple\nSteps: 30, Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 5, "
+                f"Seed: {seed + i}, Size: 16x16, Model hash: 0123456789, Model: tiny, RNG: CPU, "
+                f"SGM noise multiplier: True, Version: {software()}"
             )
 
 
@@ -202,7 +203,8 @@ def test_times_may_be_given_and_tell_the_steps(command, model):
     assert model.calls[0]["steps"] == 3
     assert model.calls[0]["options"] == DrawOptions(time_grid="1,0.5,0.2,0", guidance_rescale=0.7)
     with Image.open("outputs/samples/00000.png") as image:
-        assert 'Schedule type: "1,0.5,0.2,0", Guidance rescale: 0.7, Version' in image.info["parameters"]
+        assert "SGM noise multiplier: True, Guidance rescale: 0.7, Version" in image.info["parameters"]
+        assert 'Time grid: "1,0.5,0.2,0"' in image.info["parameters"]
 
 
 def test_nothing_is_overwritten_and_the_grid_has_a_row_for_each_prompt(command):

@@ -189,11 +189,23 @@ class TextEncoderPlan(NamedTuple):
     wanted: dict[str, Tensor]  # names below cond_stage_model., and shapes (meta tensors), that it must have
     is_open_clip: bool
 
+    def is_unused(self, name: str) -> bool:
+        """Return whether this tensor, named as in `wanted`, is of the layer that such files have and no program uses,
+        where the configuration leaves it out."""
+        unused = f"{OPEN_CLIP}transformer.resblocks.{self.config.layers}."
+        return self.is_open_clip and lacks_unused_layer(self.config) and name.startswith(unused)
+
     def weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert the file's weights to those of CLIPTextModel, as views."""
         prefix = OPEN_CLIP if self.is_open_clip else TRANSFORMERS
         own = {name.removeprefix(prefix): tensors[CONDITIONER + name] for name in self.wanted}
         return open_clip_to_transformers(own) if self.is_open_clip else flattened(own)
+
+
+def lacks_unused_layer(config: TextEncoderConfig) -> bool:
+    """Return whether this is OpenCLIP's tower without its last layer, as diffusers stores it: its states come from the
+    layer before."""
+    return config.hidden == "last" and config.layers == OPEN_CLIP_LAYERS - 1
 
 
 def plan_text_encoder(shapes: Shapes, stated: TextEncoderConfig | None) -> TextEncoderPlan:

@@ -219,6 +219,7 @@ def check_all(plan: Plan, tensors: Mapping[str, Tensor], *, source: Path) -> Non
     wanted |= {plan.vae_names[ours]: tensor for ours, tensor in plan.vae.state_dict().items()}
     wanted |= {CONDITIONER + name: tensor for name, tensor in plan.text_encoder.wanted.items()}
     unasked = {name for name in tensors if LEFT_OVER.fullmatch(name) or (plan.averaged and name.startswith(DENOISER))}
+    unasked |= {name for name in tensors if plan.text_encoder.is_unused(name.removeprefix(CONDITIONER))}
     found = {name: tensor for name, tensor in tensors.items() if name in wanted or name not in unasked}
     check_fit(wanted, found, source=source, to=f"the nearest known layout, {nearest(plan)}")
 

@@ -18,7 +18,15 @@ from torch import Tensor
 from ldm.denoisers import UNetConfig
 from ldm.diffusion import ScaledLinearBetaPath
 from ldm.files.atomic import atomic_file
-from ldm.interop.compvis.names import OPEN_CLIP, TRANSFORMERS, is_attention_of_vae, unet_names, vae_names
+from ldm.interop.compvis.names import (
+    OPEN_CLIP,
+    OPEN_CLIP_LAYERS,
+    TRANSFORMERS,
+    is_attention_of_vae,
+    lacks_unused_layer,
+    unet_names,
+    vae_names,
+)
 from ldm.interop.compvis.sidecar import HIDDEN_KEY, OWN_KEY, write_yaml
 from ldm.interop.diffusers_layout.denoiser import UNetLayout
 from ldm.interop.diffusers_layout.layout import Surroundings
@@ -111,8 +119,19 @@ def conditioner_tensors(parts: ModelComponents) -> dict[str, Tensor]:
     assert isinstance(encoder, OpenClipTextEncoder | TransformersTextEncoder)
     weights = prefixed_weights(encoder)
     if encoder.config.activation == "gelu":
-        return {OPEN_CLIP + name: tensor for name, tensor in transformers_to_open_clip(weights).items()}
+        tensors = transformers_to_open_clip(weights)
+        tensors |= unused_layer(tensors) if lacks_unused_layer(encoder.config) else {}
+        return {OPEN_CLIP + name: tensor for name, tensor in tensors.items()}
     return {TRANSFORMERS + name: tensor for name, tensor in weights.items()}
+
+
+def unused_layer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy of the last layer as the one that follows: other programs build OpenCLIP's tower with 24 layers, of
+    which they do not use the last, and warn if it is missing. kohya's scripts write the same copy."""
+    last, unused = (f"transformer.resblocks.{OPEN_CLIP_LAYERS - back}." for back in (2, 1))
+    return {
+        unused + name.removeprefix(last): tensor.clone() for name, tensor in tensors.items() if name.startswith(last)
+    }
 
 
 def header(parts: ModelComponents, tensors: Mapping[str, Tensor], *, title: str) -> dict[str, str]:
@@ -173,7 +192,10 @@ def ldm_config(parts: ModelComponents) -> dict[str, Any]:
         "first_stage_config": first_stage_section(parts),
         "cond_stage_config": cond_stage_section(parts),
     }
-    kind = "LatentInpaintDiffusion" if parts.for_inpainting else "LatentDiffusion"
+    kind = "LatentDiffusion"
+    if parts.for_inpainting:
+        kind = "LatentInpaintDiffusion"
+        params["finetune_keys"] = None  # its default names weights to be extended, and asks for the file to extend
     return {"model": {"target": f"ldm.models.diffusion.ddpm.{kind}", "params": params}}
 
 
@@ -182,6 +204,8 @@ def unet_section(parts: ModelComponents) -> dict[str, Any]:
     assert isinstance(config, UNetConfig)
     first = config.block_out_channels[0]
     heads = {"num_heads": config.heads} if isinstance(config.heads, int) else {"num_head_channels": head_width(config)}
+    # Only Stability's U-Net has this key; CompVis's accepts no other than its own, and reads version 1 alone.
+    linear = {"use_linear_in_transformer": True} if config.use_linear_projection else {}
     params = {
         "image_size": parts.sample_size,
         "in_channels": parts.denoiser.in_channels,
@@ -192,7 +216,7 @@ def unet_section(parts: ModelComponents) -> dict[str, Any]:
         "channel_mult": [width // first for width in config.block_out_channels],
         **heads,
         "use_spatial_transformer": True,
-        "use_linear_in_transformer": config.use_linear_projection,
+        **linear,
         "transformer_depth": 1,
         "context_dim": parts.model.conditioner.width,
         "use_checkpoint": False,
@@ -231,6 +255,8 @@ def first_stage_section(parts: ModelComponents) -> dict[str, Any]:
 def cond_stage_section(parts: ModelComponents) -> dict[str, Any]:
     config = parts.model.conditioner.towers[0].encoder.config
     if config.activation == "gelu":
-        layer = {"freeze": True, "layer": config.hidden}
-        return {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": layer}
+        # Of the tower's layers, among them the one that diffusers' folders lack: see unused_layer.
+        hidden = "penultimate" if lacks_unused_layer(config) else config.hidden
+        params = {"freeze": True, "layer": hidden}
+        return {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": params}
     return {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}

@@ -153,6 +153,10 @@ class PixArtLayout(DenoiserLayout[DiTConfig]):
     folder = "transformer"
     classes = ("PixArtTransformer2DModel", "Transformer2DModel")  # the second before diffusers 0.29
     pipelines = ("PixArtAlphaPipeline",)
+    call_note = (
+        "All of these arguments are needed: the pipeline's defaults are for larger images and longer texts, and with "
+        'the prompt alone it ends with "Invalid sample size".\n\n'
+    )
 
     def to_json(self, config: DiTConfig, around: Surroundings) -> dict[str, Any]:
         return PixArtJson(

@@ -50,6 +50,7 @@ class DenoiserLayout(ABC, Generic[Config]):
     classes: ClassVar[tuple[str, ...]]  # in config.json and model_index.json; the first is written
     library: ClassVar[str] = "diffusers"
     further_parts: ClassVar[dict[str, Any]] = {}  # additional entries of model_index.json
+    call_note: ClassVar[str] = ""  # for the card: what to know of call_words; a paragraph, or ""
     pipelines: ClassVar[tuple[str, ...]]  # the classes that open the model's folder; the last one for inpainting
 
     @abstractmethod

@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
-import re
 
 import pytest
+from helpers.a1111 import parse_generation_parameters
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.inference.infotext import SAME_PICTURE, parameters_text
 from ldm.inference.options import DrawOptions
-from ldm.inference.recipe import Recipe, parameters_text, png_bytes, read_recipes, software
+from ldm.inference.recipe import Recipe, png_bytes, read_recipes, software
 from ldm.samplers import SAMPLERS
 
 RECIPE = Recipe(
@@ -27,33 +28,18 @@ RECIPES = st.builds(
 )  # fmt: skip
 
 
-def a1111_reader(text: str) -> tuple[str, str, dict[str, str]]:
-    """(prompt, negative prompt, values) as A1111 finds them in a picture's text."""
-    pair = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-    *lines, last = text.strip().split("\n")
-    if len(pair.findall(last)) < 3:
-        lines, last = [*lines, last], ""
-    prompt: list[str] = []
-    negative: list[str] | None = None
-    for line in (line.strip() for line in lines):
-        if line.startswith("Negative prompt:"):
-            negative, line = negative or [], line[len("Negative prompt:") :].strip()
-        (prompt if negative is None else negative).append(line)
-    values = {key: json.loads(v) if v[:1] == v[-1:] == '"' else v for key, v in pair.findall(last)}
-    return "\n".join(prompt), "\n".join(negative or []), values
-
-
 def test_parameters_text():
     assert parameters_text(RECIPE) == (
-        "a red apple\nNegative prompt: leaves, stalk\nSteps: 30, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 42, "
-        "Size: 64x48, Model hash: 0123456789, Model: emoji64, Version: Latent Foundry 1"
+        "a red apple\nNegative prompt: leaves, stalk\nSteps: 30, Sampler: DPM++ 2M, Schedule type: SGM Uniform, "
+        "CFG scale: 7.5, Seed: 42, Size: 64x48, Model hash: 0123456789, Model: emoji64, RNG: CPU, "
+        "SGM noise multiplier: True, Version: Latent Foundry 1"
     )
     changed = dataclasses.replace(
-        RECIPE, negative_prompt="", scale=5.0, model='a, "b": c\nd', sampler="euler", software="x:1"
+        RECIPE, prompt="[a]", negative_prompt="", scale=5.0, model='a, "b": c\nd', sampler="ddim", software="x:1"
     )
     assert parameters_text(changed) == (
-        "a red apple\nSteps: 30, Sampler: Euler, CFG scale: 5, Seed: 42, "
-        'Size: 64x48, Model hash: 0123456789, Model: "a, \\"b\\": c\\nd", Version: "x:1"'
+        "[a]\nSteps: 30, Sampler: DDIM, Schedule type: SGM Uniform, CFG scale: 5, Seed: 42, "
+        'Size: 64x48, Model hash: 0123456789, Model: "a, \\"b\\": c\\nd", RNG: CPU, Emphasis: None, Version: "x:1"'
     )
 
 
@@ -65,13 +51,14 @@ def test_parameters_text():
 @example(dataclasses.replace(RECIPE, model=""))
 @example(dataclasses.replace(RECIPE, model='a, "b": \\c\nd'))
 def test_a1111_reads_the_values_of_any_recipe(recipe):
-    values = a1111_reader(parameters_text(recipe))[2]
-    assert values["Model"] == recipe.model
+    values = parse_generation_parameters(parameters_text(recipe))
+    assert values.get("Model", "") == recipe.model
     assert values["Version"] == recipe.software
     assert (int(values["Steps"]), int(values["Seed"])) == (recipe.steps, recipe.seed)
     assert float(values["CFG scale"]) == recipe.scale
-    assert values["Size"] == f"{recipe.width}x{recipe.height}"
-    assert (values["Sampler"], values["Model hash"]) == (SAMPLERS[recipe.sampler].label, recipe.weights_hash)
+    assert (values["Size-1"], values["Size-2"]) == (str(recipe.width), str(recipe.height))
+    assert values["Sampler"] in (SAMPLERS[recipe.sampler].label, SAME_PICTURE.get(recipe.sampler))
+    assert values["Model hash"] == recipe.weights_hash
 
 
 def clean(text: str) -> str:
@@ -83,8 +70,8 @@ def clean(text: str) -> str:
 def test_a1111_reads_any_prompt(recipe):
     # An empty first or last line is lost to it, as in A1111's own pictures.
     recipe = dataclasses.replace(recipe, prompt=clean(recipe.prompt), negative_prompt=clean(recipe.negative_prompt))
-    prompt, negative, _ = a1111_reader(parameters_text(recipe))
-    assert (prompt, negative) == (recipe.prompt, recipe.negative_prompt)
+    values = parse_generation_parameters(parameters_text(recipe))
+    assert (values["Prompt"], values["Negative prompt"]) == (recipe.prompt, recipe.negative_prompt)
 
 
 @given(st.lists(RECIPES, min_size=1, max_size=3))
@@ -160,8 +147,8 @@ OPTIONS = DrawOptions(eta=0.5, time_grid="1, 0.5, 0", guidance_interval=(0.1, 0.
 def test_options_are_told_and_kept(tmp_path):
     recipe = dataclasses.replace(RECIPE, options=OPTIONS)
     assert parameters_text(recipe).endswith(
-        'Model: emoji64, Eta: 0.5, Schedule type: "1, 0.5, 0", Guidance interval: 0.1 to 0.9, '
-        "Guidance norm limit: 2.0, Version: Latent Foundry 1"
+        'Model: emoji64, Time grid: "1, 0.5, 0", RNG: CPU, SGM noise multiplier: True, Eta: 0.5, '
+        "Guidance interval: 0.1 to 0.9, Guidance norm limit: 2.0, Version: Latent Foundry 1"
     )
     path = tmp_path / "x.png"
     path.write_bytes(png_bytes(Image.new("RGB", (64, 48)), [recipe]))

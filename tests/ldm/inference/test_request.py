@@ -13,6 +13,7 @@ import torch
 from helpers.painting import FakeTextToImage
 from helpers.stable_diffusion import stable_diffusion
 from PIL import Image
+from safetensors.torch import save_file
 
 import ldm
 from ldm import DrawOptions, DrawRequest, TextToImage
@@ -124,7 +125,7 @@ def test_a_drawing_is_a_picture_and_its_recipe(dit_folder, tmp_path):
     expected = Recipe(
         prompt="a red apple", negative_prompt="", steps=2, scale=3.0, sampler="euler", seed=6, width=16, height=16,
         model=pipe.name, weights_hash=pipe.weights_hash, device="cpu", precision="fp32", software=software(),
-        options=options,
+        options=options, default_grid="trailing",
     )  # fmt: skip
     assert drawings[1].recipe == expected
     (tmp_path / "x.png").write_bytes(png_bytes(drawings[1].image, [drawings[1].recipe]))
@@ -150,14 +151,15 @@ def test_a_picture_to_begin_with_is_in_the_recipe(tmp_path):
 
 
 def test_what_a_model_was_loaded_with_is_recorded(tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(b"a")
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors", {"sshs_model_hash": "0123456789abcdef"})
     (tmp_path / "vae").mkdir()
-    hashed = hashlib.sha256(b"a").hexdigest()[:10]
+    hashed = hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()[:10]
     loras = [(tmp_path / "a.safetensors", 0.8), (tmp_path / "a.safetensors", 1.0)]
     assert recorded(LoadOptions(lora=loras, vae=tmp_path / "vae", ema=False, prediction="v")) == {
-        "loras": f"a.safetensors:0.8 {hashed}, a.safetensors {hashed}", "vae": "vae", "ema": False, "prediction": "v",
+        "loras": f"a.safetensors:0.8 {hashed}, a.safetensors {hashed}", "lora_hashes": "0123456789ab, 0123456789ab",
+        "vae": "vae", "ema": False, "prediction": "v",
     }  # fmt: skip
-    assert recorded(LoadOptions()) == {"loras": "", "vae": "", "ema": True, "prediction": ""}
+    assert recorded(LoadOptions()) == {"loras": "", "lora_hashes": "", "vae": "", "ema": True, "prediction": ""}
 
 
 @pytest.fixture
