@@ -49,6 +49,7 @@ class Recipe(PictureSettings):
     mask: str = ""
     strength: float = 0.0  # 0: it started from noise
     prediction: str = ""  # as given to load; "": the model's own
+    text: str = ""  # the text encoder's file, as vae
     ema: bool = True  # whether averaged weights were used, if the file had both
 
 
@@ -63,8 +64,14 @@ def recorded(options: LoadOptions) -> dict[str, Any]:
     """Return what a model was loaded with as fields of a Recipe. The first call reads the complete files, to hash
     them."""
     loras = [f"{file.name}{'' if by == 1 else f':{by:g}'} {file_hash(file)}" for file, by in options.lora]
-    vae = f"{options.vae.name} {file_hash(options.vae)}".strip() if options.vae else ""
-    return {"vae": vae, "loras": ", ".join(loras), "prediction": options.prediction or "", "ema": options.ema}
+    vae, text = (f"{part.name} {file_hash(part)}".strip() if part else "" for part in (options.vae, options.text))
+    return {
+        "vae": vae,
+        "text": text,
+        "loras": ", ".join(loras),
+        "prediction": options.prediction or "",
+        "ema": options.ema,
+    }
 
 
 def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Recipe:
@@ -103,6 +110,7 @@ def parameters_text(recipe: Recipe) -> str:
     """Return A1111's text: the prompt, the negative prompt if there is one, and a last line of `key: value` pairs."""
     further = {
         "VAE": recipe.vae,
+        "Text encoder": recipe.text,
         "Lora": recipe.loras,
         "Denoising strength": recipe.strength,
         "Init image hash": recipe.init_image,

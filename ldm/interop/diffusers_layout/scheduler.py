@@ -11,7 +11,7 @@ from ldm.diffusion.predictions import Prediction
 from ldm.diffusion.table_paths import BetaTablePath, CosinePath, LinearBetaPath, ScaledLinearBetaPath
 from ldm.files.strict_json import read_json
 from ldm.interop.diffusers_layout.layout import VERSION
-from ldm.interop.network_files import check_whole_numbers, described_by
+from ldm.interop.network_files import as_whole, check_whole_numbers, described_by
 
 _NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _SCHEDULES: dict[str, type[BetaTablePath]] = {
@@ -92,7 +92,7 @@ def scheduler_from(content: Mapping[str, Any], *, source: Path) -> tuple[PathCon
             f"{sorted(_NAMES)} on one of {sorted(_SCHEDULES)}: this noise path is not supported"
         )
     numbers: dict[str, Any] = {
-        "num_train_timesteps": content["num_train_timesteps"],
+        "num_train_timesteps": as_whole(content["num_train_timesteps"]),
         "zero_terminal_snr": bool(content.get("rescale_betas_zero_snr")),
     }
     if _SCHEDULES[schedule] is not CosinePath:
