@@ -12,7 +12,7 @@ an image of its own, because alpha is nearly zero there.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,20 +90,12 @@ def read_single_file(
     find_prediction. given: parts in place of the file's own, with which a U-Net alone is a model. Raises ValueError or
     FileNotFoundError for a file that is missing, truncated or of another layout.
     """
-    weights = open_weights(path)
-    with described_by(path):
-        weights = as_single_file(weights).changed(attention_as_matrices)
-    shapes = shapes_of(weights.tensors)
-    own = [name for name in shapes if not LEFT_OVER.fullmatch(name) and not name.startswith(EMBEDDINGS)]
-    refuse_foreign({name: shapes[name] for name in own}, source=path)
-    refuse_parts(shapes, source=path)
-    has_vae, has_text = (any(name.startswith(prefix) for name in shapes) for prefix in (FIRST_STAGE, CONDITIONER))
-    given.check(path, has_vae=has_vae, has_text=has_text)
+    weights = open_single_file(path, given)
     sidecar = read_sidecar(path, weights.metadata)
     with described_by(path):
         sidecar = with_buffers(sidecar, weights)
-        plan = make_plan(shapes, sidecar, source=path)
-        averaged = ema_names(plan, shapes)
+        plan = make_plan(shapes_of(weights.tensors), sidecar, source=path)
+        averaged = ema_names(plan, weights.tensors)
     if averaged and ema:
         plan = replace(plan, unet_names=averaged, averaged=True)
     vae, tower = fill_networks(plan, weights, given, dtype=dtype, vae_dtype=vae_dtype or dtype)
@@ -125,6 +117,21 @@ def read_single_file(
         notes=weights.metadata.get("foundry.notes", ""),
         origin=Origin(files=weights.files, precision=describe(weights.tensors), remarks=remarks),
     )
+
+
+def open_single_file(path: Path, given: GivenParts) -> Weights:
+    """Open a file, its tensors under the names of a complete one. Raises ValueError for one of another kind, or without
+    a part that is not given."""
+    weights = open_weights(path)
+    with described_by(path):
+        weights = as_single_file(weights).changed(attention_as_matrices)
+    shapes = shapes_of(weights.tensors)
+    own = [name for name in shapes if not LEFT_OVER.fullmatch(name) and not name.startswith(EMBEDDINGS)]
+    refuse_foreign({name: shapes[name] for name in own}, source=path)
+    refuse_parts(shapes, source=path)
+    has_vae, has_text = (any(name.startswith(prefix) for name in shapes) for prefix in (FIRST_STAGE, CONDITIONER))
+    given.check(path, has_vae=has_vae, has_text=has_text)
+    return weights
 
 
 def fill_networks(
@@ -241,7 +248,7 @@ def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
-def ema_names(plan: Plan, shapes: Shapes) -> dict[str, str]:
+def ema_names(plan: Plan, shapes: Container[str]) -> dict[str, str]:
     """Map the U-Net's names to the averaged weights; empty if the file has none. Raises ValueError if only some are
     present."""
     names = {ours: ema_name(theirs.removeprefix(DENOISER)) for ours, theirs in plan.unet_names.items()}

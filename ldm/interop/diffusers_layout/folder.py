@@ -59,8 +59,7 @@ def read_folder(
     """
     check_index(folder)
     # Read all configs before any weights, so that an unsuitable folder fails at once and not after a minute.
-    part = _denoiser_part(folder)
-    loaded = open_denoiser(part)
+    loaded = open_denoiser(part := _denoiser_part(folder))
     given.check(folder, has_vae=(folder / "vae").is_dir(), has_text=(folder / TEXT_FOLDERS[0][0]).is_dir())
     path, stated = _path_and_prediction(folder, loaded)
     scheduler_config_json(path, prediction or stated or "eps")  # raises for a prediction that this path does not have
@@ -77,16 +76,15 @@ def read_folder(
     for found in of_vae:
         fill(vae, found, dtype=vae_dtype or dtype)
     fill(loaded.network, weights, dtype=dtype)
-    conditioner = Conditioner(*towers)
-    predicted, remarks = find_prediction(prediction, stated, loaded, conditioner)
-    notes = own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES)
+    predicted, remarks = find_prediction(prediction, stated, loaded, conditioner := Conditioner(*towers))
+    notes = own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES).decode(errors="replace")
     precision = _precision([weights, *(text.weights for text in texts), *of_vae])
     return ModelComponents(
         model=LatentDiffusion(vae=vae, conditioner=conditioner, path=path, prediction=predicted),
         denoiser=loaded.network,
         config=loaded.config,
         sample_size=loaded.sample_size,
-        notes=notes.decode(errors="replace"),
+        notes=notes,
         origin=Origin(files=weights.files, precision=precision, remarks=() if stated else remarks),
     )
 
