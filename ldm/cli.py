@@ -6,8 +6,10 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from ldm.errors import IN_TRAINING, USER_ERROR, DataError, PeerError, Stopped, exit_code, is_broken_connection
 from ldm.files.messages import did_you_mean, one_line
@@ -47,6 +49,26 @@ def hyphenated(words: Sequence[str]) -> list[str]:
     return [re.sub(r"\A--[A-Za-z][\w-]*(?==|\Z)", lambda option: option[0].replace("_", "-"), word) for word in words]
 
 
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Context manager: print each warning of this program once, as one line on stderr; those of others as they are."""
+    others, shown = warnings.showwarning, set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **further: Any) -> None:
+        text = f"warning: {one_line(str(message))}"
+        if category is not UserWarning:
+            others(message, category, *where, **further)
+        elif text not in shown:
+            shown.add(text)
+            print(text, file=sys.stderr)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
+
+
 def run_command(
     main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, words: Sequence[str] | None = None
 ) -> int:
@@ -59,7 +81,8 @@ def run_command(
     # Set before torch is imported: otherwise, when a rank ends, the stores of the others print stack traces.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        main(args)
+        with warnings_in_one_line():
+            main(args)
     except KeyboardInterrupt:
         if args.debug:
             raise

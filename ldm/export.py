@@ -23,24 +23,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import OneLineParser, run_command
+from ldm.inference.flags import precision_argument
 from ldm.inference.options import FORMATS
+from ldm.interop.hub_cache import model_path
 
 if TYPE_CHECKING:
     from ldm.model.components import ModelComponents
 
-STORED = ("fp32", "fp16", "bf16")
 TOLERANCE = 0.1  # error of an average's profile above which to warn
 
 
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from ldm.inference.pipeline import STORED as DTYPES
     from ldm.interop.compvis.writing import check_target_file, write_single_file
     from ldm.interop.diffusers_layout.folder import check_target, write_folder
     from ldm.interop.model_card import files_beside
     from ldm.interop.read_back import check_written
     from ldm.interop.read_model import LoadOptions, read_model
+    from ldm.model.precision import dtype_of
 
     (check_target if args.format == "diffusers" else check_target_file)(args.target)
     if args.fp16 and args.dtype not in ("fp16", None):
@@ -53,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         raise ValueError(f"--step is {args.step}, but --ema is {args.ema}: give --ema an average's length, as 0.13")
     print(parts.describe(), flush=True)
-    dtype = DTYPES["fp16" if args.fp16 else args.dtype or "fp32"]
+    dtype = dtype_of("fp16" if args.fp16 else args.dtype or "fp32")
     check = partial(check_written, parts, dtype=dtype)
     if args.format == "diffusers":
         beside = files_beside(parts, args.source, name=args.target.resolve().name, dtype=dtype, length=length)
@@ -107,10 +108,10 @@ def arguments() -> argparse.ArgumentParser:
     parser = OneLineParser(__doc__ or "")
     parser.prog = "python -m ldm.export"
     add = parser.add_argument
-    add("source", type=Path, help="a run, as runs/NAME; a model's folder; or a single file")
+    add("source", type=model_path, help="a run, as runs/NAME; a model's folder; or a single file")
     add("target", type=Path, help="what to write; an older export there is replaced")
     add("--format", choices=FORMATS, default="diffusers", help="a folder (default), or one file and its .yaml")
-    add("--dtype", choices=STORED, help="of the weights (default: fp32)")
+    add("--dtype", type=precision_argument, metavar="NAME", help="of the weights: fp32 (default), bf16 or fp16")
     add("--fp16", action="store_true", help="half the size; the same as --dtype fp16")
     add("--ema", default="yes", metavar="WHICH",
         help="of a single file that holds both the averaged weights (yes, the default) or the others (no); of a run "

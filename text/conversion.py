@@ -213,6 +213,7 @@ def _without_prefix(state_dict: StateDict, prefix: str) -> dict[str, Tensor]:
 
 def _integer(content: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = default if content.get(name) is None else content[name]
+    value = int(value) if isinstance(value, float) and value.is_integer() else value  # other programs write 12.0
     limit = _LIMITS.get(name, 2**20)
     if type(value) is not int or not 0 <= value <= limit:
         raise ValueError(f"{name} in a text encoder's config.json must be an integer from 0 to {limit}, not {value!r}")
@@ -225,6 +226,7 @@ class TextEncoderKind:
 
     class_name: str  # in transformers, as model_index.json has it
     tokenizer_classes: tuple[str, ...]  # likewise; the first is written
+    modules: tuple[str, ...]  # that its parameters begin with: others in a file belong to no text encoder
     read_config: Callable[..., TextEncoderConfig]  # (content of config.json, hidden)
     own_names: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # renames a file's weights for `build`
     build: Callable[..., TextEncoder]  # (config, weights, *, dtype)
@@ -238,6 +240,7 @@ TEXT_ENCODERS = {
     "clip_text_model": TextEncoderKind(
         class_name="CLIPTextModel",
         tokenizer_classes=("CLIPTokenizer", "CLIPTokenizerFast"),
+        modules=("embeddings.", "encoder.", "final_layer_norm."),
         read_config=read_text_encoder_config,
         own_names=flattened,
         build=text_encoder_from_weights,

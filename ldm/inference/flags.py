@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from ldm.inference.parameter import Range, parameters
 from ldm.inference.pictures import read_picture
 from ldm.inference.prompt_file import read_prompts
 from ldm.inference.request import DrawRequest
+from ldm.interop.hub_cache import missing_model, model_path
+from ldm.model.precision import is_auto, precision_named
 
-PRECISIONS = {"auto": "auto", "fp32": "fp32", "bf16": "bf16", "full": "fp32", "autocast": "bf16"}
 PREDICTIONS = ("eps", "v", "x0", "velocity", "edm")
 COUNTS = {"n_samples": Range(low=1, high=256), "n_iter": Range(low=1, high=10_000), "n_rows": Range(low=0, high=256)}
 PICTURES = ("image", "mask")  # parameters whose value is a file to read
@@ -24,17 +25,18 @@ def add_options(parser: ArgumentParser, *, weights: Path) -> None:
     add_parameters(parser)
     add = parser.add_argument
     # fmt: off
-    add("--ckpt", "--model", type=Path, default=weights, metavar="PATH",
+    add("--ckpt", "--model", type=model_path, default=weights, metavar="PATH",
         help="model: a run, a folder in diffusers' layout, or Stable Diffusion 1 or 2 in a single file, "
-        ".safetensors or .ckpt (default: weights/emoji64 next to this file)")
+        ".safetensors or .ckpt; or the name of one in the Hub's cache (default: weights/emoji64 next to this file)")
     add("--from-file", "--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
     add("--n-samples", "--batch-size", type=int, default=4, metavar="N",
         help="pictures per prompt (default: %(default)s)")
     add("--n-iter", "--images-per-prompt", type=int, default=1, metavar="N",
         help="how often to draw n-samples pictures of each prompt (default: %(default)s)")
     add("--outdir", "--output", type=Path, default=Path("outputs"), metavar="DIR", help="(default: %(default)s)")
-    add("--precision", "--dtype", choices=PRECISIONS, default="auto", metavar="NAME",
-        help="fp32 or full, bf16 or autocast (default: auto, bf16 on a GPU and fp32 on a CPU)")
+    add("--precision", "--dtype", type=precision_or_auto, default="auto", metavar="NAME",
+        help="fp32 (or float32, full), bf16 (bfloat16, autocast), or on a GPU fp16 (float16, half), which leaves the "
+        "autoencoder in fp32 (default: auto: bf16 on a GPU that has it, fp16 on another, fp32 on a CPU)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: auto, a GPU if there is one)")
     add("--skip-grid", action="store_true", help="do not write contact sheets")
     add("--skip-save", action="store_true", help="do not write single pictures")
@@ -50,13 +52,29 @@ def add_model_options(parser: ArgumentParser) -> None:
     """Add the options for parts of the model, and for properties that its file may not specify."""
     add = parser.add_argument_group("the model").add_argument
     # fmt: off
-    add("--vae", type=Path, metavar="PATH", help="autoencoder in place of the model's own: a file or a folder")
+    add("--vae", type=model_path, metavar="PATH",
+        help="autoencoder in place of the model's own, if it has any: a file or a folder")
+    add("--text", type=model_path, metavar="PATH",
+        help="text encoder in place of the model's own, if it has any: a folder with text_encoder/ and tokenizer/, or "
+        "a model that has one, in a folder or a file")
     add("--lora", action="append", default=[], metavar="PATH[:X]",
         help="LoRA, and its strength (default: 1); may be repeated")
     add("--no-ema", action="store_true", help="use the weights that are not averaged, if a file has both")
     add("--prediction", choices=PREDICTIONS, metavar="NAME",
         help=f"what the model predicts, if its file does not specify it correctly: {', '.join(PREDICTIONS)}")
     # fmt: on
+
+
+def precision_argument(text: str) -> str:
+    """Parse a precision by any of its names. Raises ArgumentTypeError, listing them."""
+    try:
+        return precision_named(text, what="the precision")
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
+def precision_or_auto(text: str) -> str:
+    return "auto" if is_auto(text) else precision_argument(text)
 
 
 def add_parameters(parser: ArgumentParser) -> None:
@@ -122,11 +140,11 @@ def load_keywords(args: Namespace) -> dict[str, Any]:
     """Return the keywords of TextToImage.load. Raises ValueError or OSError for a missing file."""
     loras = [parse_lora_argument(text) for text in args.lora]
     if not args.ckpt.exists():
-        raise FileNotFoundError(f"there is no model at {args.ckpt}: give its folder or file with --ckpt")
-    for option, path in [("--vae", args.vae), *(("--lora", path) for path, _ in loras)]:
+        raise FileNotFoundError(f"{missing_model(args.ckpt)} with --ckpt")
+    for option, path in [("--vae", args.vae), ("--text", args.text), *(("--lora", path) for path, _ in loras)]:
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{option} is {path}, which does not exist: give a file that does")
     return {
-        "device": args.device, "dtype": PRECISIONS[args.precision], "vae": args.vae, "lora": loras,
+        "device": args.device, "dtype": args.precision, "vae": args.vae, "text": args.text, "lora": loras,
         "ema": not args.no_ema, "prediction": args.prediction,
     }  # fmt: skip

@@ -53,6 +53,7 @@ def parameters_text(recipe: Recipe) -> str:
         "Init image hash": recipe.init_image,
         "Mask hash": recipe.mask,
         "Scheduler": recipe.scheduler,
+        "Text encoder": recipe.text,
     }
     pairs = {
         **_setting_pairs(recipe),

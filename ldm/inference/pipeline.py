@@ -22,15 +22,15 @@ from ldm.inference.recipe import Drawing, recipe_of
 from ldm.inference.request import DrawRequest
 from ldm.interop.compvis.writing import write_single_file
 from ldm.interop.diffusers_layout.folder import write_folder
+from ldm.interop.hub_cache import model_path
 from ldm.interop.read_model import AS_IT_IS, LoadOptions, model_name, read_model
 from ldm.model.components import ModelComponents
 from ldm.model.facts import ModelFacts
 from ldm.model.latent_diffusion import LatentDiffusion
+from ldm.model.precision import Precision, choose_precision, dtype_of, of_autoencoder, precision_named
 from ldm.samplers import Denoise, Variance
 from ldm.samplers.guidance import Schedule, classifier_free, projected, rescaled, scheduled, within_interval
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to draw in
-STORED = PRECISIONS | {"fp16": torch.float16}
 MAX_BATCH = 16  # pictures drawn at once; more are drawn in several batches, with the same result
 
 
@@ -95,9 +95,9 @@ class TextToImage:
         return next(self.denoiser.parameters()).dtype
 
     @property
-    def precision(self) -> str:
-        """The name under which `load` takes this dtype."""
-        return next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
+    def precision(self) -> Precision:
+        """The name of the denoiser's dtype."""
+        return precision_named(self.dtype)
 
     @property
     def attention(self) -> str:
@@ -111,8 +111,9 @@ class TextToImage:
         path: str | Path,
         *,
         device: str = "auto",
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         vae: str | Path | None = None,
+        text: str | Path | None = None,
         lora: Sequence[tuple[str | Path, float]] = (),
         ema: bool = True,
         prediction: Prediction | None = None,
@@ -120,21 +121,28 @@ class TextToImage:
         """Read a model: a folder in diffusers' layout (an export of this project, Stable Diffusion's, the newest of a
         run), or Stable Diffusion 1 or 2 in a single file. The content determines which of them it is.
 
-        device: "auto" (CUDA if there is one), or a torch device. dtype: "auto" (bf16 on CUDA, else fp32), "fp32" or
-        "bf16". vae: an autoencoder to use in place of the model's own. lora: files and their strengths, merged into the
+        path may also be the name of a model in the Hub's cache, "owner/name". device: "auto" (CUDA if there is one), or
+        a torch device. dtype: "fp32", "bf16", "fp16" (with the autoencoder in fp32), another name of one, a
+        torch.dtype, or "auto": see choose_precision. vae, text: an autoencoder, and a text encoder with its tokenizer,
+        to use in place of the model's own, which it need not have. lora: files and their strengths, merged into the
         weights in this order. ema: use the averaged weights, if a single file has both. prediction: of the denoiser, if
         the file specifies it wrongly or not at all. Nothing in the files is executed. Raises ValueError or
         FileNotFoundError, naming the file, if it is missing, truncated or something else.
         """
-        place = choose_device(device)
+        place, path = choose_device(device), model_path(path)
+        precision = choose_precision(dtype, place)
         loras = [(Path(file), strength) for file, strength in lora]
-        options = LoadOptions(vae=None if vae is None else Path(vae), lora=loras, ema=ema, prediction=prediction)
-        parts = read_model(Path(path), options, dtype=choose_dtype(dtype, place))
+        options = LoadOptions(
+            vae=None if vae is None else model_path(vae), text=None if text is None else model_path(text),
+            lora=loras, ema=ema, prediction=prediction,
+        )  # fmt: skip
+        of_vae = dtype_of(of_autoencoder(precision))
+        parts = read_model(path, options, dtype=dtype_of(precision), vae_dtype=of_vae)
         for network in parts.networks:
             network.eval().requires_grad_(False).to(device=place)
-        return cls(parts, options, name=model_name(Path(path)))
+        return cls(parts, options, name=model_name(path))
 
-    def save(self, path: str | Path, *, format: str = "diffusers", dtype: str | None = None) -> None:
+    def save(self, path: str | Path, *, format: str = "diffusers", dtype: str | torch.dtype | None = None) -> None:
         """Write the model, LoRAs merged, for other programs: "diffusers", a folder with a model card, or "single-file",
         CompVis's layout with a .yaml next to it (only U-Nets). dtype: "fp32", "fp16" or "bf16"; None: as it was loaded.
 
@@ -143,12 +151,11 @@ class TextToImage:
         """
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, expected {' or '.join(FORMATS)}")
-        if dtype not in (None, *STORED):
-            raise ValueError(f"dtype is {dtype!r}, expected {', '.join(STORED)}")
-        stored = STORED[dtype or self.precision]
+        wanted = self.precision if dtype is None else precision_named(dtype)
+        stored = dtype_of(wanted)
         if stored != self.dtype != torch.float32:
             raise ValueError(
-                f"the model was loaded in {self.precision}, and a file in {dtype} would claim a precision that its "
+                f"the model was loaded in {self.precision}, and a file in {wanted} would claim a precision that its "
                 "weights do not have: load it with dtype='fp32', or use python -m ldm.export"
             )
         if format == "diffusers":
@@ -320,10 +327,6 @@ def choose_device(device: str) -> torch.device:
     return place
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the named dtype, or the best for the device. Raises ValueError for an unknown name."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in PRECISIONS:
-        raise ValueError(f"dtype is {dtype!r}, expected auto, {' or '.join(PRECISIONS)}")
-    return PRECISIONS[dtype]
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype to draw in: see choose_precision."""
+    return dtype_of(choose_precision(dtype, device))

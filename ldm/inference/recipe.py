@@ -57,6 +57,7 @@ class Recipe(PictureSettings):
     strength: float = 0.0  # 0: it started from noise
     prediction: str = ""  # as given to load; "": the model's own
     scheduler: str = ""  # the stock scheduler that was followed, or why it was not; "" for a sampler by name
+    text: str = ""  # the text encoder's file, as vae
     ema: bool = True  # whether averaged weights were used, if the file had both
     default_grid: str = ""  # the time grid of this model's path, used where the options name none
 
@@ -72,9 +73,10 @@ def recorded(options: LoadOptions) -> dict[str, Any]:
     """Return what a model was loaded with as fields of a Recipe. The first call reads the complete files, to hash
     them."""
     loras = [f"{file.name}{'' if by == 1 else f':{by:g}'} {file_hash(file)}" for file, by in options.lora]
-    vae = f"{options.vae.name} {file_hash(options.vae)}".strip() if options.vae else ""
+    vae, text = (f"{part.name} {file_hash(part)}".strip() if part else "" for part in (options.vae, options.text))
     return {
         "vae": vae,
+        "text": text,
         "loras": ", ".join(loras),
         "lora_hashes": ", ".join(lora_hash(file) for file, _ in options.lora),
         "prediction": options.prediction or "",

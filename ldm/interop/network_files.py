@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -14,7 +14,8 @@ from ldm.errors import NonFiniteError
 from ldm.files.atomic import atomic_file
 from ldm.files.messages import describe_misfit
 from ldm.files.strict_json import read_json, write_json
-from ldm.interop.identify import looks_like, shapes_of
+from ldm.interop.extra_tensors import extra_tensors, modules_of, warn_of_extras
+from ldm.interop.identify import looks_like, shapes_of, without_wrapping
 from ldm.interop.weight_reader import Weights, is_finite, open_weights
 
 CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal")
@@ -34,9 +35,13 @@ def read_config(source: Path) -> dict[str, Any]:
     """Read a config.json. Raises ValueError for one with classes of its own: they are never run, and without them it is
     incomplete."""
     content = read_json(source)
+    refuse_code(content, source=source)
+    return content
+
+
+def refuse_code(content: Mapping[str, Any], *, source: Path) -> None:
     if wanted := [key for key in CODE_KEYS if content.get(key)]:
         raise ValueError(f"{source} asks to run its own code ({wanted[0]}): refused; give a model that needs none")
-    return content
 
 
 def check_whole_numbers(content: Mapping[str, Any], limits: Mapping[str, int], *, source: Path) -> None:
@@ -45,10 +50,17 @@ def check_whole_numbers(content: Mapping[str, Any], limits: Mapping[str, int], *
     A key may be absent, or null. Networks are built from these numbers before their weights are seen.
     """
     for key, limit in limits.items():
-        given = content.get(key)
+        given = as_whole(content.get(key))
         values = given if isinstance(given, list) else [] if given is None else [given]
         if len(values) > MAX_LEVELS or any(type(value) is not int or not 1 <= value <= limit for value in values):
             raise ValueError(f"{source} has {key} {str(given)[:60]}, expected whole numbers from 1 to {limit}")
+
+
+def as_whole(value: Any) -> Any:
+    """Return a whole number as int, also within a list: other programs' JSON has 64.0 for 64."""
+    if isinstance(value, list):
+        return [as_whole(entry) for entry in value[: MAX_LEVELS + 1]]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @contextmanager
@@ -135,9 +147,21 @@ def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], *, source: 
 
 
 def fill(network: nn.Module, weights: Weights, *, dtype: torch.dtype) -> None:
-    """Load tensors from files strictly, in this precision. Raises ValueError for a mismatch before reading them."""
+    """Load tensors from files strictly, in this precision, with a warning of those that are ignored: see extra_tensors.
+
+    Raises ValueError for a mismatch before reading them.
+    """
+    weights = without_extras(weights, network.state_dict())
     check_fit(network.state_dict(), weights.tensors, source=weights.source)
     network.load_state_dict(weights.read(dtype), strict=True, assign=True)
+
+
+def without_extras(weights: Weights, wanted: Iterable[str]) -> Weights:
+    """Remove the tensors that a network with these parameters does not have, if they change no picture, and warn."""
+    weights, names = weights.changed(without_wrapping), set(wanted)
+    extras = extra_tensors(weights.tensors, wanted=names, modules=modules_of(names))
+    warn_of_extras(extras, weights.source)
+    return weights.only(name for name in weights.tensors if name not in extras) if extras else weights
 
 
 def check_fit(

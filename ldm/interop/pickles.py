@@ -8,7 +8,9 @@ file that names another is refused. No option allows another way of reading.
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from torch import Tensor
 
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # LEGACY: torch's magic number, pickled
 TENSORS = (Tensor, torch.nn.Parameter)  # the types of what is read
+# Entries under which trainers store a model next to their own state, in the order in which they are looked for; and
+# under which they store its averaged weights.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights")
+AVERAGES = ("ema", "ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "ema_model", "shadow_params")
+MAX_DEPTH = 3  # of a wrapper in a wrapper
 MAX_PICKLE_BYTES = 2**26  # without the tensors' data, stored separately; Stable Diffusion's has 1 or 2 MB
 
 
@@ -44,7 +51,6 @@ HARMLESS = (
     "argparse.Namespace",
     *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
 )
-WRAPPERS = ("state_dict", "model")  # entries that hold the weights in a checkpoint of a training
 
 
 def is_pickle(path: Path) -> bool:
@@ -57,17 +63,45 @@ def is_pickle(path: Path) -> bool:
 def open_pickle(path: Path) -> dict[str, Tensor]:
     """Read the tensors by name; files in torch's format since 2020 are mapped into memory.
 
-    They may be in an entry `state_dict` or `model`; other entries (epoch, optimizer, ...) are left out. Raises
+    They may be in an entry such as `state_dict`; other entries (epoch, optimizer, ...) are left out. If a model and its
+    averages are in two entries, the averages of a complete model's denoiser get their names of CompVis's layout. Raises
     ValueError for a file that names code, or that is not such a file.
     """
     content = _load(path)
-    if isinstance(content, dict):
-        content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected named tensors: give the file of a model")
     if "string_to_param" in content:
         raise ValueError(f"{path} is a textual inversion (words for a model), which is not supported: give a model")
+    found, averages = _model_in(content)
+    named = _averages_named(averages)
+    if averages and not named:
+        warnings.warn(f"{path} also holds averaged weights, whose names are not read: they are ignored", stacklevel=2)
+    return named | found
+
+
+def _model_in(content: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the model's tensors, out of the entries that it is wrapped in, and those of its averages."""
+    averages: dict[str, Tensor] = {}
+    for _ in range(MAX_DEPTH):
+        inner = {name: content[name] for name in (*WRAPPERS, *AVERAGES) if isinstance(content.get(name), dict)}
+        chosen = next((name for name in inner if len(inner[name]) > len(_tensors(content))), None)
+        if chosen is None:
+            break
+        if chosen not in AVERAGES:
+            averages = next((_tensors(inner[name]) for name in AVERAGES if name in inner), averages)
+        content = inner[chosen]
+    return _tensors(content), averages
+
+
+def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {name: value.data for name, value in content.items() if isinstance(name, str) and type(value) in TENSORS}
+
+
+def _averages_named(averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the averages of a denoiser the names that CompVis's LitEma gives them: without dots, below model_ema."""
+    prefix = "model."
+    below = {name: tensor for name, tensor in averages.items() if name.startswith(f"{prefix}diffusion_model.")}
+    return {"model_ema." + name.removeprefix(prefix).replace(".", ""): tensor for name, tensor in below.items()}
 
 
 def is_mapped(path: Path) -> bool:

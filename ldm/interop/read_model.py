@@ -16,16 +16,19 @@ from ldm.denoisers import UNetConfig
 from ldm.diffusion import Prediction
 from ldm.files.messages import some
 from ldm.interop.compvis.names import vae_from_shapes, vae_names
-from ldm.interop.compvis.reading import LEFT_OVER, attention_as_matrices, read_single_file
+from ldm.interop.compvis.reading import LEFT_OVER, attention_as_matrices, read_single_file, read_text_tower
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, read_denoiser_config
-from ldm.interop.diffusers_layout.folder import SCHEDULER, read_folder, read_sampling
+from ldm.interop.diffusers_layout.folder import SCHEDULER, TEXT_FOLDERS, open_text_parts, read_folder, read_sampling
 from ldm.interop.diffusers_layout.scheduler import read_scheduler
 from ldm.interop.diffusers_layout.vae import load_vae, open_vae, with_new_names
-from ldm.interop.identify import FIRST_STAGE, is_vae, refuse_foreign, shapes_of
+from ldm.interop.given_parts import GivenParts
+from ldm.interop.hub_cache import missing_model, repository_name
+from ldm.interop.identify import FIRST_STAGE, is_vae, refuse_foreign, shapes_of, without_wrapping
 from ldm.interop.lora import LayerChange, bundled_embeddings, merge_lora, open_lora, read_lora
 from ldm.interop.network_files import RUN_MODEL, described_by, fill, model_folder
 from ldm.interop.weight_reader import open_weights
 from ldm.model.components import ModelComponents, inpainting_channels
+from ldm.model.conditioner import TextTower
 from ldm.model.facts import ModelFacts
 from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
@@ -35,6 +38,7 @@ class LoadOptions:
     """What a model is loaded with: see ldm.TextToImage.load."""
 
     vae: Path | None = None
+    text: Path | None = None
     lora: Sequence[tuple[Path, float]] = ()
     ema: bool = True
     prediction: Prediction | None = None
@@ -43,28 +47,58 @@ class LoadOptions:
 AS_IT_IS = LoadOptions()
 
 
-def read_model(path: Path, options: LoadOptions = AS_IT_IS, *, dtype: torch.dtype) -> ModelComponents:
-    """Read a model in this precision, on the CPU.
+def read_model(
+    path: Path, options: LoadOptions = AS_IT_IS, *, dtype: torch.dtype, vae_dtype: torch.dtype | None = None
+) -> ModelComponents:
+    """Read a model in this precision, on the CPU. vae_dtype: the autoencoder's, if it is another.
 
     LoRAs are merged in float32 and the result is rounded once; this needs up to twice the memory.
     """
     folder, wanted = model_folder(path), dtype
+    of_vae = vae_dtype or wanted
     dtype = torch.float32 if options.lora else wanted
+    given = given_parts(options, dtype=dtype, vae_dtype=of_vae)
     if folder.is_dir():
-        parts = read_folder(folder, dtype=dtype, prediction=options.prediction)
+        parts = read_folder(folder, dtype=dtype, vae_dtype=of_vae, prediction=options.prediction, given=given)
     elif folder.exists():
-        parts = read_single_file(path, dtype=dtype, ema=options.ema, prediction=options.prediction)
+        parts = read_single_file(
+            path, dtype=dtype, vae_dtype=of_vae, ema=options.ema, prediction=options.prediction, given=given
+        )
     else:
-        raise FileNotFoundError(f"there is no model at {path}: give the folder or file of one")
-    if (vae := options.vae) is not None:
-        other = read_vae(vae, dtype=dtype, in_place_of=parts.model.vae.config)
-        parts = with_remark(replace(parts, model=replace(parts.model, vae=other)), f"autoencoder of {vae.name}")
+        raise FileNotFoundError(missing_model(path))
+    for what, other in (("autoencoder", options.vae), ("text encoder", options.text)):
+        parts = parts if other is None else with_remark(parts, f"{what} of {other.name}")
     for file, strength in options.lora:
         add_lora(parts, file, strength)
         parts = with_remark(parts, f"LoRA {file.name} of strength {strength:g}")
-    for network in parts.networks if options.lora else ():
+    for network in (parts.denoiser, *parts.model.conditioner.encoders) if options.lora else ():
         network.to(wanted)
     return parts
+
+
+def given_parts(options: LoadOptions, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> GivenParts:
+    """Read the given text encoder; the autoencoder waits for the configuration of the model's own."""
+    vae, text = options.vae, options.text
+    return GivenParts(
+        vae=None if vae is None else lambda own: read_vae(vae, dtype=vae_dtype, in_place_of=own),
+        towers=None if text is None else read_text(text, dtype=dtype),
+    )
+
+
+def read_text(path: Path, *, dtype: torch.dtype) -> tuple[TextTower, ...]:
+    """Read a text encoder and its tokenizer: from a folder that holds text_encoder/ and tokenizer/, from text_encoder/
+    itself, or from a file. Raises ValueError or FileNotFoundError for anything else."""
+    folder = model_folder(path)
+    if folder.is_file():
+        return (read_text_tower(folder, dtype=dtype),)
+    if not folder.exists():
+        raise FileNotFoundError(missing_model(path))
+    encoder, tokenizer = TEXT_FOLDERS[0]
+    if not (folder / encoder).is_dir() and folder.name == encoder and (folder.parent / tokenizer).is_dir():
+        folder = folder.parent
+    if not (folder / encoder).is_dir():
+        raise ValueError(f"{path} has no {encoder}/: give a folder that holds {encoder}/ and {tokenizer}/, or a file")
+    return tuple(text.read(dtype) for text in open_text_parts(folder))
 
 
 def add_lora(parts: ModelComponents, path: Path, strength: float) -> None:
@@ -89,10 +123,10 @@ def with_remark(parts: ModelComponents, remark: str) -> ModelComponents:
 
 def model_name(path: Path) -> str:
     """Return the model's name for image metadata: the run, the folder, or the file without its suffix."""
+    if path.is_file():
+        return path.stem
     place = path.resolve()
-    if place.is_file():
-        return place.stem
-    return place.parent.name if place.name == RUN_MODEL else place.name
+    return repository_name(place) or (place.parent.name if place.name == RUN_MODEL else place.name)
 
 
 def read_facts(path: Path) -> ModelFacts:
@@ -122,16 +156,20 @@ def read_facts(path: Path) -> ModelFacts:
     return ModelFacts(**facts)
 
 
-def read_vae(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig) -> AutoencoderKL:
-    """Read an autoencoder from a folder that holds its config.json, or a vae/ with one; or from a file.
+def read_vae(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig | None) -> AutoencoderKL:
+    """Read an autoencoder from a folder that holds its config.json, or a vae/ with one; or from a file, which may be
+    that of a complete model.
 
-    A file does not state the shift and scale of its latents: the model's own are used. Raises ValueError or
-    FileNotFoundError for anything else, and for latents of another shape than the model's.
+    A file does not state the shift and scale of its latents: those of the model's own are used, or Stable Diffusion's
+    if it has none. Raises ValueError or FileNotFoundError for anything else, and for latents of another shape than the
+    model's.
     """
     if path.is_dir():
-        vae = load_vae(path if (path / "config.json").exists() else path / "vae", dtype=dtype)
+        vae = load_vae(path if (path / "config.json").exists() else model_folder(path) / "vae", dtype=dtype)
     else:
-        vae = _read_vae_file(path, dtype=dtype, in_place_of=in_place_of)
+        vae = _read_vae_file(path, dtype=dtype, in_place_of=in_place_of or AutoencoderKLConfig())
+    if in_place_of is None:
+        return vae
     ours, theirs = in_place_of, vae.config
     if (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
         raise ValueError(
@@ -142,7 +180,7 @@ def read_vae(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig
 
 
 def _read_vae_file(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig) -> AutoencoderKL:
-    weights = open_weights(path).changed(_below_first_stage)
+    weights = open_weights(path).changed(without_wrapping).changed(_below_first_stage)
     shapes = shapes_of(weights.tensors)
     refuse_foreign(shapes, source=path)
     if not is_vae(shapes):
@@ -163,9 +201,12 @@ def _read_vae_file(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKL
 
 
 def _below_first_stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefix, and the networks of the training loss."""
+    """Remove the prefix, the networks of the training loss, and the other parts of a complete model."""
+    inside = any(name.startswith(FIRST_STAGE) for name in tensors)
     return {
         name.removeprefix(FIRST_STAGE): tensor
         for name, tensor in attention_as_matrices(tensors).items()
-        if not name.startswith("loss.") and not LEFT_OVER.fullmatch(name)
+        if (name.startswith(FIRST_STAGE) or not inside)
+        and not name.startswith("loss.")
+        and not LEFT_OVER.fullmatch(name)
     }

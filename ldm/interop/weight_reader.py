@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ldm.interop.pickles import is_mapped, is_pickle, open_pickle
+from ldm.interop.safetensors_tail import tensors_before_tail
 
 FLOATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+EIGHT_BITS = {torch.float8_e4m3fn: "fp8 (e4m3)", torch.float8_e5m2: "fp8 (e5m2)"}  # of which networks are read as well
 GROUP_BYTES = 2**29  # of a file that are in memory in addition to their converted copies
 MAX_HEADER_BYTES = 100 * 10**6  # of a safetensors file, as in the library
 MAX_TENSORS = 100_000
@@ -92,7 +94,8 @@ def open_weights(*files: Path) -> Weights:
 
 def describe(tensors: Mapping[str, Tensor]) -> str:
     """Describe the precision and the number of tensors: "fp16, 1131 tensors"."""
-    kinds = sorted({FLOATS.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")) for tensor in tensors.values()})
+    known = FLOATS | EIGHT_BITS
+    kinds = sorted({known.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")) for tensor in tensors.values()})
     return f"{' and '.join(kinds)}, {len(tensors)} tensors"
 
 
@@ -144,6 +147,8 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        if (found := tensors_before_tail(path)) is not None:
+            return found
         raise ValueError(f"{path} is not a complete safetensors file ({error}): copy it again") from error
 
 
@@ -166,9 +171,9 @@ def _check_plain(tensors: Mapping[str, Tensor], source: Path) -> None:
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype, source: Path) -> Tensor:
     """Convert a tensor to this precision. Raises ValueError if a value is not finite."""
-    if tensor.dtype not in FLOATS:
+    if tensor.dtype not in (known := FLOATS | EIGHT_BITS):
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise ValueError(f"{source}: tensor {name} holds {kind}, expected {', '.join(FLOATS.values())}: convert it")
+        raise ValueError(f"{source}: tensor {name} holds {kind}, expected {', '.join(known.values())}: convert it")
     found = tensor.to(dtype)
     # Check the wider of the two: its sums are fast, and overflow in the narrower is not the file's fault.
     if not is_finite(found if found.element_size() > tensor.element_size() else tensor):

@@ -23,9 +23,9 @@ from ldm.inference.pipeline import TextToImage
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.network_files import RUN_MODEL
 from ldm.model.components import ModelComponents
+from ldm.model.precision import dtype_of
 from ldm.training.denoiser_config import TrainConfig
 from ldm.training.denoiser_setup import LatentEncoder, frozen_half, start_from
-from ldm.training.engine.config import DTYPES
 from ldm.training.engine.distributed import Ranks
 from ldm.training.session import Session
 from ldm.training.task import Task
@@ -50,7 +50,7 @@ class DenoiserTask(Task[TrainConfig]):
         self.shape = (self.model.vae.config.latent_channels, self.side, self.side)
         session.seed()
         self.network = self.build()
-        self.dtype = DTYPES[session.precision]  # of the matrix products
+        self.dtype = dtype_of(session.precision)  # of the matrix products
         choose_attention(self.network, self.device, self.dtype)
         if config.model.start is not None:
             start_from(self.network, config, config.model.start)

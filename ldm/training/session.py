@@ -15,8 +15,9 @@ from data.bad_samples import Quarantine
 from data.loader import Batch, CaptionedImages, held_out
 from data.readers import Reader
 from ldm.errors import DataError
+from ldm.model.precision import Precision
 from ldm.training.checkpoints.train_state import seed_generators
-from ldm.training.engine.config import Resolved, resolved_precision
+from ldm.training.engine.config import resolved_precision
 from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.engine import Engine
 from ldm.training.engine.launch import start_process
@@ -43,7 +44,7 @@ class Session(Generic[Config]):
     watch: Watchdog
 
     @property
-    def precision(self) -> Resolved:
+    def precision(self) -> Precision:
         """The precision of the forward pass."""
         return resolved_precision(self.config.engine.precision, self.world.device)
 

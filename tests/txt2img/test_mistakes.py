@@ -58,7 +58,7 @@ BAD = [
         ("--guidance-interval 0.9 0.2", "the guidance interval is 0.9 to 0.2, expected 0 <= start <= stop <= 1"),
         ("--guidance-schedule up", "no guidance schedule 'up': There are constant, linear, cosine"),
         ("--time-grid 0,1", "the time grid is 0, 1, expected two or more times that fall from at most 1 to 0"),
-        ("--precision fp16", "--precision: invalid choice: 'fp16'"),
+        ("--precision int8", "--precision: the precision is 'int8', expected fp32 (float32, "),
         ("--sampler dpmp_2m", "no sampler 'dpmp_2m', did you mean dpmpp_2m? There are ddpm, ddpm_large, "),
         ("--sampler xyz", "no sampler 'xyz': There are ddpm, ddpm_large, "),
         ("--ckpt missing", "there is no model at missing"),

@@ -153,15 +153,18 @@ def unet_from_shapes(shapes: Shapes) -> tuple[UNetConfig, int]:
     widths = tuple(level[0][0] for level in levels)
     projection = shapes["middle_block.1.proj_in.weight"]
     linear = len(projection) == 2
-    heads = tuple(max(1, width // HEAD_WIDTH_OF_LINEAR) for width in widths) if linear else HEADS_OF_CONVOLUTIONAL
     config = UNetConfig(
         block_out_channels=widths,
         layers_per_block=len(levels[0]),
         attention_levels=tuple(level[0][1] for level in levels),
-        heads=heads,
+        heads=default_heads(widths, linear=linear),
         use_linear_projection=linear,
     )
     return config, shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
+
+
+def default_heads(widths: tuple[int, ...], *, linear: bool) -> int | tuple[int, ...]:
+    return tuple(max(1, width // HEAD_WIDTH_OF_LINEAR) for width in widths) if linear else HEADS_OF_CONVOLUTIONAL
 
 
 def vae_from_shapes(shapes: Shapes) -> AutoencoderKLConfig:

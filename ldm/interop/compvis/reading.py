@@ -12,13 +12,13 @@ an image of its own, because alpha is nearly zero there.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import PathConfig, Prediction, ScaledLinearBetaPath
@@ -32,6 +32,7 @@ from ldm.interop.compvis.names import (
     vae_from_shapes,
     vae_names,
 )
+from ldm.interop.compvis.parts import as_single_file, with_text_encoder_names
 from ldm.interop.compvis.sidecar import HIDDEN_KEY, Sidecar, read_sidecar, with_heads
 from ldm.interop.diffusers_layout.denoiser import UNetLayout
 from ldm.interop.diffusers_layout.scheduler import (
@@ -42,23 +43,28 @@ from ldm.interop.diffusers_layout.scheduler import (
     warn_of,
 )
 from ldm.interop.diffusers_layout.vae import vae_config
+from ldm.interop.extra_tensors import EMBEDDINGS, extra_tensors, warn_of_extras
+from ldm.interop.given_parts import NONE_GIVEN, GivenParts
 from ldm.interop.identify import CONDITIONER, DENOISER, FIRST_STAGE, Shapes, refuse_foreign, refuse_parts, shapes_of
 from ldm.interop.network_files import check_fit, described_by
 from ldm.interop.weight_reader import Weights, describe, open_weights
-from ldm.model.components import LoadedDenoiser, ModelComponents, Origin, check_components_fit, inpainting_channels
+from ldm.model.components import LoadedDenoiser, ModelComponents, Origin, check_components_fit
 from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
 from text.conversion import kind_of, text_encoder_from_weights
-from text.encoder import TransformersTextEncoder
+from text.encoder import TextEncoderConfig
 from text.tokenizer import Tokenizer
-from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL
+from vae.autoencoder import STABLE_DIFFUSION_SCALE, AutoencoderKL, AutoencoderKLConfig
 
-# Left by training in such files: tables, EMA counters, and the autoencoder's discriminator and perceptual loss.
+# Left by training in such files: tables, EMA counters, the autoencoder's discriminator and perceptual loss, and CLIP's
+# half for images.
 LEFT_OVER = re.compile(
     r"((first_stage_)?model_ema\..*|first_stage_model\.loss\..*|logvar|lvlb_weights|betas|"
     r"embedding_manager\..*|v_pred|ztsnr|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|scale_factor|"
     r"cond_stage_model\.(model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)|"
-    r"cond_stage_model\.transformer\.(text_model\.)?(embeddings\.position_ids|text_projection\.weight))"
+    r"cond_stage_model\.transformer\.(text_model\.)?(embeddings\.position_ids|text_projection\.weight)|"
+    r"cond_stage_model\.transformer\.(vision_model\..*|visual_projection\.weight|logit_scale)|"
+    r"cond_stage_model\.model\.visual\..*)"
 )
 DEFAULT_SIDE, SIDE_OF_SECOND_V = 64, 96  # of the latents of 512 x 512 pixels, and of Stable Diffusion 2's 768 x 768
 LAST_TIMESTEP = 999
@@ -71,45 +77,43 @@ class Plan:
     """The mapping from a file's tensors to three networks. Names include their prefixes."""
 
     unet: UNet  # of meta tensors, as is vae
-    vae: AutoencoderKL
+    vae: AutoencoderKL | None  # None: the file has none, as text_encoder
     config: UNetConfig
     context_width: int
-    text_encoder: TextEncoderPlan
+    text_encoder: TextEncoderPlan | None
     unet_names: dict[str, str]  # ours -> the file's
     vae_names: dict[str, str]
     averaged: bool = False  # whether unet_names are those of the averaged weights
 
 
 def read_single_file(
-    path: Path, *, dtype: torch.dtype, ema: bool = True, prediction: Prediction | None = None
-) -> ModelComponents:
+    path: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype | None = None, ema: bool = True,
+    prediction: Prediction | None = None, given: GivenParts = NONE_GIVEN,
+) -> ModelComponents:  # fmt: skip
     """Read a model in this precision, on the CPU. ema: use the averaged weights if the file holds both.
 
-    prediction: overrides the stated or detected one: see find_prediction. Raises ValueError or
+    vae_dtype: the autoencoder's precision, if it is another. prediction: overrides the stated or detected one: see
+    find_prediction. given: parts in place of the file's own, with which a U-Net alone is a model. Raises ValueError or
     FileNotFoundError for a file that is missing, truncated or of another layout.
     """
-    weights = open_weights(path).changed(attention_as_matrices)
-    shapes = shapes_of(weights.tensors)
-    refuse_foreign({name: shape for name, shape in shapes.items() if not LEFT_OVER.fullmatch(name)}, source=path)
-    refuse_parts(shapes, source=path)
+    weights = open_single_file(path, given)
     sidecar = read_sidecar(path, weights.metadata)
     with described_by(path):
         sidecar = with_buffers(sidecar, weights)
-        plan = make_plan(shapes, sidecar, source=path)
-        averaged = ema_names(plan, shapes)
+        plan = make_plan(shapes_of(weights.tensors), sidecar, source=path)
+        averaged = ema_names(plan, weights.tensors)
     if averaged and ema:
         plan = replace(plan, unet_names=averaged, averaged=True)
-    text = fill_networks(plan, weights, dtype=dtype)
-    tokenizer = Tokenizer(plan.text_encoder.config.tokenizer)
+    vae, tower = fill_networks(plan, weights, given, dtype=dtype, vae_dtype=vae_dtype or dtype)
     loaded = LoadedDenoiser(plan.unet, plan.config, DEFAULT_SIDE, plan.context_width)
-    check_components_fit(loaded, plan.vae, [(text.config, tokenizer)], source=path)
-    conditioner = Conditioner(TextTower(text, tokenizer))
+    check_components_fit(loaded, vae, [(tower.encoder.config, tower.tokenizer)], source=path)
+    conditioner = Conditioner(tower)
     with described_by(path):
         noise_path, stated = path_and_prediction(sidecar, weights, source=path)
-    prediction, remarks = find_prediction(prediction, stated, plan.unet, plan.config, conditioner)
+    prediction, remarks = find_prediction(prediction, stated, loaded, conditioner)
     scheduler_config_json(noise_path, prediction)  # raises for a prediction that this path does not have
     with described_by(path):
-        side = native_side(sidecar, plan, prediction)
+        side = native_side(sidecar, plan.config, vae, prediction)
         sampling = Sampling(None)
         if sidecar.own is not None:
             inpainting = plan.unet.concat_channels > 0
@@ -117,7 +121,7 @@ def read_single_file(
     warn_of(sampling, source=path, path=noise_path)
     remarks = (*_ema_remark(bool(averaged), ema=ema), *remarks)
     return ModelComponents(
-        model=LatentDiffusion(vae=plan.vae, conditioner=conditioner, path=noise_path, prediction=prediction),
+        model=LatentDiffusion(vae=vae, conditioner=conditioner, path=noise_path, prediction=prediction),
         denoiser=plan.unet,
         config=plan.config,
         sample_size=side,
@@ -128,18 +132,70 @@ def read_single_file(
     )
 
 
-def fill_networks(plan: Plan, weights: Weights, *, dtype: torch.dtype) -> TransformersTextEncoder:
-    """Load the U-Net and the autoencoder, and return the text encoder, after checking that the file holds exactly their
-    weights."""
+def open_single_file(path: Path, given: GivenParts) -> Weights:
+    """Open a file, its tensors under the names of a complete one. Raises ValueError for one of another kind, or without
+    a part that is not given."""
+    weights = open_weights(path)
+    with described_by(path):
+        weights = as_single_file(weights).changed(attention_as_matrices)
+    shapes = shapes_of(weights.tensors)
+    own = [name for name in shapes if not LEFT_OVER.fullmatch(name) and not name.startswith(EMBEDDINGS)]
+    refuse_foreign({name: shapes[name] for name in own}, source=path)
+    refuse_parts(shapes, source=path)
+    has_vae, has_text = (any(name.startswith(prefix) for name in shapes) for prefix in (FIRST_STAGE, CONDITIONER))
+    given.check(path, has_vae=has_vae, has_text=has_text)
+    return weights
+
+
+def fill_networks(
+    plan: Plan, weights: Weights, given: GivenParts, *, dtype: torch.dtype, vae_dtype: torch.dtype
+) -> tuple[AutoencoderKL, TextTower]:
+    """Load the U-Net, and return the autoencoder and the text encoder, the file's or the given ones, after checking
+    that the file holds exactly the weights of its networks."""
     check_all(plan, weights.tensors, source=weights.source)
     # The text encoder first, so that its mapped pages are released before the larger parts are read.
-    text_names = [CONDITIONER + name for name in plan.text_encoder.wanted]
-    text_weights = plan.text_encoder.weights(weights.only(text_names).read(dtype))
-    text = text_encoder_from_weights(plan.text_encoder.config, text_weights, dtype=dtype)
-    for network, names in ((plan.vae, plan.vae_names), (plan.unet, plan.unet_names)):
-        found = weights.only(names.values()).read(dtype)
-        network.load_state_dict({ours: found[theirs] for ours, theirs in names.items()}, strict=True, assign=True)
-    return text
+    tower = given.towers[0] if given.towers else _text_tower(plan.text_encoder, weights, dtype=dtype)
+    if given.vae:
+        vae = given.vae(plan.vae and plan.vae.config)
+    else:
+        assert plan.vae is not None  # by given.check
+        vae = plan.vae
+        _fill(vae, plan.vae_names, weights, dtype=vae_dtype)
+    _fill(plan.unet, plan.unet_names, weights, dtype=dtype)
+    return vae, tower
+
+
+def _fill(network: nn.Module, names: Mapping[str, str], weights: Weights, *, dtype: torch.dtype) -> None:
+    found = weights.only(names.values()).read(dtype)
+    network.load_state_dict({ours: found[theirs] for ours, theirs in names.items()}, strict=True, assign=True)
+
+
+def _text_tower(plan: TextEncoderPlan | None, weights: Weights, *, dtype: torch.dtype) -> TextTower:
+    assert plan is not None  # by given.check
+    found = plan.weights(weights.only(CONDITIONER + name for name in plan.wanted).read(dtype))
+    return TextTower(text_encoder_from_weights(plan.config, found, dtype=dtype), Tokenizer(plan.config.tokenizer))
+
+
+def read_text_tower(path: Path, *, dtype: torch.dtype) -> TextTower:
+    """Read the text encoder of a single file, or one that is alone in a file, in this precision.
+
+    Raises ValueError or FileNotFoundError for a file without one, or with another than CLIP's.
+    """
+    weights = with_text_encoder_names(open_weights(path))
+    sidecar = read_sidecar(path, weights.metadata)
+    with described_by(path):
+        shapes = _below(shapes_of(weights.tensors), CONDITIONER)
+        plan = plan_text_encoder(shapes, _stated_text(sidecar))
+        wanted = {CONDITIONER + name: tensor for name, tensor in plan.wanted.items()}
+        check_fit(wanted, {name: weights.tensors[name] for name in wanted if name in weights.tensors}, source=path)
+        return _text_tower(plan, weights, dtype=dtype)
+
+
+def _stated_text(sidecar: Sidecar) -> TextEncoderConfig | None:
+    if sidecar.own is None:
+        return None
+    text = sidecar.own["text_encoder"]
+    return kind_of(text).read_config(text, hidden=text.get(HIDDEN_KEY, "last"))
 
 
 def attention_as_matrices(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,44 +220,48 @@ def with_buffers(sidecar: Sidecar, weights: Weights) -> Sidecar:
 def make_plan(shapes: Shapes, sidecar: Sidecar, *, source: Path) -> Plan:
     """Build the networks on the meta device and map names. Raises KeyError with the name of a missing tensor, and
     ValueError for networks other than Stable Diffusion's."""
-    if not any(name.startswith(FIRST_STAGE) for name in shapes):
-        raise ValueError(f"it has no autoencoder ({FIRST_STAGE}*): give a file that has one")
     below = {prefix: _below(shapes, prefix) for prefix in (DENOISER, FIRST_STAGE, CONDITIONER)}
     if sidecar.own is not None:
         config, around = UNetLayout().from_json(sidecar.own["unet"], source=source)
         context_width = around.context_width
-        vae, text = vae_config(sidecar.own["vae"], source=source), sidecar.own["text_encoder"]
-        text = kind_of(text).read_config(text, hidden=text.get(HIDDEN_KEY, "last"))
     else:
         config, context_width = unet_from_shapes(below[DENOISER])
-        config, text = with_heads(config, sidecar), None
-        vae = vae_from_shapes(below[FIRST_STAGE])
-        scale = STABLE_DIFFUSION_SCALE if sidecar.scale_factor is None else sidecar.scale_factor
-        vae = replace(vae, latent_std=(1 / scale,) * vae.latent_channels)
-    latents = vae.latent_channels
+        config = with_heads(config, sidecar)
     taken = below[DENOISER]["input_blocks.0.0.weight"][1]
+    vae = _planned_vae(below[FIRST_STAGE], sidecar, source=source) if below[FIRST_STAGE] else None
+    latents = below[DENOISER]["out.2.weight"][0] if vae is None else vae.latent_channels
     if taken < latents:
         raise ValueError(f"its U-Net takes {taken} channels, but its autoencoder produces {latents}: give another")
     with torch.device("meta"):
         unet = UNet(config, latent_channels=latents, concat_channels=taken - latents, context_width=context_width)
-        autoencoder = AutoencoderKL(vae)
-    of_unet, of_vae = unet_names(unet.state_dict(), config), vae_names(autoencoder.state_dict(), vae)
+        autoencoder = None if vae is None else AutoencoderKL(vae)
+    of_unet = unet_names(unet.state_dict(), config)
+    of_vae = {} if autoencoder is None else vae_names(autoencoder.state_dict(), autoencoder.config)
+    text = below[CONDITIONER]
     return Plan(
         unet=unet,
         vae=autoencoder,
         config=config,
         context_width=context_width,
-        text_encoder=plan_text_encoder(below[CONDITIONER], text),
+        text_encoder=plan_text_encoder(text, _stated_text(sidecar)) if text else None,
         unet_names={ours: DENOISER + theirs for ours, theirs in of_unet.items()},
         vae_names={ours: FIRST_STAGE + theirs for ours, theirs in of_vae.items()},
     )
+
+
+def _planned_vae(shapes: Shapes, sidecar: Sidecar, *, source: Path) -> AutoencoderKLConfig:
+    if sidecar.own is not None:
+        return vae_config(sidecar.own["vae"], source=source)
+    vae = vae_from_shapes(shapes)
+    scale = STABLE_DIFFUSION_SCALE if sidecar.scale_factor is None else sidecar.scale_factor
+    return replace(vae, latent_std=(1 / scale,) * vae.latent_channels)
 
 
 def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
-def ema_names(plan: Plan, shapes: Shapes) -> dict[str, str]:
+def ema_names(plan: Plan, shapes: Container[str]) -> dict[str, str]:
     """Map the U-Net's names to the averaged weights; empty if the file has none. Raises ValueError if only some are
     present."""
     names = {ours: ema_name(theirs.removeprefix(DENOISER)) for ours, theirs in plan.unet_names.items()}
@@ -216,17 +276,23 @@ def ema_names(plan: Plan, shapes: Shapes) -> dict[str, str]:
 def check_all(plan: Plan, tensors: Mapping[str, Tensor], *, source: Path) -> None:
     """Raise ValueError unless the file holds exactly these three networks, apart from tensors left by training."""
     wanted = {plan.unet_names[ours]: tensor for ours, tensor in plan.unet.state_dict().items()}
-    wanted |= {plan.vae_names[ours]: tensor for ours, tensor in plan.vae.state_dict().items()}
-    wanted |= {CONDITIONER + name: tensor for name, tensor in plan.text_encoder.wanted.items()}
+    if plan.vae is not None:
+        wanted |= {plan.vae_names[ours]: tensor for ours, tensor in plan.vae.state_dict().items()}
+    if plan.text_encoder is not None:
+        wanted |= {CONDITIONER + name: tensor for name, tensor in plan.text_encoder.wanted.items()}
     unasked = {name for name in tensors if LEFT_OVER.fullmatch(name) or (plan.averaged and name.startswith(DENOISER))}
-    unasked |= {name for name in tensors if plan.text_encoder.is_unused(name.removeprefix(CONDITIONER))}
-    found = {name: tensor for name, tensor in tensors.items() if name in wanted or name not in unasked}
+    if (text := plan.text_encoder) is not None:
+        unasked |= {name for name in tensors if text.is_unused(name.removeprefix(CONDITIONER))}
+    unasked -= wanted.keys()
+    extras = extra_tensors(tensors.keys() - unasked, wanted=wanted, modules=(DENOISER, FIRST_STAGE, CONDITIONER))
+    found = {name: tensor for name, tensor in tensors.items() if name not in unasked and name not in extras}
     check_fit(wanted, found, source=source, to=f"the nearest known layout, {nearest(plan)}")
+    warn_of_extras(extras, source)
 
 
 def nearest(plan: Plan) -> str:
     version = 2 if plan.config.use_linear_projection else 1
-    inpainting = plan.unet.concat_channels == inpainting_channels(plan.vae)
+    inpainting = plan.unet.concat_channels == 1 + plan.unet.latent_channels
     return f"Stable Diffusion {version}{' for inpainting' * inpainting}"
 
 
@@ -252,13 +318,13 @@ def path_and_prediction(sidecar: Sidecar, weights: Weights, *, source: Path) -> 
     return path, sidecar.prediction
 
 
-def native_side(sidecar: Sidecar, plan: Plan, prediction: Prediction) -> int:
+def native_side(sidecar: Sidecar, config: UNetConfig, vae: AutoencoderKL, prediction: Prediction) -> int:
     """Return the side of the latents that the model was trained on."""
     if sidecar.own is not None:
         return int(sidecar.own["unet"]["sample_size"])
-    if sidecar.resolution is not None and sidecar.resolution >= plan.vae.config.factor:
-        return sidecar.resolution // plan.vae.config.factor
-    return SIDE_OF_SECOND_V if plan.config.use_linear_projection and prediction == "v" else DEFAULT_SIDE
+    if sidecar.resolution is not None and sidecar.resolution >= vae.config.factor:
+        return sidecar.resolution // vae.config.factor
+    return SIDE_OF_SECOND_V if config.use_linear_projection and prediction == "v" else DEFAULT_SIDE
 
 
 def _ema_remark(both: bool, *, ema: bool) -> tuple[str, ...]:
@@ -268,13 +334,15 @@ def _ema_remark(both: bool, *, ema: bool) -> tuple[str, ...]:
 
 
 def find_prediction(
-    wanted: Prediction | None, stated: Prediction | None, unet: UNet, config: UNetConfig, conditioner: Conditioner
+    wanted: Prediction | None, stated: Prediction | None, loaded: LoadedDenoiser, conditioner: Conditioner
 ) -> tuple[Prediction, tuple[str, ...]]:
     """Return what the network predicts, with a remark on how that was determined."""
     if wanted is not None:
         return wanted, ("prediction as requested",)
-    if stated is not None or not config.use_linear_projection:
+    unet, config, *_ = loaded
+    if stated is not None or not isinstance(config, UNetConfig) or not config.use_linear_projection:
         return stated or "eps", ()
+    assert isinstance(unet, UNet)
     seen = noise_in_answer(unet, conditioner)
     remark = f"prediction found by a test (noise in its output: {seen:.2f}; --prediction sets it)"
     return "eps" if seen > LEAST_CORRELATION else "v", (remark,)

@@ -46,7 +46,8 @@ class UNetJson(ConfigJson):
     up_block_types: list[str] | None = None
     use_linear_projection: bool = False
 
-    # Options of diffusers' network that Stable Diffusion 1 and 2 do not use, unless they are off when null, false or 0.
+    # Options of diffusers' network that Stable Diffusion 1 and 2 do not use: these are off with the given value, those
+    # of OPTIONS when null, false or 0.
     UNUSED = {  # noqa: RUF012 - a constant
         "attention_type": "default",
         "conv_in_kernel": 3,
@@ -56,7 +57,15 @@ class UNetJson(ConfigJson):
         "time_embedding_type": "positional",
         "transformer_layers_per_block": 1,
     }
-    IGNORED = ("addition_embed_type_num_heads", "upcast_attention")
+    IGNORED = ("addition_embed_type_num_heads", "dropout", "upcast_attention")
+    OPTIONS = (
+        "addition_embed_type", "addition_time_embed_dim", "class_embed_type", "class_embeddings_concat",
+        "cross_attention_norm", "dual_cross_attention", "encoder_hid_dim", "encoder_hid_dim_type",
+        "mid_block_only_cross_attention", "num_attention_heads", "num_class_embeds", "only_cross_attention",
+        "projection_class_embeddings_input_dim", "resnet_skip_time_act", "reverse_transformer_layers_per_block",
+        "time_cond_proj_dim", "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act",
+    )  # fmt: skip
+    ONE_OR_LIST = ("cross_attention_dim", "layers_per_block", "sample_size", "transformer_layers_per_block")
 
 
 class UNetLayout(DenoiserLayout[UNetConfig]):
@@ -102,7 +111,7 @@ class UNetLayout(DenoiserLayout[UNetConfig]):
             layers_per_block=found.layers_per_block,
             attention_levels=tuple(BLOCKS[name] for name in down),
             heads=tuple(heads) if isinstance(heads, list) else heads,
-            use_linear_projection=found.use_linear_projection,
+            use_linear_projection=bool(found.use_linear_projection),
             norm_num_groups=found.norm_num_groups,
         )
         side = int(found.sample_size)  # raises for a list of two sides
@@ -146,7 +155,9 @@ class PixArtJson(ConfigJson):
     sample_size: int = whole(1024)
 
     UNUSED = {"attention_type": "default"}  # noqa: RUF012 - a constant
-    IGNORED = ("norm_num_groups", "upcast_attention")
+    IGNORED = ("dropout", "norm_num_groups", "upcast_attention")
+    # Of the older class, Transformer2DModel.
+    OPTIONS = ("num_vector_embeds", "use_linear_projection", "only_cross_attention", "double_self_attention")
 
 
 class PixArtLayout(DenoiserLayout[DiTConfig]):

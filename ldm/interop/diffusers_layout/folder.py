@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ldm.denoisers import UNet
-from ldm.diffusion import PathConfig, Prediction
+from ldm.denoisers import UNet, UNetConfig
+from ldm.diffusion import PathConfig, Prediction, ScaledLinearBetaPath
 from ldm.files.atomic import atomic_folder
 from ldm.files.strict_json import write_json
+from ldm.interop.compvis.reading import find_prediction
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, open_denoiser, save_denoiser
 from ldm.interop.diffusers_layout.layout import OWN, VERSION, DenoiserLayout
 from ldm.interop.diffusers_layout.scheduler import (
@@ -24,9 +25,13 @@ from ldm.interop.diffusers_layout.scheduler import (
     warn_of,
 )
 from ldm.interop.diffusers_layout.vae import folded, open_vae, save_vae, vae_weights
+from ldm.interop.extra_tensors import extra_tensors, warn_of_extras
+from ldm.interop.given_parts import NONE_GIVEN, GivenParts
+from ldm.interop.hub_cache import is_own_file
+from ldm.interop.identify import without_wrapping
 from ldm.interop.network_files import TEXT_STEM, described_by, fill, find_weights, read_config
 from ldm.interop.weight_reader import Weights, describe
-from ldm.model.components import ModelComponents, Origin, check_components_fit
+from ldm.model.components import LoadedDenoiser, ModelComponents, Origin, check_components_fit
 from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.samplers.stock import StockScheduler
@@ -51,35 +56,50 @@ TEXT_FOLDERS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")
 LIBRARY = "transformers"
 
 
-def read_folder(folder: Path, *, dtype: torch.dtype, prediction: Prediction | None = None) -> ModelComponents:
+def read_folder(
+    folder: Path, *, dtype: torch.dtype, vae_dtype: torch.dtype | None = None, prediction: Prediction | None = None,
+    given: GivenParts = NONE_GIVEN,
+) -> ModelComponents:  # fmt: skip
     """Read a model in this precision, on the CPU. prediction: overrides the one in the scheduler's config.
 
-    Raises ValueError or FileNotFoundError, naming the file, if a file is missing, truncated or of another kind.
+    vae_dtype: the autoencoder's precision, if it is another. given: parts in place of the folder's own, with which a
+    denoiser's folder alone is a model. Raises ValueError or FileNotFoundError, naming the file, if a file is missing,
+    truncated or of another kind.
     """
     check_index(folder)
     # Read all configs before any weights, so that an unsuitable folder fails at once and not after a minute.
-    part = folder / _denoiser_part(folder)
-    path, stated = read_scheduler(folder / SCHEDULER)
-    scheduler_config_json(path, prediction or stated)  # raises for a prediction that this path does not have
-    loaded, vae, texts = open_denoiser(part), open_vae(folder / "vae"), open_text_parts(folder)
-    check_components_fit(loaded, vae, [(text.config, text.tokenizer) for text in texts], source=folder)
-    weights, of_vae = find_weights(part), vae_weights(folder / "vae")
+    loaded = open_denoiser(part := _denoiser_part(folder))
+    given.check(folder, has_vae=(folder / "vae").is_dir(), has_text=(folder / TEXT_FOLDERS[0][0]).is_dir())
+    path, stated, place = _path_and_prediction(folder, loaded)
+    scheduler_config_json(path, prediction or stated or "eps")  # raises for a prediction that this path does not have
+    own_vae = open_vae(folder / "vae") if (folder / "vae").is_dir() else None
+    texts = [] if given.towers else open_text_parts(folder)
+    if own_vae is not None and not given.towers:
+        check_components_fit(loaded, own_vae, [(text.config, text.tokenizer) for text in texts], source=folder)
+    weights, of_vae = find_weights(part), [] if given.vae else [vae_weights(folder / "vae")]
     # The text encoders first, so that their mapped pages are released before the larger parts are read.
-    towers = [text.read(dtype) for text in texts]
-    fill(vae, of_vae, dtype=dtype)
+    towers = given.towers or [text.read(dtype) for text in texts]
+    vae = given.vae(own_vae and own_vae.config) if given.vae else own_vae
+    assert vae is not None
+    check_components_fit(loaded, vae, [(tower.encoder.config, tower.tokenizer) for tower in towers], source=folder)
+    for found in of_vae:
+        fill(vae, found, dtype=vae_dtype or dtype)
     fill(loaded.network, weights, dtype=dtype)
-    model = LatentDiffusion(vae=vae, conditioner=Conditioner(*towers), path=path, prediction=prediction or stated)
-    notes = own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES)
+    predicted, remarks = find_prediction(prediction, stated, loaded, conditioner := Conditioner(*towers))
     unet, inpainting = isinstance(loaded.network, UNet), loaded.network.concat_channels > 0
-    sampling = read_sampling(folder, path, prediction or stated, unet=unet, inpainting=inpainting)
-    warn_of(sampling, source=folder / SCHEDULER, path=path)
+    sampling = Sampling(None)
+    if place is not None:
+        sampling = read_sampling(place, path, predicted, unet=unet, inpainting=inpainting)
+        warn_of(sampling, source=place / SCHEDULER, path=path)
+    notes = own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES).decode(errors="replace")
+    precision = _precision([weights, *(text.weights for text in texts), *of_vae])
     return ModelComponents(
-        model=model,
+        model=LatentDiffusion(vae=vae, conditioner=conditioner, path=path, prediction=predicted),
         denoiser=loaded.network,
         config=loaded.config,
         sample_size=loaded.sample_size,
-        notes=notes.decode(errors="replace"),
-        origin=Origin(files=weights.files, precision=_precision([weights, *(text.weights for text in texts), of_vae])),
+        notes=notes,
+        origin=Origin(files=weights.files, precision=precision, remarks=() if stated else remarks),
         scheduler=sampling.stock,
         unfollowed=sampling.unfollowed,
     )
@@ -96,18 +116,38 @@ def read_sampling(folder: Path, path: PathConfig, prediction: Prediction, *, une
         return sampling_from(content, path, prediction, kind=kind, unet=unet, inpainting=inpainting)
 
 
+def _path_and_prediction(folder: Path, loaded: LoadedDenoiser) -> tuple[PathConfig, Prediction | None, Path | None]:
+    """Read the scheduler: the folder's own, or of the model that a denoiser's folder is a part of; and which folder it
+    is in. A U-Net without one is on Stable Diffusion's path, and its prediction is not known."""
+    places = [folder, folder.parent] if (folder / "config.json").exists() else [folder]
+    place = next((place for place in places if (place / SCHEDULER).exists()), folder)
+    if (
+        isinstance(loaded.config, UNetConfig)
+        and not (place / SCHEDULER.parent).is_dir()
+        and not (folder / INDEX).exists()
+    ):
+        return ScaledLinearBetaPath(), None, None
+    return *read_scheduler(place / SCHEDULER), place
+
+
 def own_file(folder: Path, file: Path, *, most: int) -> bytes:
     """Read a file next to the weights, to be copied into the export; b"" if it does not exist.
 
     Raises ValueError for a link that leads out of the folder, whose target would be published with the export, for
-    anything but a plain file, and for more than `most` bytes.
+    anything but a plain file, and for more than `most` bytes. In the Hub's cache, links lead to the folder blobs/ of
+    the same model: these files are the folder's own.
     """
     if not file.exists():
         return b""
-    if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()) or file.stat().st_size > most:
+    if not file.is_file():
+        raise ValueError(f"{file} is not a plain file, expected one that an export may copy: move it elsewhere")
+    if not is_own_file(file, folder):
         raise ValueError(
-            f"{file} is not a plain file of at most {most} bytes in its folder: remove it, or copy it there"
+            f"{file} is not a plain file of the model, but a link to {file.resolve()}, which an export would publish: "
+            "replace it by a copy if that is intended"
         )
+    if (size := file.stat().st_size) > most:
+        raise ValueError(f"{file} has {size} bytes, expected at most {most}: move it elsewhere")
     return file.read_bytes()
 
 
@@ -128,12 +168,15 @@ def check_index(folder: Path) -> None:
             )
 
 
-def _denoiser_part(folder: Path) -> str:
+def _denoiser_part(folder: Path) -> Path:
+    """Return the folder of the denoiser, which may be the given one."""
     parts = [layout.folder for layout in ALL_LAYOUTS if (folder / layout.folder).is_dir()]
+    if not parts and (folder / "config.json").exists():
+        return folder
     if len(parts) != 1:
         found = sorted(entry.name for entry in folder.iterdir())[:8]
         raise ValueError(f"{folder} holds {found}, expected unet/ or transformer/: this is not a text-to-image model")
-    return parts[0]
+    return folder / parts[0]
 
 
 def _precision(parts: Sequence[Weights]) -> str:
@@ -243,7 +286,10 @@ def _open(folder: Path, tokenizer: Path) -> TextPart:
         config = kind.read_config(content)
     found = find_weights(folder, TEXT_STEM)
     with described_by(found.source):
-        weights = found.changed(kind.own_names)
+        weights = found.changed(without_wrapping).changed(kind.own_names)
+    if extras := extra_tensors(weights.tensors, wanted=(), modules=kind.modules):
+        warn_of_extras(extras, found.source)
+        weights = weights.only(name for name in weights.tensors if name not in extras)
     return TextPart(folder, kind, config, kind.load_tokenizer(tokenizer), weights)
 
 

@@ -3,6 +3,7 @@ and the base of the schemas of config.json, in diffusers' layout."""
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -11,11 +12,14 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from ldm.denoisers import DENOISERS, Denoiser, DenoiserConfig
 from ldm.denoisers.contract import Channels
-from ldm.interop.network_files import check_whole_numbers
+from ldm.files.messages import printable, some
+from ldm.interop.network_files import as_whole, check_whole_numbers, refuse_code
 from ldm.model.components import LoadedDenoiser
 
 Config = TypeVar("Config", bound=DenoiserConfig)
 VERSION = "0.30.0"  # of diffusers, whose format is written
+SAME = {"swish": "silu"}  # two names of one activation, in diffusers
+MAX_WARNING = 200  # characters
 OWN_LIMITS = {"sample_size": 4096, "latent_channels": 256, "context_width": 8192}  # of the keys of our own layout
 
 
@@ -89,7 +93,7 @@ class OwnLayout(DenoiserLayout[DenoiserConfig]):
         if kind not in DENOISERS:
             raise ValueError(f"{source} describes a denoiser of kind {kind!r}, expected one of {sorted(DENOISERS)}")
         config: DenoiserConfig = DENOISERS[kind](**given)
-        return config, Surroundings(**{field.name: content[field.name] for field in fields(Surroundings)})
+        return config, Surroundings(**{field.name: as_whole(content[field.name]) for field in fields(Surroundings)})
 
 
 OWN = OwnLayout()
@@ -115,29 +119,58 @@ class ConfigJson:
 
     UNUSED: ClassVar[Mapping[str, Any]] = {}  # further fixed keys, which are not written
     IGNORED: ClassVar[tuple[str, ...]] = ()  # further keys, which never change the result, and are not written
+    OPTIONS: ClassVar[tuple[str, ...]] = ()  # further parameters of diffusers' class, which must be off
+    ONE_OR_LIST: ClassVar[tuple[str, ...]] = ()  # keys whose list of equal values means that value
 
     def to_json(self) -> dict[str, Any]:
         return {key.name: getattr(self, key.name) for key in fields(self)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], *, source: Path) -> Self:
-        """Read the keys. Raises ValueError for a missing key, a number out of range, or a value that may change the
-        computation: of a fixed key, or of an unknown one, unless that is null, false, 0 or empty, as an unused option
-        is."""
+        """Read the keys. Raises ValueError for a missing key, a number out of range, or a value that changes the
+        computation: of a fixed key, or of an option of diffusers' network that is not off. Warns of keys that diffusers
+        does not know: it ignores them."""
+        refuse_code(content, source=source)
         keys = {key.name: key for key in fields(cls) if not key.name.startswith("_")}
+        limits = {name: key.metadata["most"] for name, key in keys.items() if "most" in key.metadata}
+        check_whole_numbers(content, limits, source=source)
+        content = {name: as_whole(value) if name in limits else value for name, value in content.items()}
+        content = {name: _single(value) if name in cls.ONE_OR_LIST else value for name, value in content.items()}
         only = {name: key.default for name, key in keys.items() if not key.init} | dict(cls.UNUSED)
         for name, value in content.items():
-            if name in only and value not in (None, only[name]):
+            if name in only and value is not None and _same(value) != only[name]:
                 problem = f"{name} {value!r}, expected {only[name]!r}"
-            elif value and not name.startswith("_") and name not in {*only, *keys, *cls.IGNORED}:
-                problem = f"the unknown key {name} {str(value)[:60]}"
+            elif name in cls.OPTIONS and not _is_off(value):
+                problem = f"{name} {str(value)[:60]!r}, an option that is not supported"
             else:
                 continue
             raise ValueError(f"{source} has {problem}: this network is not supported")
-        limits = {name: key.metadata["most"] for name, key in keys.items() if "most" in key.metadata}
-        check_whole_numbers(content, limits, source=source)
         required = {name for name, key in keys.items() if key.default is MISSING}
         if lacking := sorted(required - content.keys()):
             raise ValueError(f"{source} lacks the key {lacking[0]!r}: copy it again")
+        cls._warn_of_unknown({*only, *keys, *cls.IGNORED, *cls.OPTIONS}, content, source)
         read = [name for name in content if name in keys and name not in only]
         return cls(**{name: content[name] for name in read if name in required or content[name] is not None})
+
+    @classmethod
+    def _warn_of_unknown(cls, known: set[str], content: Mapping[str, Any], source: Path) -> None:
+        """Warn of keys that nothing reads, unless they are off, or private."""
+        unknown = [name for name in content if name not in known and not name.startswith("_") and content[name]]
+        if unknown:
+            names = printable(some(unknown), MAX_WARNING)
+            warnings.warn(f"{source} has keys that nothing reads, ignored as in diffusers: {names}", stacklevel=2)
+
+
+def _single(value: Any) -> Any:
+    """Return the value that all entries of a list have; anything else unchanged."""
+    alike = isinstance(value, list) and 0 < len(value) and all(entry == value[0] for entry in value)
+    return value[0] if alike else value
+
+
+def _same(value: Any) -> Any:
+    return SAME.get(value, value) if isinstance(value, str) else value
+
+
+def _is_off(value: Any) -> bool:
+    """Return whether an option is null, false, 0 or empty, or a list of such values."""
+    return not value or (isinstance(value, list) and not any(value))

@@ -13,7 +13,7 @@ from ldm.diffusion.predictions import Prediction
 from ldm.diffusion.table_paths import BetaTablePath, CosinePath, LinearBetaPath, ScaledLinearBetaPath, TrainedBetasPath
 from ldm.files.strict_json import read_json
 from ldm.interop.diffusers_layout.layout import VERSION
-from ldm.interop.network_files import check_whole_numbers, described_by
+from ldm.interop.network_files import as_whole, check_whole_numbers, described_by
 from ldm.samplers.stock import BETAS, CLASSES, DDPM_BETAS, StockScheduler, is_our_default, stock_scheduler
 
 _NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -173,7 +173,7 @@ def scheduler_from(content: Mapping[str, Any], *, source: Path) -> tuple[PathCon
 
 def _table_path(content: Mapping[str, Any], schedule: str, *, source: Path) -> BetaTablePath:
     numbers: dict[str, Any] = {
-        "num_train_timesteps": content["num_train_timesteps"],
+        "num_train_timesteps": as_whole(content["num_train_timesteps"]),
         "zero_terminal_snr": bool(content.get("rescale_betas_zero_snr")),
     }
     betas = content.get("trained_betas")

@@ -7,18 +7,17 @@ from typing import Any, Literal
 
 import torch
 
+from ldm.model.precision import Precision, choose_precision, dtype_of, is_auto, precision_named
 from ldm.training.optim.averages import PowerProfile, WarmedUp
 from ldm.training.optim.lr_schedule import LRConfig
-
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Resolved = Literal["bf16", "fp16", "fp32"]
-DTYPES: dict[Resolved, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 0  # 1 shards the optimiser, 2 also gradients, 3 also weights
-    precision: Precision = "auto"  # of the forward pass; auto: bf16 where the hardware has it
+    # Of the forward pass: fp32, bf16 or fp16, or another name of one; auto: bf16 where the hardware has it, fp16 on
+    # older CUDA cards, else fp32.
+    precision: str = "auto"
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     accumulation: int = 1  # gradient accumulation: number of parts of a rank's batch, to need less memory
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to CPU memory; parameters: optimiser state as well
@@ -28,6 +27,8 @@ class EngineConfig:
     hang_seconds: float = 300.0  # a rank without progress or heartbeat for this long has hung: all ranks end
 
     def __post_init__(self) -> None:
+        named = "auto" if is_auto(self.precision) else precision_named(self.precision, what="engine.precision")
+        object.__setattr__(self, "precision", named)
         if not self.clip >= 0:
             raise ValueError(f"engine.clip is {self.clip}, expected a norm above 0, or 0 for none")
         if self.accumulation < 1:
@@ -72,20 +73,12 @@ class OptimConfig(LRConfig):
             PowerProfile(length)
 
 
-def resolved_precision(precision: Precision, device: torch.device) -> Resolved:
+def resolved_precision(precision: str, device: torch.device) -> Precision:
     """Return the precision of the forward pass. Raises ValueError for bf16 on a GPU that does not support it."""
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if precision == "bf16" and device.type == "cuda" and not able:
-        raise ValueError("engine.precision is bf16, which this GPU does not support: use fp16 or fp32")
-    if precision == "auto":
-        return "bf16" if able else "fp32"
-    return precision
+    return choose_precision(precision, device, training=True, what="engine.precision")
 
 
-def deepspeed_settings(config: EngineConfig, *, batch_size: int, ranks: int, precision: Resolved) -> dict[str, Any]:
+def deepspeed_settings(config: EngineConfig, *, batch_size: int, ranks: int, precision: Precision) -> dict[str, Any]:
     """Derive DeepSpeed's own settings, so that no setting has to be given twice."""
     parts = ranks * config.accumulation
     if batch_size % parts:
@@ -107,6 +100,6 @@ def deepspeed_settings(config: EngineConfig, *, batch_size: int, ranks: int, pre
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,  # for our Muon, which has tests
         "gradient_clipping": config.clip if config.zero_stage > 0 else 0.0,  # under ZeRO 0 our engine clips
-        "torch_autocast": {"enabled": precision != "fp32", "dtype": str(DTYPES[precision]).removeprefix("torch.")},
+        "torch_autocast": {"enabled": precision != "fp32", "dtype": str(dtype_of(precision)).removeprefix("torch.")},
         "steps_per_print": 10**9,  # the training loop prints progress
     }

@@ -84,7 +84,12 @@ NO_FILE_OF_WEIGHTS = {
     "a shape that overflows": (raw_safetensors(entry(shape=[2**62, 8]), bytes(8)), DAMAGED),
     "a negative shape": (raw_safetensors(entry(shape=[-2]), bytes(8)), DAMAGED),
     "an unknown dtype": (raw_safetensors(entry(dtype="F3"), bytes(8)), DAMAGED),
-    "bytes that belong to none": (raw_safetensors(entry(), bytes(16)), DAMAGED),
+    "more bytes that belong to none than an accident leaves": (raw_safetensors(entry(), bytes(2**16 + 9)), DAMAGED),
+    "a few bytes that belong to none": (raw_safetensors(entry(), bytes(16)), "is not a complete model"),
+    "bytes that belong to none between tensors": (
+        raw_safetensors(entry() | {"b": {"dtype": "F32", "shape": [1], "data_offsets": [12, 16]}}, bytes(20)), DAMAGED),
+    "a tensor shorter than its shape, and more": (raw_safetensors(entry(shape=[3]), bytes(16)), DAMAGED),
+    "no offset, and more": (raw_safetensors(entry(data_offsets=["0", "8"]), bytes(16)), DAMAGED),
     "overlapping tensors": (raw_safetensors(entry() | {"b": entry()["a"]}, bytes(8)), DAMAGED),
     "odd metadata": (raw_safetensors({"__metadata__": {"a": 1}} | entry(), bytes(8)), DAMAGED),
     "nested": (raw_safetensors(b'{"a":' * 10_000, b""), DAMAGED),
@@ -170,7 +175,7 @@ ODD_TENSORS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "one infinity": (lambda t: t.clone().index_fill_(0, torch.tensor([0]), float("inf")), "holds NaN or infinity"),
     "both infinities": (lambda t: t.clone().index_fill_(0, torch.tensor([0]), float("-inf")), "holds NaN or infinity"),
     "whole numbers": (lambda t: t.to(torch.int8), "holds int8"),
-    "eight bits": (lambda t: t.to(torch.float8_e4m3fn), "holds float8_e4m3fn"),
+    "NaN of eight bits": (lambda t: torch.full_like(t, float("nan")).to(torch.float8_e4m3fn), "holds NaN or infinity"),
     "complex": (lambda t: t.float().to(torch.complex64), "holds complex64"),
     "yes and no": (lambda t: t > 0, "holds bool"),
     "another shape": (lambda t: t[:1].clone(), "1 of another shape"),
@@ -230,10 +235,14 @@ FOREIGN: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "averages alone": (
         lambda t: {ema_name(n.removeprefix(UNET)): v for n, v in only(t, UNET).items()}, "give the file that has both"),
     "a denoiser in diffusers' layout": (
-        lambda t: dict(stable_diffusion(1).denoiser.state_dict()), "looks like only a denoiser"),
-    "a denoiser alone": (lambda t: only(t, UNET), "it has no autoencoder"),
+        lambda t: dict(stable_diffusion(1).denoiser.state_dict()), "no autoencoder (--vae, in Python vae=) and no te"),
+    "a denoiser alone": (lambda t: only(t, UNET), "no autoencoder (--vae, in Python vae=) and no text encoder (--text"),
     "without a text encoder": (
-        lambda t: only(t, UNET) | only(t, "first_stage_model."), "its text encoder is not a CLIP"),
+        lambda t: only(t, UNET) | only(t, "first_stage_model."), "no text encoder (--text, in Python text=): give"),
+    "with a LoRA in it": (lambda t: t | {"my_lora_down": torch.ones(2)}, "1 unexpected (my_lora_down)"),
+    "with an adapter in it": (lambda t: t | {"adapter_1.weight": torch.ones(2)}, "1 unexpected (adapter_1.weight)"),
+    "scaled fp8": (
+        lambda t: t | {f"{UNET}out.2.scale_weight": torch.ones(())}, "looks like scaled fp8 as ComfyUI writes it"),
     "latent diffusion's BERT": (
         lambda t: renamed(t, "cond_stage_model.transformer.text_model.encoder.", "cond_stage_model.transformer.attn_"),
         "its text encoder is not a CLIP"),

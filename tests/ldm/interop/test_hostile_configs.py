@@ -80,8 +80,9 @@ def test_a_header_of_ours_that_is_damaged(name, tensors, tmp_path, capsys):
         ("unet", {"block_out_channels": "32"}, "has block_out_channels"),
         ("unet", {"auto_map": {"x": "y.Z"}}, "auto_map"),
         ("unet", {"attention_type": "gated"}, "has attention_type 'gated'"),
-        ("unet", {"sample_size": [8, 8]}, "holds a value of another kind than expected"),
-        ("unet", {"shortcuts": 7}, "has the unknown key shortcuts 7"),
+        ("unet", {"sample_size": [8, 16]}, "holds a value of another kind than expected"),
+        ("unet", {"class_embed_type": "timestep"}, "has class_embed_type 'timestep', an option that is not supported"),
+        ("unet", {"only_cross_attention": [False, True]}, "has only_cross_attention '[False, True]', an option"),
         ("unet", {"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "has up_block_types"),
         ("vae", {"mid_block_add_attention": False}, "has mid_block_add_attention False"),
         ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "has a AttnDownEncoderBlock2D"),
@@ -205,7 +206,7 @@ def test_what_lies_elsewhere_is_not_published(name, folder, tmp_path, capsys):
     (copy / name).unlink(missing_ok=True)
     (copy / name).symlink_to(tmp_path / "secret")
     assert run_command(main, arguments(), [str(copy), str(tmp_path / "out")]) == 2
-    assert "is not a plain file of at most" in capsys.readouterr().err
+    assert "is not a plain file of the model, but a link to" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -147,7 +147,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         (CPU, {"gpu": True}, "fp32"),
         (CPU, {"avx512": True}, "bf16"),
         (CPU, {"amx": True}, "bf16"),
-        (GPU, {"avx512": True, "amx": True}, "fp32"),
+        (GPU, {"avx512": True, "amx": True}, "fp16"),
         (GPU, {"gpu": True}, "bf16"),
     ],
 )
