@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.denoisers import Denoiser, choose_attention, describe_attention
+from ldm.denoisers import Condition, Denoiser, choose_attention, describe_attention
 from ldm.diffusion import Prediction
 from ldm.inference.contact_sheet import to_images
+from ldm.inference.counting import Progress, counted
+from ldm.inference.guiding import guided
 from ldm.inference.img2img import Canvas, Start, begin, canvas, keeping, remaining
-from ldm.inference.options import FORMATS, DrawOptions
+from ldm.inference.options import FORMATS, PLAIN
+from ldm.inference.prompt_loras import LoraFolders, applied
+from ldm.inference.prompts import Prompt, PromptReader
 from ldm.inference.recipe import Drawing, recipe_of
 from ldm.inference.request import DrawRequest
 from ldm.interop.compvis.writing import write_single_file
 from ldm.interop.diffusers_layout.folder import write_folder
+from ldm.interop.embedding_files import embedding_source
 from ldm.interop.read_model import AS_IT_IS, LoadOptions, model_name, read_model
 from ldm.model.components import ModelComponents
 from ldm.model.facts import ModelFacts
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.samplers import SAMPLERS, Denoise, Variance, time_grid
-from ldm.samplers.guidance import Schedule, classifier_free, projected, rescaled, scheduled, within_interval
+from ldm.samplers.network_denoise import NetworkDenoise
 
-Progress = Callable[[int, int], object]  # (steps done, total steps)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # to draw in
 STORED = PRECISIONS | {"fp16": torch.float16}
 MAX_BATCH = 16  # pictures drawn at once; more are drawn in several batches, with the same result
@@ -46,6 +51,8 @@ class TextToImage:
         """options: what the parts were loaded with, for the recipes."""
         self.parts, self.loaded_with, self.name = parts, options, name
         self._weights_hash = weights_hash
+        self.prompts = PromptReader(self.model.conditioner, tags=bool(options.lora_folders))
+        self.lora_folders = LoraFolders(options.lora_folders)
         choose_attention(self.denoiser, self.device, self.dtype)
         self.native_size = parts.sample_size * self.model.vae.config.factor  # pixels a side, as in training
         # H and W must be multiples of this: whole latents, and whole patches of them.
@@ -69,6 +76,7 @@ class TextToImage:
             native_size=self.native_size,
             factor=self.factor,
             for_inpainting=self.parts.for_inpainting,
+            most_clip_skip=min(encoder.config.most_clip_skip for encoder in self.model.conditioner.encoders),
         )
 
     @property
@@ -114,6 +122,8 @@ class TextToImage:
         lora: Sequence[tuple[str | Path, float]] = (),
         ema: bool = True,
         prediction: Prediction | None = None,
+        lora_folders: Sequence[str | Path] = (),
+        embeddings: Sequence[str | Path | tuple[str | Path, str]] = (),
     ) -> TextToImage:
         """Read a model: a folder in diffusers' layout (an export of this project, Stable Diffusion's, the newest of a
         run), or Stable Diffusion 1 or 2 in a single file. The content determines which of them it is.
@@ -121,12 +131,18 @@ class TextToImage:
         device: "auto" (CUDA if there is one), or a torch device. dtype: "auto" (bf16 on CUDA, else fp32), "fp32" or
         "bf16". vae: an autoencoder to use in place of the model's own. lora: files and their strengths, merged into the
         weights in this order. ema: use the averaged weights, if a single file has both. prediction: of the denoiser, if
-        the file specifies it wrongly or not at all. Nothing in the files is executed. Raises ValueError or
-        FileNotFoundError, naming the file, if it is missing, truncated or something else.
+        the file specifies it wrongly or not at all. lora_folders: of LoRAs that prompts name, as in <lora:style:0.8>.
+        embeddings: textual inversions, files (or pairs of a file and a name for it) or folders of them. Nothing in the
+        files is executed. Raises ValueError or FileNotFoundError, naming the file, if it is missing, truncated or
+        something else.
         """
         place = choose_device(device)
         loras = [(Path(file), strength) for file, strength in lora]
-        options = LoadOptions(vae=None if vae is None else Path(vae), lora=loras, ema=ema, prediction=prediction)
+        options = LoadOptions(
+            vae=None if vae is None else Path(vae), lora=loras, ema=ema, prediction=prediction,
+            lora_folders=[Path(folder) for folder in lora_folders],
+            embeddings=[embedding_source(given) for given in embeddings],
+        )  # fmt: skip
         parts = read_model(Path(path), options, dtype=choose_dtype(dtype, place))
         for network in parts.networks:
             network.eval().requires_grad_(False).to(device=place)
@@ -176,10 +192,29 @@ class TextToImage:
         images = to_images(self._together(requests, progress))
         return [Drawing(image, recipe_of(own, self, image)) for own, image in zip(requests, images, strict=True)]
 
+    def check(self, request: DrawRequest) -> DrawRequest:
+        """Return the request as it is drawn: see DrawRequest.check. Warns of words that look like syntax."""
+        checked = request.check(self.facts)
+        prompt = self.prompts.read(checked)
+        for remark in [*self.prompts.remarks(checked), *self.lora_folders.missing(prompt.loras)]:
+            warnings.warn(f"{request.place}{remark}", stacklevel=3)
+        return checked
+
+    def named_in(self, request: DrawRequest) -> dict[str, list[tuple[str, Path]]]:
+        """List the LoRAs, with their strengths, and the embeddings that a checked request's prompts name, and their
+        files."""
+        prompt, negative = self.prompts.read(request), self.prompts.read_negative(request)
+        texts = [segment.text for part in (*prompt.parts, negative) for segment in part.segments]
+        loras = self.lora_folders.find(prompt.loras)
+        return {
+            "prompt_loras": [(lora.describe(), lora.file) for lora in loras],
+            "embeddings": [(one.name, one.source) for one in self.model.conditioner.embeddings_in(texts)],
+        }
+
     def _each(self, request: DrawRequest, n: int) -> list[DrawRequest]:
         if n < 1:
             raise ValueError(f"n is {n}, expected at least 1 picture")
-        first = request.check(self.facts).seeded(n)
+        first = self.check(request).seeded(n)
         return [replace(first, seed=first.seed + i) for i in range(n)]
 
     def pixels(self, *requests: DrawRequest, progress: Progress | None = None) -> Tensor:
@@ -187,7 +222,7 @@ class TextToImage:
 
         They are drawn in one batch, so they may differ only in prompt and seed. Raises ValueError otherwise.
         """
-        wanted = [request.check(self.facts).seeded() for request in requests]
+        wanted = [self.check(request).seeded() for request in requests]
         common = wanted[0]
         if any(replace(own, prompt=common.prompt, seed=common.seed) != common for own in wanted):
             raise ValueError(
@@ -201,18 +236,18 @@ class TextToImage:
         drawn_on, size = self._canvas(common)
         times = time_grid(model.path, common.steps, options.grid)
         times = times if drawn_on is None else remaining(times, drawn_on.strength)
-        rounds = model.conditioner.batches([own.prompt for own in wanted], options.weighting, largest=MAX_BATCH)
+        rounds = self.prompts.batches(wanted, largest=MAX_BATCH)
         drawn: list[Tensor] = []
-        for number, prompts in enumerate(rounds):
-            first = sum(map(len, rounds[:number]))
-            generators = [torch.Generator().manual_seed(own.seed) for own in wanted[first : first + len(prompts)]]
-            begun = self._begin(drawn_on, generators, times, size)
-            denoise, variance = self._denoise(prompts, common, begun, times)
-            function = SAMPLERS[common.sampler].with_options(eta=options.eta, variance=variance)
-            if progress is not None:
-                denoise = counted(denoise, progress, times, number=number, of=len(rounds))
-            with torch.no_grad():
-                latents = function(denoise, begun.x, model.path, times, generators)
+        for number, batch in enumerate(rounds):
+            generators = [torch.Generator().manual_seed(own.seed) for own, _ in batch]
+            with applied(self.parts, self.lora_folders.find(batch[0][1].loras)):
+                begun = self._begin(drawn_on, generators, times, size)
+                denoise, variance = self._denoise([prompt for _, prompt in batch], common, begun, times)
+                function = SAMPLERS[common.sampler].with_options(eta=options.eta, variance=variance)
+                if progress is not None:
+                    denoise = counted(denoise, progress, times, number=number, of=len(rounds))
+                with torch.no_grad():
+                    latents = function(denoise, begun.x, model.path, times, generators)
             drawn.append(model.decode(latents))
         return torch.cat(drawn)
 
@@ -234,23 +269,22 @@ class TextToImage:
         return begin(self.model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)
 
     def _denoise(
-        self, prompts: Sequence[str], request: DrawRequest, begun: Start, times: Tensor
+        self, prompts: Sequence[Prompt], request: DrawRequest, begun: Start, times: Tensor
     ) -> tuple[Denoise, Variance]:
         """Return the function for the sampler, with guidance and the mask applied, and the network's variance."""
         model = self.model
-        with_prompt, without = (
-            model.denoise_with(
-                self.denoiser, model.conditioner(texts, request.options.weighting)._replace(concat=begun.concat)
-            )
-            for texts in (prompts, [request.negative_prompt] * len(prompts))
-        )
-        denoise = guided(with_prompt, without, request.scale, request.options)
+
+        def network(condition: Condition) -> NetworkDenoise:
+            return model.denoise_with(self.denoiser, condition._replace(concat=begun.concat))
+
+        found = self.prompts.denoisers(prompts, request, network)
+        denoise = found.counting(guided(found.with_prompt, found.without, request.scale, request.options))
         denoise = denoise if begun.mask is None else keeping(denoise, begun, model.path, times)
-        return denoise, with_prompt.variance
+        return denoise, found.variance
 
     def cut_off(self, prompt: str) -> str:
         """Return the part of a prompt beyond the text encoder's context length; "" if it fits."""
-        return self.model.conditioner.cut_off(prompt)
+        return self.model.conditioner.cut_off(self.prompts.text(prompt, PLAIN))
 
 
 def draw_all(
@@ -267,7 +301,7 @@ def draw_all(
     started(request) is called before its first picture, progress(done, all) after each step. All requests are checked
     before anything is drawn. Raises ValueError, naming the value, for what cannot be drawn.
     """
-    checked = [request.check(pipe.facts).seeded(n * repeats) for request in requests]
+    checked = [pipe.check(request).seeded(n * repeats) for request in requests]
     total, before = repeats * sum(request.steps for request in checked), 0
 
     def stepped(done: int, of_all: int) -> None:
@@ -282,43 +316,11 @@ def draw_all(
             before += request.steps
 
 
-def guided(with_prompt: Denoise, without: Denoise, scale: float, options: DrawOptions) -> Denoise:
-    """Return denoise(x_t, t) with the guidance that the options select, from those with the prompts and with the
-    negative ones."""
-    over_time = scheduled(cast(Schedule, options.guidance_schedule), scale)
-    if options.is_projected:
-        keep, limit, momentum = options.guidance_parallel, options.guidance_norm_limit, options.guidance_momentum
-        denoise = projected(with_prompt, without, over_time, parallel=keep, norm_limit=limit, momentum=momentum)
-    elif options.guidance_rescale:
-        denoise = rescaled(with_prompt, without, over_time, options.guidance_rescale)
-    else:
-        denoise = classifier_free(with_prompt, without, over_time)
-    if options.guidance_interval != (0.0, 1.0):
-        denoise = within_interval(denoise, with_prompt, *options.guidance_interval)
-    return denoise
-
-
 def lost_words(pipe: TextToImage, requests: Iterable[DrawRequest]) -> list[str]:
     """List the ends of prompts beyond the text encoder's context, each once. Prompts in chunks have none."""
     whole = [request for request in requests if request.options.weighting == "none"]
     texts = dict.fromkeys(text for request in whole for text in (request.prompt, request.negative_prompt))
     return [lost for text in texts if (lost := pipe.cut_off(text))]
-
-
-def counted(denoise: Denoise, progress: Progress, times: Tensor, *, number: int, of: int) -> Denoise:
-    """Wrap `denoise` to report progress: the steps done in batch `number` of `of`. Samplers do not report it."""
-    done, steps = 0, len(times) - 1
-
-    def counting(x_t: Tensor, t: Tensor) -> Tensor:
-        nonlocal done
-        x0 = denoise(x_t, t)
-        reached = min(int((times > t).sum()) + 1, steps)  # some samplers evaluate twice, or in the middle of a step
-        if reached > done:
-            done = reached
-            progress(number * steps + done, of * steps)
-        return x0
-
-    return counting
 
 
 def choose_device(device: str) -> torch.device:

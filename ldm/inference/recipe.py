@@ -50,6 +50,8 @@ class Recipe(PictureSettings):
     strength: float = 0.0  # 0: it started from noise
     prediction: str = ""  # as given to load; "": the model's own
     ema: bool = True  # whether averaged weights were used, if the file had both
+    prompt_loras: str = ""  # those that the prompt names and that were found: "name:0.8 0123456789"
+    embeddings: str = ""  # those that the prompts use: "name 0123456789, other 9876543210"
 
 
 class Drawing(NamedTuple):
@@ -70,9 +72,11 @@ def recorded(options: LoadOptions) -> dict[str, Any]:
 def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Recipe:
     """Create the recipe of an image that a pipe drew for a checked request."""
     drawn = replace(request, width=image.width, height=image.height)
+    words = pipe.named_in(request)
     settings = {name: about.kind(getattr(drawn, name)) for name, about in parameters(PictureSettings).items()}
+    named = {key: ", ".join(f"{name} {file_hash(file)}" for name, file in own) for key, own in words.items()}
     return Recipe(
-        **settings | recorded(pipe.loaded_with),
+        **settings | recorded(pipe.loaded_with) | named,
         options=request.options,
         model=pipe.name,
         weights_hash=pipe.weights_hash,
@@ -104,6 +108,8 @@ def parameters_text(recipe: Recipe) -> str:
     further = {
         "VAE": recipe.vae,
         "Lora": recipe.loras,
+        "Lora hashes": _hashes(recipe.prompt_loras),
+        "TI hashes": _hashes(recipe.embeddings),
         "Denoising strength": recipe.strength,
         "Init image hash": recipe.init_image,
         "Mask hash": recipe.mask,
@@ -137,6 +143,12 @@ def _option_pairs(options: DrawOptions) -> dict[str, object]:
             key = about.a1111 or name.replace("_", " ").capitalize()
             pairs[key] = " to ".join(map(str, value)) if isinstance(value, tuple) else value
     return pairs
+
+
+def _hashes(files: str) -> str:
+    """Convert "name:0.8 0123456789, other 9876543210" to A1111's "name: 0123456789, other: 9876543210"."""
+    pairs = [file.rpartition(" ") for file in files.split(", ") if file]
+    return ", ".join(f"{name.partition(':')[0]}: {digest}" for name, _, digest in pairs)
 
 
 def _quote(value: str) -> str:

@@ -137,7 +137,7 @@ class DrawRequest(PictureSettings):
 
     def _checked(self, facts: ModelFacts) -> DrawRequest:
         from ldm.samplers import SAMPLERS, sampler_named, time_grid
-        from text.weighting import parse_weights
+        from text.weighting import check_prompt
 
         name = sampler_named(self.sampler)
         SAMPLERS[name].with_eta(self.options.eta)
@@ -146,8 +146,10 @@ class DrawRequest(PictureSettings):
         if facts.learned_variance is not None:
             SAMPLERS[name].check(learned=facts.learned_variance)
         if self.options.weighting == "a1111":
-            parse_weights(self.prompt)  # raises for a weight out of range
-            parse_weights(self.negative_prompt)
+            check_prompt(self.prompt, self.steps * SAMPLERS[name].evaluations)  # raises for a weight out of range
+            check_prompt(self.negative_prompt, self.steps * SAMPLERS[name].evaluations)
+        if (skip := self.options.clip_skip) and facts.most_clip_skip and skip > facts.most_clip_skip:
+            raise ValueError(f"clip skip is {skip}, expected 1 to {facts.most_clip_skip}, the text encoder's layers")
         if facts.for_inpainting and self.mask is None:
             wanted = "it an image and a mask" if self.image is None else "a mask too, white where to paint"
             raise ValueError(f"{facts.name} is made for inpainting: give {wanted}")

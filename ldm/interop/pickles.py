@@ -56,13 +56,13 @@ def open_pickle(path: Path) -> dict[str, Tensor]:
     They may be in an entry `state_dict`; other entries (epoch, optimizer, ...) are left out. Raises ValueError for a
     file that names code, or that is not such a file.
     """
-    content = _load(path)
+    content = load_plain(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected named tensors: give the file of a model")
     if "string_to_param" in content:
-        raise ValueError(f"{path} is a textual inversion (words for a model), which is not supported: give a model")
+        raise ValueError(f"{path} is a textual inversion, words for a model: give it with --embedding, and a model")
     return {name: value.data for name, value in content.items() if isinstance(name, str) and type(value) in TENSORS}
 
 
@@ -86,7 +86,8 @@ def _check_archive(path: Path) -> None:
         )
 
 
-def _load(path: Path) -> Any:
+def load_plain(path: Path) -> Any:
+    """Read a file's content, tensors and plain containers. Raises ValueError for one that names code, or is damaged."""
     if is_mapped(path):
         _check_archive(path)
     try:

@@ -18,8 +18,9 @@ from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, read_d
 from ldm.interop.diffusers_layout.folder import read_folder
 from ldm.interop.diffusers_layout.scheduler import read_scheduler
 from ldm.interop.diffusers_layout.vae import load_vae, open_vae, with_new_names
+from ldm.interop.embedding_files import EmbeddingSource, with_embeddings
 from ldm.interop.identify import FIRST_STAGE, is_vae, refuse_foreign, shapes_of
-from ldm.interop.lora import merge_lora, read_lora
+from ldm.interop.lora import LoraLayer, merge_lora, read_lora
 from ldm.interop.network_files import RUN_MODEL, described_by, fill, model_folder
 from ldm.interop.weight_reader import open_weights
 from ldm.model.components import ModelComponents, inpainting_channels
@@ -35,6 +36,8 @@ class LoadOptions:
     lora: Sequence[tuple[Path, float]] = ()
     ema: bool = True
     prediction: Prediction | None = None
+    embeddings: Sequence[EmbeddingSource] = ()
+    lora_folders: Sequence[Path] = ()  # of the LoRAs that prompts name
 
 
 AS_IT_IS = LoadOptions()
@@ -56,6 +59,9 @@ def read_model(path: Path, options: LoadOptions = AS_IT_IS, *, dtype: torch.dtyp
     if (vae := options.vae) is not None:
         other = read_vae(vae, dtype=dtype, in_place_of=parts.model.vae.config)
         parts = with_remark(replace(parts, model=replace(parts.model, vae=other)), f"autoencoder of {vae.name}")
+    if options.embeddings:
+        conditioner = with_embeddings(parts.model.conditioner, options.embeddings)
+        parts = replace(parts, model=replace(parts.model, conditioner=conditioner))
     for file, strength in options.lora:
         add_lora(parts, file, strength)
         parts = with_remark(parts, f"LoRA {file.name} of strength {strength:g}")
@@ -66,11 +72,16 @@ def read_model(path: Path, options: LoadOptions = AS_IT_IS, *, dtype: torch.dtyp
 
 def add_lora(parts: ModelComponents, file: Path, strength: float) -> None:
     """Merge one file into the weights. Raises ValueError, with no weight changed, if it is of another model."""
+    layers, encoder = lora_layers(parts, file), parts.model.conditioner.encoders[0]
+    merge_lora(layers, denoiser=parts.denoiser, text_encoder=encoder, strength=strength)
+
+
+def lora_layers(parts: ModelComponents, file: Path) -> list[LoraLayer]:
+    """Read the changes that a LoRA makes to a model. Raises ValueError if it is of another."""
     weights = open_weights(file)
     names = layout_of(parts.config).other_names(parts.denoiser, parts.config)
     encoder = parts.model.conditioner.encoders[0]
-    layers = read_lora(weights, denoiser=parts.denoiser, text_encoder=encoder, compvis_names=names)
-    merge_lora(layers, denoiser=parts.denoiser, text_encoder=encoder, strength=strength)
+    return read_lora(weights, denoiser=parts.denoiser, text_encoder=encoder, compvis_names=names)
 
 
 def with_remark(parts: ModelComponents, remark: str) -> ModelComponents:
