@@ -6,11 +6,12 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ldm.errors import IN_TRAINING, USER_ERROR, DataError, PeerError, Stopped, exit_code, is_broken_connection
-from ldm.files.messages import did_you_mean, one_line
+from ldm.files.messages import did_you_mean, one_line, printable
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 
@@ -42,6 +43,14 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"error: {' '.join(message.split())}\n")
 
 
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+) -> None:
+    """Print one of this program's warnings, which are plain UserWarnings, in one line."""
+    plain = f"warning: {printable(one_line(str(message)))}\n"
+    sys.stderr.write(plain if category is UserWarning else warnings.formatwarning(message, category, filename, lineno))
+
+
 def hyphenated(words: Sequence[str]) -> list[str]:
     """Replace underscores in options (--n_samples=2) by hyphens (--n-samples=2)."""
     return [re.sub(r"\A--[A-Za-z][\w-]*(?==|\Z)", lambda option: option[0].replace("_", "-"), word) for word in words]
@@ -58,6 +67,7 @@ def run_command(
     args = parser.parse_intermixed_args(words)
     # Set before torch is imported: otherwise, when a rank ends, the stores of the others print stack traces.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.showwarning = _show_warning
     try:
         main(args)
     except KeyboardInterrupt:

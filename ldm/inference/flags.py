@@ -55,7 +55,7 @@ def add_model_options(parser: ArgumentParser) -> None:
         help="LoRA, and its strength (default: 1); may be repeated")
     add("--lora-folder", type=Path, action="append", default=[], metavar="DIR",
         help="folder of the LoRAs that prompts name, as in <lora:style:0.8>; may be repeated")
-    add("--embedding", action="append", default=[], metavar="PATH",
+    add("--embedding", "--embeddings", action="append", default=[], metavar="PATH",
         help="textual inversion, used by its name in a prompt: a file, NAME=FILE, or a folder; may be repeated")
     add("--no-ema", action="store_true", help="use the weights that are not averaged, if a file has both")
     add("--prediction", choices=PREDICTIONS, metavar="NAME",
@@ -136,8 +136,9 @@ def load_keywords(args: Namespace) -> dict[str, Any]:
     for option, path in given:
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{option} is {path}, which does not exist: give a file that does")
+    named = {"lora_folders": args.lora_folder, "embeddings": embeddings}
     return {
         "device": args.device, "dtype": PRECISIONS[args.precision], "vae": args.vae, "lora": loras,
-        "ema": not args.no_ema, "prediction": args.prediction, "lora_folders": args.lora_folder,
-        "embeddings": embeddings,
+        "ema": not args.no_ema, "prediction": args.prediction,
+        **{name: paths for name, paths in named.items() if paths},
     }  # fmt: skip
