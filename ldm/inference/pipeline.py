@@ -76,7 +76,6 @@ class TextToImage:
             native_size=self.native_size,
             factor=self.factor,
             for_inpainting=self.parts.for_inpainting,
-            most_clip_skip=min(encoder.config.most_clip_skip for encoder in self.model.conditioner.encoders),
         )
 
     @property
@@ -195,6 +194,8 @@ class TextToImage:
     def check(self, request: DrawRequest) -> DrawRequest:
         """Return the request as it is drawn: see DrawRequest.check. Warns of words that look like syntax."""
         checked = request.check(self.facts)
+        for encoder in self.model.conditioner.encoders:
+            encoder.config.layer_from_end(checked.options.clip_skip)  # raises if there are fewer
         prompt = self.prompts.read(checked)
         for remark in [*self.prompts.remarks(checked), *self.lora_folders.missing(prompt.loras)]:
             warnings.warn(f"{request.place}{remark}", stacklevel=3)

@@ -148,8 +148,6 @@ class DrawRequest(PictureSettings):
         if self.options.weighting == "a1111":
             check_prompt(self.prompt, self.steps * SAMPLERS[name].evaluations)  # raises for a weight out of range
             check_prompt(self.negative_prompt, self.steps * SAMPLERS[name].evaluations)
-        if (skip := self.options.clip_skip) and facts.most_clip_skip and skip > facts.most_clip_skip:
-            raise ValueError(f"clip skip is {skip}, expected 1 to {facts.most_clip_skip}, the text encoder's layers")
         if facts.for_inpainting and self.mask is None:
             wanted = "it an image and a mask" if self.image is None else "a mask too, white where to paint"
             raise ValueError(f"{facts.name} is made for inpainting: give {wanted}")

@@ -19,7 +19,6 @@ class ModelFacts:
     native_size: int | None = None  # pixels a side, as in training
     factor: int | None = None  # height and width must be multiples of it: whole latents, and whole patches of them
     for_inpainting: bool | None = None
-    most_clip_skip: int | None = None  # the text encoder's layers
 
 
 UNKNOWN = ModelFacts()
