@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm import DrawOptions, TextToImage
-from ldm.inference.pipeline import guided
+from ldm.inference.guiding import guided
 from ldm.samplers import SAMPLERS, Denoise, time_grid
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ldm.errors import IN_TRAINING, USER_ERROR, DataError, PeerError, Stopped, exit_code, is_broken_connection
-from ldm.files.messages import did_you_mean, one_line
+from ldm.files.messages import did_you_mean, one_line, printable
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 
@@ -55,7 +55,7 @@ def warnings_in_one_line() -> Iterator[None]:
     others, shown = warnings.showwarning, set[str]()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **further: Any) -> None:
-        text = f"warning: {one_line(str(message))}"
+        text = f"warning: {printable(one_line(str(message)))}"
         if category is not UserWarning:
             others(message, category, *where, **further)
         elif text not in shown:

@@ -5,6 +5,8 @@ section 2.4. Shapes: B captions, L tokens (at most `context_length`), D width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -16,6 +18,7 @@ from text.tokenizer import BOS_ID, EOS_ID, TokenizerConfig, mask_to_eos
 Activation = Literal["quick_gelu", "gelu"]
 Hidden = Literal["last", "penultimate"]
 LAYER_NORM_EPS = 1e-5  # of every published CLIP; other values are refused
+SD2_STORED_LAYERS = 23  # of Stable Diffusion 2's 24 in diffusers' folder
 # Fields of TextEncoderConfig, by their names in transformers' CLIPTextConfig.
 TRANSFORMERS_SIZES = {
     "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
@@ -77,6 +80,31 @@ class TextEncoderConfig:
             raise ValueError(f"{wrong} is outside the vocabulary; vocab_size={self.vocab_size}")
 
     @property
+    def own_clip_skip(self) -> int:
+        """The layer whose output is the context, counted from the end of the whole tower, 1 being the last.
+
+        Stable Diffusion 2's is the 23rd of 24. Diffusers' folder leaves the 24th out; no whole tower of CLIP's has 23.
+        """
+        return 2 if self.hidden == "penultimate" or self.most_clip_skip > self.layers else 1
+
+    def layer_from_end(self, clip_skip: int | None) -> int:
+        """Return the layer whose output is the context, counted from the end of those that are here.
+
+        clip_skip counts from the end of the whole tower: A1111's "Clip skip", ComfyUI's CLIPSetLastLayer without its
+        sign, and, for Stable Diffusion 1, diffusers' clip_skip + 1. None, or less than `own_clip_skip`: the model's
+        own. Raises ValueError for more than there are.
+        """
+        if clip_skip is not None and not 1 <= clip_skip <= self.most_clip_skip:
+            most = self.most_clip_skip
+            raise ValueError(f"clip skip is {clip_skip}, expected 1 to {most}, the text encoder's layers")
+        return max(clip_skip or 1, self.own_clip_skip) - (self.most_clip_skip - self.layers)
+
+    @property
+    def most_clip_skip(self) -> int:
+        """The layers of the whole tower."""
+        return self.layers + (self.layers == SD2_STORED_LAYERS and self.hidden == "last")
+
+    @property
     def tokenizer(self) -> TokenizerConfig:
         """The tokenizer configuration that matches this encoder."""
         return TokenizerConfig(context_length=self.context_length, pad_id=self.pad_id)
@@ -91,21 +119,52 @@ class TextEncoder(nn.Module, ABC):
         super().__init__()
         self.config = config
 
-    def forward(self, ids: Tensor) -> TextCondition:
-        """Encode token ids. Raises ValueError for ids that are not B x L with L up to `context_length`."""
+    def forward(self, ids: Tensor, *, extra: Tensor | None = None, clip_skip: int | None = None) -> TextCondition:
+        """Encode token ids.
+
+        extra: vectors N x D of textual inversions, whose ids are those from `vocab_size` on. clip_skip: the layer whose
+        output is the context, counted from the end, 1 being the last; None, or less than `config.own_clip_skip`: the
+        model's own. The final layer norm follows in any case. Raises ValueError for ids that are not B x L with L up to
+        `context_length`, and for more layers than there are.
+        """
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.context_length:
             raise ValueError(
                 f"token ids are {tuple(ids.shape)}, not B x L with L from 1 to {self.config.context_length}"
             )
-        context, last = self._context_and_last(ids)                                                 # B, L, D
+        layer = self.config.layer_from_end(clip_skip)
+        with self._with_vectors(ids, extra) as known:
+            context, last = self._context_and_last(known, layer)                                    # B, L, D
         mask = mask_to_eos(ids, self.config.eos_id)                                                 # B, L
         rows = torch.arange(len(ids), device=ids.device)
         pooled = last[rows, mask.sum(dim=1) - 1]                                                    # B, D
         return TextCondition(context, pooled, mask)
 
     @abstractmethod
-    def _context_and_last(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the states of `config.hidden` and of the last layer after the final norm, B x L x D each."""
+    def _context_and_last(self, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Compute the states of a layer, counted from the end, and of the last, after the final norm: B x L x D."""
+
+    @property
+    @abstractmethod
+    def _table(self) -> nn.Module:
+        """The embeddings of the tokens."""
+
+    @contextmanager
+    def _with_vectors(self, ids: Tensor, extra: Tensor | None) -> Iterator[Tensor]:
+        """Yield ids that the table has, with its output replaced by these vectors where `ids` has theirs, meanwhile."""
+        if extra is None:
+            yield ids
+            return
+        own = ids < self.config.vocab_size                                                          # B, L
+        chosen = (ids - self.config.vocab_size).clamp(min=0)                                        # B, L
+
+        def replace_some(_: nn.Module, __: tuple[Tensor, ...], found: Tensor) -> Tensor:
+            return torch.where(own[..., None], found, extra.to(found)[chosen])                      # B, L, D
+
+        handle = self._table.register_forward_hook(replace_some)
+        try:
+            yield torch.where(own, ids, 0)
+        finally:
+            handle.remove()
 
 
 class TransformersTextEncoder(TextEncoder):
@@ -119,11 +178,14 @@ class TransformersTextEncoder(TextEncoder):
 
         self.model = CLIPTextModel(CLIPTextConfig(**transformers_settings(config)))
 
-    def _context_and_last(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        penultimate = self.config.hidden == "penultimate"
-        output = self.model(input_ids=ids, output_hidden_states=penultimate)
+    @property
+    def _table(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def _context_and_last(self, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        output = self.model(input_ids=ids, output_hidden_states=layer > 1)
         last = output.last_hidden_state
-        return self.model.final_layer_norm(output.hidden_states[-2]) if penultimate else last, last
+        return self.model.final_layer_norm(output.hidden_states[-layer]) if layer > 1 else last, last
 
 
 class OpenClipTextEncoder(TextEncoder):
@@ -143,12 +205,16 @@ class OpenClipTextEncoder(TextEncoder):
         self.attn_mask: Tensor
         self.register_buffer("attn_mask", tower.attn_mask, persistent=False)
 
-    def _context_and_last(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def _table(self) -> nn.Module:
+        return self.token_embedding
+
+    def _context_and_last(self, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         length = ids.shape[1]
         x = self.token_embedding(ids) + self.positional_embedding[:length]                          # B, L, D
         causal = self.attn_mask[:length, :length]                                                   # L, L
-        chosen = self.config.layers - (2 if self.config.hidden == "penultimate" else 1)
-        last, states = self.transformer.forward_intermediates(x, attn_mask=causal, indices=[chosen])
+        chosen = [self.config.layers - layer]
+        last, states = self.transformer.forward_intermediates(x, attn_mask=causal, indices=chosen)
         return self.ln_final(states[0]), self.ln_final(last)
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +62,8 @@ class TokenizerConfig:
     """Context length and padding id: 49407 in Hugging Face and Stable Diffusion 1, 0 in open_clip and SD 2.
 
     Prefer 49407. Id 0 is the token "!", and a token used for padding is not merged into words: as in transformers,
-    each "!" of a caption then becomes id 0, whereas open_clip reads "!" as 256 and "!!!" as 995.
+    each "!" of a caption then becomes id 0, whereas open_clip, and A1111 and ComfyUI with it, read "!" as 256 and "!!!"
+    as 995, as do the tokens with `original=True`.
     """
 
     context_length: int = 77
@@ -72,6 +74,13 @@ class TokenizerConfig:
             raise ValueError(f"context_length={self.context_length} leaves no room between BOS and EOS; use 3 or more")
         if self.pad_id < 0:
             raise ValueError(f"pad_id={self.pad_id} is negative; use {EOS_ID} (Hugging Face) or 0 (open_clip)")
+
+
+class Tokens(NamedTuple):
+    """The ids of a text, and the place in it where each of them starts."""
+
+    ids: list[int]
+    starts: list[int]
 
 
 class Tokenizer:
@@ -105,17 +114,31 @@ class Tokenizer:
         """Tokenize the text alone, without truncation. Raises ValueError for text that is not valid Unicode."""
         return self._encode(text).ids
 
+    def tokens(self, text: str, *, original: bool = False) -> Tokens:
+        """Tokenize the text alone, without truncation. original: as open_clip's tokenizer, which merges the padding
+        token into words. Raises ValueError for text that is not valid Unicode.
+        """
+        encoding = self._encode(text, original=original)
+        return Tokens(encoding.ids, [start for start, _ in encoding.offsets])
+
     def cut_off(self, text: str) -> str:
         """Return the end of the text that does not fit into the context, or ""."""
-        starts = [start for start, _ in self._encode(text).offsets]
-        limit = self.config.context_length - 2
+        starts, limit = self.tokens(text).starts, self.config.context_length - 2
         return text[starts[limit] :] if len(starts) > limit else ""
 
     def to_json(self) -> dict[str, Any]:
         """Build the content of a Hugging Face tokenizer.json, with the vocabulary in order of id."""
         return json.loads(self._bpe.to_str())
 
-    def _encode(self, text: str) -> tokenizers.Encoding:
+    @cached_property
+    def _original(self) -> tokenizers.Tokenizer:
+        """The encoder without the padding token among the special ones."""
+        document = self.to_json()
+        special = (self.bos_id, self.eos_id)
+        document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] in special]
+        return tokenizers.Tokenizer.from_str(json.dumps(document))
+
+    def _encode(self, text: str, *, original: bool = False) -> tokenizers.Encoding:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -124,7 +147,7 @@ class Tokenizer:
                 " decode the caption's bytes as UTF-8"
             ) from error
         # One text at a time: the batch call starts threads, which break when a data loader forks.
-        return self._bpe.encode(text, add_special_tokens=False)
+        return (self._original if original else self._bpe).encode(text, add_special_tokens=False)
 
 
 def mask_to_eos(ids: Tensor, eos_id: int) -> Tensor:

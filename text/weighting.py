@@ -1,8 +1,9 @@
 """Weight prompts and split long ones as in AUTOMATIC1111's web UI ("A1111"), with its "original" emphasis.
 
 `(x)` multiplies the weight by 1.1, `[x]` divides it by 1.1, `(x:1.3)` multiplies it by 1.3; nested factors multiply. A
-backslash escapes a bracket or backslash, and `BREAK` starts a new chunk. Prompt editing, `[a:b:0.5]` and `[a|b]`, is
-not supported: it is read as weighted text. Shapes: B prompts, K chunks per prompt, L context length, D width.
+backslash escapes a bracket or backslash, and `BREAK` starts a new chunk. Text is tokenized as there: for Stable
+Diffusion 2 by open_clip's rules, where "!" is a word. Prompt editing, `[a:b:0.5]` and `[a|b]`, precedes all this: see
+text.schedule. Shapes: B prompts, K chunks per prompt, L context length, D width.
 """
 
 import re
@@ -14,7 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from text.embeddings import EmbeddingTable
 from text.encoder import TextCondition, TextEncoder
+from text.prompt_syntax import without_tags
+from text.schedule import compose, prompt_schedule
 from text.tokenizer import Tokenizer
 
 MAX_WEIGHT = 100.0  # of either sign
@@ -70,39 +74,55 @@ def parse_weights(prompt: str) -> list[list[Piece]]:
     return [_merge(section) for section in sections]
 
 
-def chunk_count(tokenizer: Tokenizer, prompt: str) -> int:
+def check_prompt(prompt: str, steps: int) -> None:
+    """Raise ValueError if a text of a prompt that may have tags, several parts and changes has a weight out of range,
+    or a tag a strength that is no number."""
+    for part in compose(without_tags(prompt, all_kinds=True).text):
+        for text in {segment.text for segment in prompt_schedule(part.text, steps)}:
+            parse_weights(text)
+
+
+def chunk_count(tokenizer: Tokenizer, prompt: str, embeddings: EmbeddingTable | None = None) -> int:
     """Count the chunks K of a prompt, at least 1; prompts of equal K can be encoded together without padding."""
-    return len(_chunks(tokenizer, prompt))
+    return len(_chunks(tokenizer, prompt, embeddings))
 
 
-def tokenize_weighted(tokenizer: Tokenizer, prompt: str) -> WeightedPrompt:
-    """Tokenize to ids and weights, K x L each; without weights, in one chunk, the ids equal `tokenizer([prompt])`.
+def tokenize_weighted(tokenizer: Tokenizer, prompt: str, embeddings: EmbeddingTable | None = None) -> WeightedPrompt:
+    """Tokenize to ids and weights, K x L each; without weights, in one chunk, the ids equal `tokenizer([prompt])`, but
+    for "!" where it is the padding.
 
     Pieces are tokenized separately. A chunk has `context_length` - 2 tokens; a phrase that would be split moves to the
-    next chunk if it begins, after a comma, within the last 20 tokens. Raises ValueError for a weight outside -100 to
-    100, for more than 64 chunks and for text that is not valid Unicode.
+    next chunk if it begins, after a comma, within the last 20 tokens. An embedding is not split. Raises ValueError for
+    a weight outside -100 to 100, for more than 64 chunks and for text that is not valid Unicode.
     """
-    return _tensors(tokenizer, _chunks(tokenizer, prompt))
+    return _tensors(tokenizer, _chunks(tokenizer, prompt, embeddings))
 
 
 def encode_weighted(
-    encoder: TextEncoder, tokenizer: Tokenizer, prompts: Sequence[str], device: torch.device | str
+    encoder: TextEncoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    device: torch.device | str,
+    *,
+    embeddings: EmbeddingTable | None = None,
+    clip_skip: int | None = None,
 ) -> TextCondition:
     """Encode weighted prompts: context B x (K L) x D, mask B x (K L), pooled B x D of the first chunks.
 
     K is that of the longest prompt; the others are padded with empty chunks, as in A1111, which changes their context:
-    if that matters, batch prompts of equal `chunk_count`. `device` is the encoder's. Raises TypeError for a bare
-    string; ValueError for an empty list, and if `tokenize_weighted` does.
+    if that matters, batch prompts of equal `chunk_count`. `device` is the encoder's. clip_skip: see TextEncoder. Raises
+    TypeError for a bare string; ValueError for an empty list, and if `tokenize_weighted` does.
     """
     if isinstance(prompts, str):
         raise TypeError("expected a list of prompts, got one string; write [prompt]")
     if not prompts:
         raise ValueError("there are no prompts to encode; give at least one, which may be empty")
-    chunked = [_chunks(tokenizer, prompt) for prompt in prompts]
+    chunked = [_chunks(tokenizer, prompt, embeddings) for prompt in prompts]
     count = max(len(chunks) for chunks in chunked)
     padded = [chunk for chunks in chunked for chunk in chunks + [[]] * (count - len(chunks))]
     ids, weights = _tensors(tokenizer, padded)  # B K, L
-    context, pooled, mask = encoder(ids.to(device))  # B K, L, D; B K, D; B K, L
+    extra = embeddings and embeddings.vectors
+    context, pooled, mask = encoder(ids.to(device), extra=extra, clip_skip=clip_skip)  # B K, L, D; B K, D; B K, L
     context = emphasize(context, weights.to(device))  # B K, L, D
     batch, width = len(prompts), context.shape[-1]
     return TextCondition(context.reshape(batch, -1, width), pooled[::count], mask.reshape(batch, -1))
@@ -175,30 +195,41 @@ def _merge(runs_of_text: list[tuple[str, float]]) -> list[Piece]:
     return pieces
 
 
-def _chunks(tokenizer: Tokenizer, prompt: str) -> list[_Chunk]:
+def _chunks(tokenizer: Tokenizer, prompt: str, embeddings: EmbeddingTable | None = None) -> list[_Chunk]:
     """Split a prompt into at least one chunk. Two BREAKs in a row make an empty chunk; one at the end makes none."""
     room, comma = tokenizer.config.context_length - 2, tokenizer.token_ids(",")[-1]
+    table = embeddings or EmbeddingTable([], tokenizer)
     chunks: list[_Chunk] = []
     for section in parse_weights(prompt):
-        tokens = [(i, piece.weight) for piece in section for i in tokenizer.token_ids(piece.text)]
-        start = 0
-        while len(tokens) - start > room:
-            end = _end([i for i, _ in tokens[start : start + room + 1]], comma) + start
-            chunks.append(tokens[start:end])
-            start = end
-        chunks.append(tokens[start:])
+        units = [
+            (unit.ids, piece.weight) for piece in section for unit in table.units(tokenizer, piece.text, original=True)
+        ]
+        chunks += _split(units, room, comma)
     if len(chunks) > MAX_CHUNKS:
         raise ValueError(f"a prompt takes {len(chunks)} chunks of {room} tokens; use {MAX_CHUNKS} at most")
     return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]
 
 
-def _end(ids: list[int], comma: int) -> int:
-    """Count how many ids, of a full chunk and one more, stay in the chunk: all but a phrase that would be split."""
-    room = len(ids) - 1
-    if ids[room] == comma:
-        return room
-    nearest = range(room - 1, max(room - COMMA_REACH, 0) - 1, -1)
-    return next((i + 1 for i in nearest if ids[i] == comma), room)
+def _split(units: Sequence[tuple[tuple[int, ...], float]], room: int, comma: int) -> Iterator[_Chunk]:
+    """Yield at least one chunk of at most `room` tokens, without splitting a unit.
+
+    If a chunk is full, a phrase that goes on moves to the next one. (Unlike in A1111, its embeddings move with it:
+    modules/sd_hijack_clip.py, tokenize_line, leaves their vectors behind.)
+    """
+    chunk: _Chunk = []
+    nearest = 0  # after the last comma; 0: there is none
+    for ids, weight in units:
+        is_comma = ids == (comma,)
+        if len(chunk) == room and not is_comma and nearest > max(room - COMMA_REACH, 0):
+            yield chunk[:nearest]
+            chunk, nearest = chunk[nearest:], 0
+        if len(chunk) + len(ids) > room:
+            yield chunk
+            chunk, nearest = [], 0
+        if is_comma:
+            nearest = len(chunk) + 1
+        chunk += [(i, weight) for i in ids]
+    yield chunk
 
 
 def _tensors(tokenizer: Tokenizer, chunks: list[_Chunk]) -> WeightedPrompt:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ldm.inference.options import DrawOptions, parse_lora_argument
+from ldm.inference.options import DrawOptions, parse_embedding_argument, parse_lora_argument
 from ldm.inference.parameter import Range, parameters
 from ldm.inference.pictures import read_picture
 from ldm.inference.prompt_file import read_prompts
@@ -59,6 +59,10 @@ def add_model_options(parser: ArgumentParser) -> None:
         "a model that has one, in a folder or a file")
     add("--lora", action="append", default=[], metavar="PATH[:X]",
         help="LoRA, and its strength (default: 1); may be repeated")
+    add("--lora-folder", type=Path, action="append", default=[], metavar="DIR",
+        help="folder of the LoRAs that prompts name, as in <lora:style:0.8>; may be repeated")
+    add("--embedding", "--embeddings", action="append", default=[], metavar="PATH",
+        help="textual inversion, used by its name in a prompt: a file, NAME=FILE, or a folder; may be repeated")
     add("--no-ema", action="store_true", help="use the weights that are not averaged, if a file has both")
     add("--prediction", choices=PREDICTIONS, metavar="NAME",
         help=f"what the model predicts, if its file does not specify it correctly: {', '.join(PREDICTIONS)}")
@@ -139,12 +143,20 @@ def defaults_of(args: Namespace) -> DrawRequest:
 def load_keywords(args: Namespace) -> dict[str, Any]:
     """Return the keywords of TextToImage.load. Raises ValueError or OSError for a missing file."""
     loras = [parse_lora_argument(text) for text in args.lora]
+    embeddings = [parse_embedding_argument(text) for text in args.embedding]
     if not args.ckpt.exists():
         raise FileNotFoundError(f"{missing_model(args.ckpt)} with --ckpt")
-    for option, path in [("--vae", args.vae), ("--text", args.text), *(("--lora", path) for path, _ in loras)]:
+    given = [("--vae", args.vae), ("--text", args.text), *(("--lora", path) for path, _ in loras)]
+    given += [("--embedding", path) for path, _ in embeddings]
+    for folder in args.lora_folder:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--lora-folder is {folder}, which is not a folder: give one that exists")
+    for option, path in given:
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{option} is {path}, which does not exist: give a file that does")
+    named = {"lora_folders": args.lora_folder, "embeddings": embeddings}
     return {
         "device": args.device, "dtype": args.precision, "vae": args.vae, "text": args.text, "lora": loras,
         "ema": not args.no_ema, "prediction": args.prediction,
+        **{name: paths for name, paths in named.items() if paths},
     }  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ldm.inference.options import PLAIN, DrawOptions
@@ -63,7 +63,8 @@ def parameters_text(recipe: Recipe) -> str:
         **{key: value for key, value in further.items() if value},
         **_drawing_pairs(recipe),
         **_option_pairs(recipe),
-        "Lora hashes": ", ".join(f"{alias}: {digest}" for alias, _, digest in _loras(recipe) if digest),
+        "Lora hashes": _hashes([(alias, digest) for alias, _, digest in _loras(recipe)] + _named(recipe.prompt_loras)),
+        "TI hashes": _hashes(_named(recipe.embeddings)),
         "Version": recipe.software,
     }
     pairs = {key: _quote(str(value)) for key, value in pairs.items() if value != ""}
@@ -146,6 +147,16 @@ def _loras(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     for number, found in enumerate(_LORA.finditer(recipe.loras)):
         alias = re.sub(r"[:,<>\n]", "", _SUFFIX.sub("", found[1]))
         yield alias, found[2] or "1", digests[number] if number < len(digests) else ""
+
+
+def _named(files: str) -> list[tuple[str, str]]:
+    """Split "name:0.8 0123456789, other 9876543210" into names and hashes."""
+    pairs = [file.rpartition(" ") for file in files.split(", ") if file]
+    return [(name.partition(":")[0], digest) for name, _, digest in pairs]
+
+
+def _hashes(pairs: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{name}: {digest}" for name, digest in pairs if digest)
 
 
 def _quote(value: str) -> str:

@@ -13,6 +13,7 @@ FORMATS = ("diffusers", "single-file")  # of exports
 SCHEDULES = ("constant", "linear", "cosine")  # of guidance's scale over time
 FINER = "finer options"
 MAX_LORA_STRENGTH = 100
+MAX_CLIP_SKIP = 256  # more layers than any text encoder has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,14 @@ class DrawOptions:
         within=Range(low=-1, low_excluded=True, high=1, high_excluded=True, words="more than -1 and less than 1"),
     )  # fmt: skip
     weighting: str = parameter(
-        "none", "a1111: (words:1.2) have more weight, [words] less, BREAK starts a new chunk, a long prompt is "
-        "split into chunks; none: brackets are text like any other (default: {default})",
+        "none", "a1111: (words:1.2) have more weight, [words] less, [a:b:0.5] changes words on the way, BREAK starts "
+        "a new chunk, a long prompt is split into chunks; none: brackets are text like any other (default: {default})",
         choices=WEIGHTINGS, flags=("--weighting",), metavar="NAME", group=FINER,
+    )  # fmt: skip
+    clip_skip: int | None = parameter(
+        None, "the text encoder's layer to use, counted from its end as in A1111: 1 is the last, 2 the one before it "
+        "(default: the model's own; diffusers counts from 0)", kind=int, flags=("--clip-skip",), metavar="N",
+        group=FINER, within=Range(low=1, high=MAX_CLIP_SKIP), a1111="Clip skip",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -104,6 +110,17 @@ class DrawOptions:
 
 
 PLAIN = DrawOptions()
+
+
+def parse_embedding_argument(text: str) -> tuple[Path, str]:
+    """Split PATH or NAME=PATH into an embedding's path and its name, "" for its own. An existing path with an equals
+    sign is a path. Raises ValueError for an empty path or name."""
+    name, equals, path = text.partition("=")
+    if not equals or Path(text).exists():
+        name, path = "", text
+    if not path.strip() or (equals and path != text and not name.strip()):
+        raise ValueError(f"the embedding is {text!r}, expected a file or a folder, or NAME=FILE")
+    return Path(path), name.strip()
 
 
 def parse_lora_argument(text: str) -> tuple[Path, float]:

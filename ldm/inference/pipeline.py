@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.denoisers import Denoiser, choose_attention, describe_attention
+from ldm.denoisers import Condition, Denoiser, choose_attention, describe_attention
 from ldm.diffusion import Prediction
 from ldm.inference.contact_sheet import to_images
 from ldm.inference.course import Course, course_of
+from ldm.inference.guiding import guided
 from ldm.inference.img2img import Canvas, Start, begin, canvas, keeping
-from ldm.inference.options import FORMATS, DrawOptions
+from ldm.inference.options import FORMATS, PLAIN
 from ldm.inference.progress import Progress, counted, reporter
+from ldm.inference.prompt_loras import LoraFolders, applied
+from ldm.inference.prompts import Prompt, PromptReader
 from ldm.inference.recipe import Drawing, recipe_of
 from ldm.inference.request import DrawRequest
 from ldm.interop.compvis.writing import write_single_file
 from ldm.interop.diffusers_layout.folder import write_folder
+from ldm.interop.embedding_files import embedding_source
 from ldm.interop.hub_cache import model_path
 from ldm.interop.read_model import AS_IT_IS, LoadOptions, model_name, read_model
 from ldm.model.components import ModelComponents
@@ -29,7 +34,7 @@ from ldm.model.facts import ModelFacts
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.model.precision import Precision, choose_precision, dtype_of, of_autoencoder, precision_named
 from ldm.samplers import Denoise, Variance
-from ldm.samplers.guidance import Schedule, classifier_free, projected, rescaled, scheduled, within_interval
+from ldm.samplers.network_denoise import NetworkDenoise
 
 MAX_BATCH = 16  # pictures drawn at once; more are drawn in several batches, with the same result
 
@@ -47,6 +52,8 @@ class TextToImage:
         """options: what the parts were loaded with, for the recipes."""
         self.parts, self.loaded_with, self.name = parts, options, name
         self._weights_hash = weights_hash
+        self.prompts = PromptReader(self.model.conditioner, tags=bool(options.lora_folders), scheduler=parts.scheduler)
+        self.lora_folders = LoraFolders(options.lora_folders)
         choose_attention(self.denoiser, self.device, self.dtype)
         self.native_size = parts.sample_size * self.model.vae.config.factor  # pixels a side, as in training
         # H and W must be multiples of this: whole latents, and whole patches of them.
@@ -117,6 +124,8 @@ class TextToImage:
         lora: Sequence[tuple[str | Path, float]] = (),
         ema: bool = True,
         prediction: Prediction | None = None,
+        lora_folders: Sequence[str | Path] = (),
+        embeddings: Sequence[str | Path | tuple[str | Path, str]] = (),
     ) -> TextToImage:
         """Read a model: a folder in diffusers' layout (an export of this project, Stable Diffusion's, the newest of a
         run), or Stable Diffusion 1 or 2 in a single file. The content determines which of them it is.
@@ -126,8 +135,10 @@ class TextToImage:
         torch.dtype, or "auto": see choose_precision. vae, text: an autoencoder, and a text encoder with its tokenizer,
         to use in place of the model's own, which it need not have. lora: files and their strengths, merged into the
         weights in this order. ema: use the averaged weights, if a single file has both. prediction: of the denoiser, if
-        the file specifies it wrongly or not at all. Nothing in the files is executed. Raises ValueError or
-        FileNotFoundError, naming the file, if it is missing, truncated or something else.
+        the file specifies it wrongly or not at all. lora_folders: of LoRAs that prompts name, as in <lora:style:0.8>.
+        embeddings: textual inversions, files (or pairs of a file and a name for it) or folders of them. Nothing in the
+        files is executed. Raises ValueError or FileNotFoundError, naming the file, if it is missing, truncated or
+        something else.
         """
         place, path = choose_device(device), model_path(path)
         precision = choose_precision(dtype, place)
@@ -135,6 +146,8 @@ class TextToImage:
         options = LoadOptions(
             vae=None if vae is None else model_path(vae), text=None if text is None else model_path(text),
             lora=loras, ema=ema, prediction=prediction,
+            lora_folders=[Path(folder) for folder in lora_folders],
+            embeddings=[embedding_source(given) for given in embeddings],
         )  # fmt: skip
         of_vae = dtype_of(of_autoencoder(precision))
         parts = read_model(path, options, dtype=dtype_of(precision), vae_dtype=of_vae)
@@ -185,10 +198,31 @@ class TextToImage:
         images = to_images(self._together(requests, progress))
         return [Drawing(image, recipe_of(own, self, image)) for own, image in zip(requests, images, strict=True)]
 
+    def check(self, request: DrawRequest) -> DrawRequest:
+        """Return the request as it is drawn: see DrawRequest.check. Warns of words that look like syntax."""
+        checked = request.check(self.facts)
+        for encoder in self.model.conditioner.encoders:
+            encoder.config.layer_from_end(checked.options.clip_skip)  # raises if there are fewer
+        prompt = self.prompts.read(checked)
+        for remark in [*self.prompts.remarks(checked), *self.lora_folders.missing(prompt.loras)]:
+            warnings.warn(f"{request.place}{remark}", stacklevel=3)
+        return checked
+
+    def named_in(self, request: DrawRequest) -> dict[str, list[tuple[str, Path]]]:
+        """List the LoRAs, with their strengths, and the embeddings that a checked request's prompts name, and their
+        files."""
+        prompt, negative = self.prompts.read(request), self.prompts.read_negative(request)
+        texts = [segment.text for part in (*prompt.parts, negative) for segment in part.segments]
+        loras = self.lora_folders.find(prompt.loras)
+        return {
+            "prompt_loras": [(lora.describe(), lora.file) for lora in loras],
+            "embeddings": [(one.name, one.source) for one in self.model.conditioner.embeddings_in(texts)],
+        }
+
     def _each(self, request: DrawRequest, n: int) -> list[DrawRequest]:
         if n < 1:
             raise ValueError(f"n is {n}, expected at least 1 picture")
-        first = request.check(self.facts).seeded(n)
+        first = self.check(request).seeded(n)
         return [replace(first, seed=first.seed + i) for i in range(n)]
 
     def pixels(self, *requests: DrawRequest, progress: Progress | None = None) -> Tensor:
@@ -196,7 +230,7 @@ class TextToImage:
 
         They are drawn in one batch, so they may differ only in prompt and seed. Raises ValueError otherwise.
         """
-        wanted = [request.check(self.facts).seeded() for request in requests]
+        wanted = [self.check(request).seeded() for request in requests]
         common = wanted[0]
         if any(replace(own, prompt=common.prompt, seed=common.seed) != common for own in wanted):
             raise ValueError(
@@ -206,19 +240,17 @@ class TextToImage:
 
     def _together(self, wanted: Sequence[DrawRequest], progress: Progress | None) -> Tensor:
         """Draw checked requests that differ only in prompt and seed, as pixels."""
-        common, options = wanted[0], wanted[0].options
+        common = wanted[0]
         drawn_on, size = self._canvas(common)
         course = course_of(common, self.parts, drawn_on)
-        largest = 1 if course.one_by_one else MAX_BATCH
-        rounds = self.model.conditioner.batches([own.prompt for own in wanted], options.weighting, largest=largest)
         drawn: list[Tensor] = []
-        for number, prompts in enumerate(rounds):
-            first = sum(map(len, rounds[:number]))
-            generators = [torch.Generator().manual_seed(own.seed) for own in wanted[first : first + len(prompts)]]
-            begun = self._begin(drawn_on, generators, course, size)
-            denoise, variance = self._denoise(prompts, begun, course)
+        rounds = self.prompts.batches(wanted, largest=1 if course.one_by_one else MAX_BATCH)
+        for number, batch in enumerate(rounds):
+            generators = [torch.Generator().manual_seed(own.seed) for own, _ in batch]
             report = reporter(progress, len(course.times) - 1, number=number, of=len(rounds))
-            with torch.no_grad():
+            with torch.no_grad(), applied(self.parts, self.lora_folders.find(batch[0][1].loras)):
+                begun = self._begin(drawn_on, generators, course, size)
+                denoise, variance = self._denoise([prompt for _, prompt in batch], begun, course)
                 latents = course.draw(counted(denoise, report, course.times), begun, generators, variance)
             report(len(course.times) - 1)  # the last evaluation of a sampler that chooses its own times may be before
             drawn.append(self.model.decode(latents))
@@ -242,22 +274,21 @@ class TextToImage:
             return Start(x=model.prior(model.noise(generators, size=size), times))
         return begin(model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)
 
-    def _denoise(self, prompts: Sequence[str], begun: Start, course: Course) -> tuple[Denoise, Variance]:
+    def _denoise(self, prompts: Sequence[Prompt], begun: Start, course: Course) -> tuple[Denoise, Variance]:
         """Return the function for the sampler, with guidance and the mask applied, and the network's variance."""
         model, request = course.model, course.request
-        with_prompt, without = (
-            model.denoise_with(
-                self.denoiser, model.conditioner(texts, request.options.weighting)._replace(concat=begun.concat)
-            )
-            for texts in (prompts, [request.negative_prompt] * len(prompts))
-        )
-        denoise = guided(with_prompt, without, request.scale, request.options)
+
+        def network(condition: Condition) -> NetworkDenoise:
+            return model.denoise_with(self.denoiser, condition._replace(concat=begun.concat))
+
+        found = self.prompts.denoisers(prompts, request, network)
+        denoise = found.counting(guided(found.with_prompt, found.without, request.scale, request.options))
         denoise = denoise if begun.mask is None else keeping(denoise, begun, model.path, course.times)
-        return denoise, with_prompt.variance
+        return denoise, found.variance
 
     def cut_off(self, prompt: str) -> str:
         """Return the part of a prompt beyond the text encoder's context length; "" if it fits."""
-        return self.model.conditioner.cut_off(prompt)
+        return self.model.conditioner.cut_off(self.prompts.text(prompt, PLAIN))
 
 
 def draw_all(
@@ -274,7 +305,7 @@ def draw_all(
     started(request) is called before its first picture, progress(done, all) after each step. All requests are checked
     before anything is drawn. Raises ValueError, naming the value, for what cannot be drawn.
     """
-    checked = [request.check(pipe.facts).seeded(n * repeats) for request in requests]
+    checked = [pipe.check(request).seeded(n * repeats) for request in requests]
     total, before = repeats * sum(request.steps for request in checked), 0
 
     def stepped(done: int, of_all: int) -> None:
@@ -287,22 +318,6 @@ def draw_all(
         for repeat in range(repeats):
             yield pipe.draw(replace(request, seed=request.seed + repeat * n), n=n, progress=stepped)
             before += request.steps
-
-
-def guided(with_prompt: Denoise, without: Denoise, scale: float, options: DrawOptions) -> Denoise:
-    """Return denoise(x_t, t) with the guidance that the options select, from those with the prompts and with the
-    negative ones."""
-    over_time = scheduled(cast(Schedule, options.guidance_schedule), scale)
-    if options.is_projected:
-        keep, limit, momentum = options.guidance_parallel, options.guidance_norm_limit, options.guidance_momentum
-        denoise = projected(with_prompt, without, over_time, parallel=keep, norm_limit=limit, momentum=momentum)
-    elif options.guidance_rescale:
-        denoise = rescaled(with_prompt, without, over_time, options.guidance_rescale)
-    else:
-        denoise = classifier_free(with_prompt, without, over_time)
-    if options.guidance_interval != (0.0, 1.0):
-        denoise = within_interval(denoise, with_prompt, *options.guidance_interval)
-    return denoise
 
 
 def lost_words(pipe: TextToImage, requests: Iterable[DrawRequest]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The progress of a drawing, in steps, found from the times at which a sampler evaluates the denoiser."""
+"""Count what a sampler does, from outside: the evaluations of its denoiser, and the steps that it has done."""
 
 from __future__ import annotations
 
@@ -33,3 +33,18 @@ def counted(denoise: Denoise, report: Callable[[int], None], times: Tensor) -> D
         return x0
 
     return counting
+
+
+class Evaluations:
+    """Counts the evaluations of a denoiser in a drawing, by which A1111 counts a prompt's steps."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def counting(self, denoise: Denoise) -> Denoise:
+        def counting(x_t: Tensor, t: Tensor) -> Tensor:
+            x0 = denoise(x_t, t)
+            self.done += 1
+            return x0
+
+        return counting

@@ -60,6 +60,8 @@ class Recipe(PictureSettings):
     text: str = ""  # the text encoder's file, as vae
     ema: bool = True  # whether averaged weights were used, if the file had both
     default_grid: str = ""  # the time grid of this model's path, used where the options name none
+    prompt_loras: str = ""  # those that the prompt names and that were found: "name:0.8 0123456789ab"
+    embeddings: str = ""  # those that the prompts use: "name 0123456789, other 9876543210"
 
 
 class Drawing(NamedTuple):
@@ -87,9 +89,14 @@ def recorded(options: LoadOptions) -> dict[str, Any]:
 def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Recipe:
     """Create the recipe of an image that a pipe drew for a checked request."""
     drawn = replace(request, width=image.width, height=image.height)
+    words = pipe.named_in(request)
     settings = {name: about.kind(getattr(drawn, name)) for name, about in parameters(PictureSettings).items()}
+    hashes = {"prompt_loras": lora_hash, "embeddings": file_hash}
+    named: dict[str, Any] = {
+        key: ", ".join(f"{name} {hashes[key](file)}" for name, file in own) for key, own in words.items()
+    }
     return Recipe(
-        **settings | recorded(pipe.loaded_with),
+        **settings | recorded(pipe.loaded_with) | named,
         options=request.options,
         model=pipe.name,
         weights_hash=pipe.weights_hash,

@@ -138,8 +138,8 @@ class DrawRequest(PictureSettings):
             raise ValueError(f"{self.place}{error}") from error
 
     def _checked(self, facts: ModelFacts) -> DrawRequest:
-        from ldm.samplers import SAMPLERS, time_grid
-        from text.weighting import parse_weights
+        from ldm.samplers import SAMPLERS, evaluations_of, time_grid
+        from text.weighting import check_prompt
 
         name, grid = self._sampler(facts)
         options = replace(self.options, time_grid=grid)
@@ -150,8 +150,9 @@ class DrawRequest(PictureSettings):
         if facts.learned_variance is not None and name in SAMPLERS:
             SAMPLERS[name].check(learned=facts.learned_variance)
         if self.options.weighting == "a1111":
-            parse_weights(self.prompt)  # raises for a weight out of range
-            parse_weights(self.negative_prompt)
+            evaluations = self.steps * evaluations_of(name, facts.scheduler)
+            check_prompt(self.prompt, evaluations)  # raises for a weight out of range
+            check_prompt(self.negative_prompt, evaluations)
         if facts.for_inpainting and self.mask is None:
             wanted = "it an image and a mask" if self.image is None else "a mask too, white where to paint"
             raise ValueError(f"{facts.name} is made for inpainting: give {wanted}")

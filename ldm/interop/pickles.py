@@ -67,11 +67,11 @@ def open_pickle(path: Path) -> dict[str, Tensor]:
     averages are in two entries, the averages of a complete model's denoiser get their names of CompVis's layout. Raises
     ValueError for a file that names code, or that is not such a file.
     """
-    content = _load(path)
+    content = load_plain(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected named tensors: give the file of a model")
     if "string_to_param" in content:
-        raise ValueError(f"{path} is a textual inversion (words for a model), which is not supported: give a model")
+        raise ValueError(f"{path} is a textual inversion, words for a model: give it with --embedding, and a model")
     found, averages = _model_in(content)
     named = _averages_named(averages)
     if averages and not named:
@@ -124,7 +124,8 @@ def _check_archive(path: Path) -> None:
         )
 
 
-def _load(path: Path) -> Any:
+def load_plain(path: Path) -> Any:
+    """Read a file's content, tensors and plain containers. Raises ValueError for one that names code, or is damaged."""
     if is_mapped(path):
         _check_archive(path)
     try:

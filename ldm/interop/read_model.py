@@ -21,6 +21,7 @@ from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, read_d
 from ldm.interop.diffusers_layout.folder import SCHEDULER, TEXT_FOLDERS, open_text_parts, read_folder, read_sampling
 from ldm.interop.diffusers_layout.scheduler import read_scheduler
 from ldm.interop.diffusers_layout.vae import load_vae, open_vae, with_new_names
+from ldm.interop.embedding_files import EmbeddingSource, with_embeddings
 from ldm.interop.given_parts import GivenParts
 from ldm.interop.hub_cache import missing_model, repository_name
 from ldm.interop.identify import FIRST_STAGE, is_vae, refuse_foreign, shapes_of, without_wrapping
@@ -42,6 +43,8 @@ class LoadOptions:
     lora: Sequence[tuple[Path, float]] = ()
     ema: bool = True
     prediction: Prediction | None = None
+    embeddings: Sequence[EmbeddingSource] = ()
+    lora_folders: Sequence[Path] = ()  # of the LoRAs that prompts name
 
 
 AS_IT_IS = LoadOptions()
@@ -68,6 +71,9 @@ def read_model(
         raise FileNotFoundError(missing_model(path))
     for what, other in (("autoencoder", options.vae), ("text encoder", options.text)):
         parts = parts if other is None else with_remark(parts, f"{what} of {other.name}")
+    if options.embeddings:
+        conditioner = with_embeddings(parts.model.conditioner, options.embeddings)
+        parts = replace(parts, model=replace(parts.model, conditioner=conditioner))
     for file, strength in options.lora:
         add_lora(parts, file, strength)
         parts = with_remark(parts, f"LoRA {file.name} of strength {strength:g}")
@@ -106,6 +112,12 @@ def add_lora(parts: ModelComponents, path: Path, strength: float) -> None:
 
     Raises ValueError, with no weight changed, if it is of another model.
     """
+    changes, encoder = lora_layers(parts, path), parts.model.conditioner.encoders[0]
+    merge_lora(changes, denoiser=parts.denoiser, text_encoder=encoder, strength=strength)
+
+
+def lora_layers(parts: ModelComponents, path: Path) -> list[LayerChange]:
+    """Read the changes that a LoRA makes to a model. Raises ValueError if it is of another."""
     names = layout_of(parts.config).other_names(parts.denoiser, parts.config)
     encoder = parts.model.conditioner.encoders[0]
     changes: list[LayerChange] = []
@@ -113,7 +125,7 @@ def add_lora(parts: ModelComponents, path: Path, strength: float) -> None:
         changes += read_lora(weights, denoiser=parts.denoiser, text_encoder=encoder, compvis_names=names)
         if words := bundled_embeddings(weights.tensors):
             warnings.warn(f"{weights.source} brings {len(words)} embeddings ({some(words)}): not used", stacklevel=2)
-    merge_lora(changes, denoiser=parts.denoiser, text_encoder=encoder, strength=strength)
+    return changes
 
 
 def with_remark(parts: ModelComponents, remark: str) -> ModelComponents:

@@ -5,16 +5,19 @@ B captions, L tokens, D width of the joined states, P width of the joined pooled
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from ldm.denoisers import Condition
+from text.embeddings import Embedding, EmbeddingTable
 from text.encoder import TextCondition, TextEncoder
 from text.tokenizer import Tokenizer
 from text.weighting import chunk_count, encode_weighted
+
+Item = TypeVar("Item")
 
 
 class TextTower(NamedTuple):
@@ -32,7 +35,8 @@ class Conditioner:
     encoder whose special tokens are not those of its tokenizer.
     """
 
-    def __init__(self, *towers: TextTower) -> None:
+    def __init__(self, *towers: TextTower, embeddings: Sequence[Embedding] = ()) -> None:
+        """embeddings: words that captions may use; for a single tower, of its width."""
         lengths = [tower.encoder.config.context_length for tower in towers]
         if len(set(lengths)) != 1:
             raise ValueError(f"the text encoders read {lengths} tokens, expected the same length for all: give others")
@@ -44,6 +48,7 @@ class Conditioner:
                     f"{config.eos_id} and {config.pad_id}: give a text encoder its own tokenizer"
                 )
         self.towers = towers
+        self.embeddings = EmbeddingTable(embeddings, towers[0].tokenizer) if embeddings else None
 
     @property
     def width(self) -> int:
@@ -60,9 +65,9 @@ class Conditioner:
         return tuple(tower.encoder for tower in self.towers)
 
     @torch.no_grad()
-    def __call__(self, captions: Sequence[str], weighting: str = "none") -> Condition:
-        """Encode captions, on the encoders' device. weighting: see text.weighting."""
-        parts = [_encode(tower, captions, weighting) for tower in self.towers]
+    def __call__(self, captions: Sequence[str], weighting: str = "none", clip_skip: int | None = None) -> Condition:
+        """Encode captions, on the encoders' device. weighting: see text.weighting; clip_skip: see TextEncoder."""
+        parts = [self._encode(tower, captions, weighting, clip_skip) for tower in self.towers]
         if len(parts) == 1:
             (only,) = parts
             return Condition(only.context, only.mask, only.pooled)
@@ -71,22 +76,42 @@ class Conditioner:
 
     def batches(self, captions: Sequence[str], weighting: str, *, largest: int) -> list[list[str]]:
         """Split the captions, in order, into batches of at most `largest` with contexts of equal length."""
-        tokenizer = self.towers[0].tokenizer
-        chunks = [1 if weighting == "none" else chunk_count(tokenizer, caption) for caption in captions]
-        alike = [
-            [caption for caption, _ in group]
-            for _, group in groupby(zip(captions, chunks, strict=True), lambda pair: pair[1])
-        ]
-        return [group[start : start + largest] for group in alike for start in range(0, len(group), largest)]
+        chunks = [self.chunks(caption, weighting) for caption in captions]
+        return in_batches(captions, chunks, largest=largest)
+
+    def chunks(self, caption: str, weighting: str) -> int:
+        """Count the contexts that a caption takes."""
+        return 1 if weighting == "none" else chunk_count(self.towers[0].tokenizer, caption, self.embeddings)
 
     def cut_off(self, caption: str) -> str:
         """Return the part of a caption beyond the text encoder's context length; "" if it fits."""
-        return self.towers[0].tokenizer.cut_off(caption)
+        tokenizer = self.towers[0].tokenizer
+        if self.embeddings is None:
+            return tokenizer.cut_off(caption)
+        room = self.context_length - 2
+        for unit in self.embeddings.units(tokenizer, caption):
+            room -= len(unit.ids)
+            if room < 0:
+                return caption[unit.start :]
+        return ""
+
+    def embeddings_in(self, captions: Sequence[str]) -> list[Embedding]:
+        """List the embeddings that captions use."""
+        return [] if self.embeddings is None else self.embeddings.used(self.towers[0].tokenizer, captions)
+
+    def _encode(
+        self, tower: TextTower, captions: Sequence[str], weighting: str, clip_skip: int | None
+    ) -> TextCondition:
+        (encoder, tokenizer), table = tower, self.embeddings
+        device = next(encoder.parameters()).device
+        if weighting == "a1111":
+            return encode_weighted(encoder, tokenizer, captions, device, embeddings=table, clip_skip=clip_skip)
+        if table is None:
+            return encoder(tokenizer(captions).to(device), clip_skip=clip_skip)
+        return encoder(table.tokenize(tokenizer, captions).to(device), extra=table.vectors, clip_skip=clip_skip)
 
 
-def _encode(tower: TextTower, captions: Sequence[str], weighting: str) -> TextCondition:
-    encoder, tokenizer = tower
-    device = next(encoder.parameters()).device
-    if weighting == "a1111":
-        return encode_weighted(encoder, tokenizer, captions, device)
-    return encoder(tokenizer(captions).to(device))
+def in_batches(items: Sequence[Item], keys: Sequence[Hashable], *, largest: int) -> list[list[Item]]:
+    """Split items, in order, into batches of at most `largest` with equal keys."""
+    alike = [[item for item, _ in group] for _, group in groupby(zip(items, keys, strict=True), lambda pair: pair[1])]
+    return [group[start : start + largest] for group in alike for start in range(0, len(group), largest)]

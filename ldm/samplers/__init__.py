@@ -44,11 +44,12 @@ from ldm.samplers.single_step import (
     lcm,
 )  # fmt: skip
 from ldm.samplers.steps import Denoise, Generators, Variance, noise_like
+from ldm.samplers.stock import StockScheduler
 from ldm.samplers.time_grids import SCHEDULE_TYPES, TIME_GRIDS, grid_named, time_grid
 
 __all__ = [
     "SAMPLERS", "TIME_GRIDS", "Denoise", "Generators", "Sampler", "SamplerFunction", "Variance", "invert",
-    "noise_like", "sampler_and_grid", "sampler_named", "time_grid",
+    "evaluations_of", "noise_like", "sampler_and_grid", "sampler_named", "time_grid",
 ]  # fmt: skip
 
 
@@ -208,6 +209,13 @@ SAMPLERS: dict[str, Sampler] = {
     "lcm": Sampler(function=lcm, order=0, stochastic=True, label="LCM"),
 }
 _WITH_ETA = [name for name, sampler in SAMPLERS.items() if sampler.eta is not None]
+
+
+def evaluations_of(name: str, scheduler: StockScheduler | None) -> int:
+    """Return the evaluations in a step of a sampler or, if it is not in SAMPLERS, of a model's own scheduler."""
+    if name in SAMPLERS:
+        return SAMPLERS[name].evaluations
+    return 1 if scheduler is None else scheduler.evaluations
 
 
 def sampler_named(name: str) -> str:

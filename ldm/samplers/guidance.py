@@ -5,7 +5,7 @@ number, or a function of the time (0-d) that returns one; if it is 1, the second
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, assert_never, cast
 
 import torch
@@ -25,6 +25,22 @@ def classifier_free(denoise_cond: Denoise, denoise_uncond: Denoise, scale: Scale
     negative prompt replaces the empty prompt.
     """
     return _combined(denoise_cond, denoise_uncond, scale, lambda x0, change, s: x0 + (s - 1) * change)
+
+
+def composed(denoisers: Sequence[Denoise], weights: Sequence[float], denoise_uncond: Denoise) -> Denoise:
+    """x0_uncond + sum of w_i (x0_i - x0_uncond): a denoiser for several prompts at once, for classifier-free guidance.
+
+    Liu et al. 2022 (arXiv 2206.01714), eq. 11, with the scale left to guidance.
+    """
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        x0_uncond = denoise_uncond(x_t, t)
+        x0 = x0_uncond
+        for part, weight in zip(denoisers, weights, strict=True):
+            x0 = x0 + weight * (part(x_t, t) - x0_uncond)
+        return x0
+
+    return denoise
 
 
 def scheduled(kind: Schedule, scale: float) -> Scale:

@@ -70,6 +70,12 @@ class FakeTextToImage:
         pipe = cast("TextToImage", self)
         return [Drawing(image, recipe_of(own, pipe, image)) for own, image in zip(requests, images, strict=True)]
 
+    def check(self, request):
+        return request.check(self.facts)
+
+    def named_in(self, request):
+        return {}
+
     def cut_off(self, prompt):
         return prompt[20:]
 

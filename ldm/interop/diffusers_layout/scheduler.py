@@ -16,7 +16,7 @@ from ldm.interop.diffusers_layout.layout import VERSION
 from ldm.interop.network_files import as_whole, check_whole_numbers, described_by
 from ldm.samplers.stock import BETAS, CLASSES, DDPM_BETAS, StockScheduler, is_our_default, stock_scheduler
 
-_NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_NAMES: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _SCHEDULES: dict[str, type[BetaTablePath]] = {
     "linear": LinearBetaPath,
     "scaled_linear": ScaledLinearBetaPath,
@@ -162,7 +162,7 @@ def scheduler_from(content: Mapping[str, Any], *, source: Path) -> tuple[PathCon
         return RectifiedFlowPath(shift=float(content.get("flow_shift", 1.0))), "velocity"
     if name in CLASSES:  # absent values are the class's
         content = DDPM_BETAS | BETAS.get(name, {}) | dict(content)
-    schedule = content.get("beta_schedule", "linear")
+    schedule = str(content.get("beta_schedule", "linear"))
     if kind not in _NAMES or (schedule not in _SCHEDULES and content.get("trained_betas") is None):
         raise ValueError(
             f"{source} has prediction_type {kind!r} on beta_schedule {schedule!r}, expected one of "

@@ -30,7 +30,11 @@ class Bag(TextEncoder):
         super().__init__(config)
         self.states = nn.Embedding(config.vocab_size, config.width)
 
-    def _context_and_last(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def _table(self) -> nn.Module:
+        return self.states
+
+    def _context_and_last(self, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         return self.states(ids), self.states(ids)
 
 
