@@ -24,6 +24,7 @@ from ldm.inference.options import PLAIN, DrawOptions
 from ldm.inference.parameter import parameters
 from ldm.inference.pictures import picture_hash
 from ldm.inference.request import DrawRequest, PictureSettings
+from ldm.interop.lora import lora_files
 from ldm.interop.read_model import LoadOptions
 from ldm.samplers import SAMPLERS
 
@@ -62,7 +63,7 @@ class Drawing(NamedTuple):
 def recorded(options: LoadOptions) -> dict[str, Any]:
     """Return what a model was loaded with as fields of a Recipe. The first call reads the complete files, to hash
     them."""
-    loras = [f"{file.name}{'' if by == 1 else f':{by:g}'} {file_hash(file)}" for file, by in options.lora]
+    loras = [f"{file.name}{'' if by == 1 else f':{by:g}'} {lora_hash(file)}" for file, by in options.lora]
     vae = f"{options.vae.name} {file_hash(options.vae)}".strip() if options.vae else ""
     return {"vae": vae, "loras": ", ".join(loras), "prediction": options.prediction or "", "ema": options.ema}
 
@@ -97,6 +98,12 @@ def software() -> str:
 def file_hash(path: Path) -> str:
     """Return the first 10 hex digits of a file's SHA-256; "" for a folder."""
     return short_hash([path]) if path.is_file() else ""
+
+
+@cache
+def lora_hash(path: Path) -> str:
+    """Return the first 10 hex digits of the SHA-256 of a LoRA: its file, or the files of its folder."""
+    return short_hash(lora_files(path))
 
 
 def parameters_text(recipe: Recipe) -> str:
