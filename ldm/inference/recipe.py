@@ -26,6 +26,7 @@ from ldm.inference.options import PLAIN, DrawOptions
 from ldm.inference.parameter import parameters
 from ldm.inference.pictures import picture_hash
 from ldm.inference.request import OUR_SAMPLER, DrawRequest, PictureSettings
+from ldm.interop.lora import lora_files
 from ldm.interop.read_model import LoadOptions
 from ldm.interop.weight_reader import open_weights
 from ldm.model.components import ModelComponents
@@ -74,7 +75,7 @@ class Drawing(NamedTuple):
 def recorded(options: LoadOptions) -> dict[str, Any]:
     """Return what a model was loaded with as fields of a Recipe. The first call reads the complete files, to hash
     them."""
-    loras = [f"{file.name}{'' if by == 1 else f':{by:g}'} {file_hash(file)}" for file, by in options.lora]
+    loras = [f"{path.name}{'' if by == 1 else f':{by:g}'} {files_hash(path)}" for path, by in options.lora]
     vae, text = (f"{part.name} {file_hash(part)}".strip() if part else "" for part in (options.vae, options.text))
     return {
         "vae": vae,
@@ -92,9 +93,9 @@ def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Re
     words = pipe.named_in(request)
     settings = {name: about.kind(getattr(drawn, name)) for name, about in parameters(PictureSettings).items()}
     hashes = {"prompt_loras": lora_hash, "embeddings": file_hash}
-    named: dict[str, Any] = {
-        key: ", ".join(f"{name} {hashes[key](file)}" for name, file in own) for key, own in words.items()
-    }
+    named: dict[str, Any] = {}
+    for key, own in words.items():
+        named[key] = ", ".join(f"{name} {hashes[key](file)}" for name, file in own)
     return Recipe(
         **settings | recorded(pipe.loaded_with) | named,
         options=request.options,
@@ -131,6 +132,12 @@ def software() -> str:
 def file_hash(path: Path) -> str:
     """Return the first 10 hex digits of a file's SHA-256; "" for a folder."""
     return short_hash([path]) if path.is_file() else ""
+
+
+@cache
+def files_hash(path: Path) -> str:
+    """Return the first 10 hex digits of the SHA-256 of a LoRA: its file, or the files of its folder."""
+    return short_hash(lora_files(path))
 
 
 @cache

@@ -112,7 +112,7 @@ def merge(model: Model, layers: Sequence[LayerChange], strength: float = 1.0) ->
     return changed
 
 
-def same(one: list[LoraLayer], other: list[LoraLayer]) -> bool:
+def same(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Bit for bit, in any order."""
     ours, theirs = ({(a.part, a.name): a for a in layers} for layers in (one, other))
     return ours.keys() == theirs.keys() and all(

@@ -100,7 +100,7 @@ def test_vectors_take_the_places_of_tokens():
     found = network(given, extra=table.vectors)
     plain = network(TOKENIZER(["a easynegative of <cat-toy>", "no such name"]))
     network.model.resize_token_embeddings(FIRST + len(table.vectors), mean_resizing=False)
-    network.model.get_input_embeddings().weight.data[FIRST:] = table.vectors
+    network.model.embeddings.token_embedding.weight.data[FIRST:] = table.vectors
     expected = network(given)
     assert torch.equal(found.context, expected.context) and torch.equal(found.mask, expected.mask)
     assert not torch.allclose(found.context[0], plain.context[0]) and torch.allclose(found.context[1], plain.context[1])

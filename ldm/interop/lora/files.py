@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.files.strict_json import read_text
+from ldm.files.strict_json import read_json
 from ldm.interop.lora.names import METADATA_KEY, PEFT_PREFIX
 from ldm.interop.weight_reader import Weights, open_weights
 
@@ -45,6 +46,6 @@ def open_lora(path: Path) -> Iterator[Weights]:
         weights, config = open_weights(file), file.with_name(CONFIG)
         in_pefts_form = any(f"{PEFT_PREFIX}." in key for key in weights.tensors)
         if METADATA_KEY not in weights.metadata and (in_pefts_form or path.is_dir()) and config.exists():
-            settings = read_text(config, missing="is missing", kind="JSON")
+            settings = json.dumps(read_json(config))
             weights = replace(weights, metadata={**weights.metadata, METADATA_KEY: settings})
         yield weights

@@ -101,7 +101,9 @@ def _by_layer(weights: Mapping[str, Tensor]) -> tuple[Tensors, list[str]]:
     """Group the tensors by layer; the second are the names of those without effect."""
     refuse_other_kinds(weights)
     idle = [key for key in weights if WITHOUT_EFFECT.fullmatch(key)]
-    own = {key: tensor for key, tensor in weights.items() if key not in idle and not BUNDLED.fullmatch(key)}
+    own = {key: tensor for key, tensor in weights.items() if not BUNDLED.fullmatch(key)}
+    for key in idle:
+        del own[key]
     names = split_names(own)
     if not names:
         raise ValueError(_what_it_is(weights))
@@ -112,7 +114,7 @@ def _by_layer(weights: Mapping[str, Tensor]) -> tuple[Tensors, list[str]]:
         if role in tensors.setdefault(path, {}):
             raise ValueError(f"layer {path} has a second {role}, {key}: get the file again")
         tensors[path][role] = _checked(key, own[key], role)
-    alone = [path for path, found in tensors.items() if found.keys() <= {*SETTINGS}]
+    alone = {path for path, found in tensors.items() if found.keys() <= {*SETTINGS}}
     if len(alone) == len(tensors):
         raise ValueError(_what_it_is(weights))
     idle += [key for key, (path, _) in names.items() if path in alone]

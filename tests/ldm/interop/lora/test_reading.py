@@ -40,6 +40,7 @@ from ldm.interop.compvis.names import unet_modules
 from ldm.interop.lora import LoraLayer, Part, merge_lora, write_lora_kohya
 from ldm.interop.weight_reader import open_weights
 
+NAMED = (".lora_A.default.weight", ".lora_B.default.weight")
 PROCESSOR = ("_lora.down.weight", "_lora.up.weight")
 FLAT_BLOCK = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
 TEXT_LAYER = "encoder.layers.1.self_attn"
@@ -70,11 +71,38 @@ FORMS: list[tuple[str, tuple[str, str], Part, str]] = [
     (f"text_encoder.text_model.{FC1}", LINEAR_LAYER, "text_encoder", FC1),
     (f"text_encoder.text_model.{TEXT_LAYER}.to_q", PROCESSOR, "text_encoder", Q_PROJ),
     (f"text_encoder.text_model.{TEXT_LAYER}.to_out", PROCESSOR, "text_encoder", f"{TEXT_LAYER}.out_proj"),
+    # ComfyUI (comfy/lora.py): the path in the model that it holds, which is CompVis's, and CLIP's
+    ("diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k", PEFT, "denoiser", TO_K),
+    ("diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k", KOHYA, "denoiser", TO_K),
+    ("model.diffusion_model.middle_block.1.proj_in", KOHYA, "denoiser", PROJ),
+    (f"diffusion_model.{TO_K}", PEFT, "denoiser", TO_K),
+    (f"text_encoders.clip_l.transformer.text_model.{Q_PROJ}", KOHYA, "text_encoder", Q_PROJ),
+    (f"clip_h.transformer.text_model.{FC1}", KOHYA, "text_encoder", FC1),
+    # LyCORIS on a network alone, and SimpleTuner
+    ("lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k", KOHYA, "denoiser", TO_K),
+    ("lycoris_input_blocks_1_0_in_layers_2", KOHYA, "denoiser", CONV),
+    ("lycoris_text_model_encoder_layers_0_mlp_fc1", KOHYA, "text_encoder", FC1),
+    ("lycoris_encoder_layers_0_mlp_fc1", KOHYA, "text_encoder", FC1),
+    # peft, with the name of an adapter, and in its own form
+    (f"unet.{TO_K}", NAMED, "denoiser", TO_K),
+    (f"text_encoder.text_model.{FC1}", NAMED, "text_encoder", FC1),
+    (f"base_model.model.{TO_K}", PEFT, "denoiser", TO_K),
+    (f"base_model.model.text_model.{Q_PROJ}", PEFT, "text_encoder", Q_PROJ),
+    (f"base_model.model.{Q_PROJ}", NAMED, "text_encoder", Q_PROJ),
+    (f"unet.base_model.model.{CONV}", PEFT, "denoiser", CONV),
+    (f"unet.{TO_K}", (".lora_A", ".lora_B"), "denoiser", TO_K),
+    (f"unet.{TO_K}", (".lora_A.my-style_2.weight", ".lora_B.my-style_2.weight"), "denoiser", TO_K),
+    # a prefix that kohya's OFT has
+    ("oft_unet_down_blocks_0_resnets_0_conv1", KOHYA, "denoiser", CONV),
 ]
+WITHOUT_ALPHA = [form for form in FORMS if "base_model" not in form[0]]
 
 
-@pytest.mark.parametrize(("path", "endings", "part", "name"), FORMS, ids=[path + ends[0] for path, ends, *_ in FORMS])
-@pytest.mark.parametrize("alpha", [None, torch.tensor(1.5), torch.tensor([1.5]).half(), torch.tensor(7)])
+ALPHAS = [None, torch.tensor(1.5), torch.tensor([1.5]).half(), torch.tensor(7)]
+CASES = [(*form, alpha) for form in FORMS for alpha in ALPHAS if alpha is not None or form in WITHOUT_ALPHA]
+
+
+@pytest.mark.parametrize(("path", "endings", "part", "name", "alpha"), CASES)
 def test_each_form_is_read(
     path: str, endings: tuple[str, str], part: Part, name: str, alpha: Tensor | None, unet: Model
 ):
