@@ -176,7 +176,7 @@ def grids() -> Figure:
     names: dict[object, list[str]] = {}
     for name, grid in TIME_GRIDS.items():
         names.setdefault(grid, []).append(name)
-    figure, axes = panels(4.8, 1, 1)
+    figure, axes = panels(6.4, 1, 1)
     axis, low, high = axes[0, 0], *path.log_snr_range
     end = high + 0.9  # where t = 0 is drawn, whose log-SNR is infinite
     for row, same in enumerate(names.values()):

@@ -97,6 +97,7 @@ class Sampler:
 # DDIM, Euler's method on x / alpha (k-diffusion) and Euler's method for rectified flow are the same
 # update between given nodes. Users look for either name, so both are here, and both call `ddim`; so does Euler's
 # method with fresh noise at each step, which is DDIM with eta = 1.
+# fmt: off
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(function=ddpm, order=1, stochastic=True, label="DDPM"),
     "ddpm_large": Sampler(function=ddpm_large, order=1, stochastic=True, label="DDPM large"),
@@ -113,36 +114,20 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "dpm_fast": Sampler(function=dpm_fast, order=2, stochastic=True, label="DPM fast", eta=1.0, own_grid="exponential"),
     "dpm_adaptive": Sampler(
-        function=dpm_adaptive,
-        order=0,
-        stochastic=True,
-        label="DPM adaptive",
-        eta=1.0,
-        own_grid="exponential",
-        one_by_one=True,
-        other_names=("DPM ad",),
-        note="with as many steps as it needs",
-    ),  # fmt: skip
+        function=dpm_adaptive, order=0, stochastic=True, label="DPM adaptive", eta=1.0, own_grid="exponential",
+        one_by_one=True, other_names=("DPM ad",), note="with as many steps as it needs",
+    ),
     "dpmpp_2s_ancestral": Sampler(
-        function=dpmpp_2s_ancestral,
-        order=2,
-        stochastic=True,
-        label="DPM++ 2S a",
-        evaluations=2,
-        eta=1.0,
+        function=dpmpp_2s_ancestral, order=2, stochastic=True, label="DPM++ 2S a", evaluations=2, eta=1.0,
         automatic="karras",
-    ),  # fmt: skip
+    ),
     "dpmpp_sde": Sampler(
         function=dpmpp_sde, order=1, stochastic=True, label="DPM++ SDE", evaluations=2, eta=1.0, automatic="karras"
     ),
     "dpmpp_2m": Sampler(
-        function=dpmpp_2m,
-        order=2,
-        stochastic=False,
-        label="DPM++ 2M",
-        automatic="karras",
+        function=dpmpp_2m, order=2, stochastic=False, label="DPM++ 2M", automatic="karras",
         other_names=("dpmsolver++",),
-    ),  # fmt: skip
+    ),
     "dpmpp_2m_sde": Sampler(
         function=dpmpp_2m_sde, order=2, stochastic=True, label="DPM++ 2M SDE", automatic="exponential"
     ),
@@ -150,55 +135,30 @@ SAMPLERS: dict[str, Sampler] = {
         function=dpmpp_2m_sde_heun, order=2, stochastic=True, label="DPM++ 2M SDE Heun", automatic="exponential"
     ),
     "dpmpp_3m_sde": Sampler(
-        function=dpmpp_3m_sde,
-        order=2,
-        stochastic=True,
-        label="DPM++ 3M SDE",
-        automatic="exponential",
+        function=dpmpp_3m_sde, order=2, stochastic=True, label="DPM++ 3M SDE", automatic="exponential",
         note="with half of the last term, as in k-diffusion",
-    ),  # fmt: skip
+    ),
     "dpmpp_3m_sde_exact": Sampler(
-        function=dpmpp_3m_sde_exact,
-        order=2,
-        stochastic=True,
-        label="DPM++ 3M SDE exact",
-        automatic="exponential",
+        function=dpmpp_3m_sde_exact, order=2, stochastic=True, label="DPM++ 3M SDE exact", automatic="exponential",
         note="with all of it",
-    ),  # fmt: skip
+    ),
     # The last step of these two is of order 1.
     "unipc": Sampler(
-        function=partial(unipc, order=3, lower_at_end=True, linear=True),
-        order=2,
-        stochastic=False,
-        label="UniPC",
-        automatic="sgm_uniform",
-        other_names=("UniPC bh1",),
-        note="A1111's: bh1, order 3, reduced at the end",
-    ),  # fmt: skip
+        function=partial(unipc, order=3, lower_at_end=True, linear=True), order=2, stochastic=False, label="UniPC",
+        automatic="sgm_uniform", other_names=("UniPC bh1",), note="A1111's: bh1, order 3, reduced at the end",
+    ),
     "unipc_bh2": Sampler(
-        function=partial(unipc, order=3, lower_at_end=True),
-        order=2,
-        stochastic=False,
-        label="UniPC bh2",
-        automatic="sgm_uniform",
-        note="the same with bh2, as in ComfyUI",
-    ),  # fmt: skip
+        function=partial(unipc, order=3, lower_at_end=True), order=2, stochastic=False, label="UniPC bh2",
+        automatic="sgm_uniform", note="the same with bh2, as in ComfyUI",
+    ),
     "unipc_2": Sampler(
-        function=partial(unipc, order=2),
-        order=3,
-        stochastic=False,
-        label="UniPC 2",
-        automatic="sgm_uniform",
+        function=partial(unipc, order=2), order=3, stochastic=False, label="UniPC 2", automatic="sgm_uniform",
         note="bh2, order 2: diffusers' default",
-    ),  # fmt: skip
+    ),
     "unipc_3": Sampler(
-        function=partial(unipc, order=3),
-        order=4,
-        stochastic=False,
-        label="UniPC 3",
-        automatic="sgm_uniform",
+        function=partial(unipc, order=3), order=4, stochastic=False, label="UniPC 3", automatic="sgm_uniform",
         note="bh2, order 3 to the end",
-    ),  # fmt: skip
+    ),
     "lms": Sampler(function=lms, order=4, stochastic=False, label="LMS"),
     "plms": Sampler(function=plms, order=2, stochastic=False, label="PLMS", more_at_first=1, automatic="ddim_uniform"),
     "pndm": Sampler(function=pndm, order=2, stochastic=False, label="PNDM", more_at_first=9),
@@ -208,6 +168,7 @@ SAMPLERS: dict[str, Sampler] = {
     "restart": Sampler(function=restart, order=2, stochastic=True, label="Restart", evaluations=2, own_grid="karras"),
     "lcm": Sampler(function=lcm, order=0, stochastic=True, label="LCM"),
 }
+# fmt: on
 _WITH_ETA = [name for name, sampler in SAMPLERS.items() if sampler.eta is not None]
 
 

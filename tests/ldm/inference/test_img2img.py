@@ -214,3 +214,17 @@ def test_what_is_no_picture_is_named(content, message, tmp_path: Path):
         read_picture(tmp_path / "a.png")
     with pytest.raises(FileNotFoundError, match="there is no picture"):
         read_picture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "evaluations"),
+    [("dpm_fast", 14, {7}), ("restart", 44, {43}), ("dpm_adaptive", 10, range(6, 99))],
+)
+def test_samplers_with_times_of_their_own_take_the_range_that_is_left(pipe, sampler, steps, evaluations):
+    seen: list[float] = []
+    hook = pipe.denoiser.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1].max().item()))
+    found = draw(pipe, sampler=sampler, steps=steps, image=photo(), strength=0.5, scale=1.0)
+    hook.remove()
+    assert found.isfinite().all()
+    first = time_grid(pipe.model.path, steps, SAMPLERS[sampler].own_grid)[steps // 2]
+    assert len(seen) in evaluations and max(seen) == pytest.approx(pipe.model.path.timesteps(first).item(), abs=1e-3)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_checked_it_says_all_that_was_left_open():
     assert (begun.height, begun.width, begun.strength) == (40, 48, 0.75)
     assert DrawRequest(image=PHOTO, mask=PHOTO, width=8).check(FACTS).strength == 1.0
     assert DrawRequest(image=PHOTO, strength=0.3, width=8).check(FACTS).strength == 0.3
+
+
+def test_a_samplers_name_may_hold_the_grid():
+    named = DrawRequest(sampler="DPM++ 2M Karras", options=DrawOptions(eta=None)).check(FACTS)
+    assert (named.sampler, named.options.time_grid) == ("dpmpp_2m", "karras") and named.check(FACTS) == named
+    both = DrawRequest(sampler="DPM++ 2M Karras", options=DrawOptions(time_grid="SGM Uniform"), place="p, line 2: ")
+    with pytest.raises(ValueError, match=r"^p, line 2: sampler 'DPM.* names the time grid karras, but .* sgm_uniform"):
+        both.check(FACTS)
+    with pytest.raises(ValueError, match=r"^no time grid 'turbo': There are"):
+        DrawRequest(options=DrawOptions(time_grid="turbo")).check()
+    with pytest.warns(UserWarning, match="sampler DPM fast chooses its own times: the time grid karras is ignored"):
+        fast = DrawRequest(sampler="DPM fast", options=DrawOptions(time_grid="karras")).check(FACTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fast.check(FACTS) == fast and fast.options.time_grid == "exponential"
 
 
 def test_what_is_not_known_of_a_model_is_not_checked():

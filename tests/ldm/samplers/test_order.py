@@ -165,7 +165,7 @@ def test_the_three_step_sampler_integrates_a_parabola(monkeypatch):
 
     times, x = path.time_of_log_snr(2 * nodes), torch.zeros(1, 1, 1, 4, dtype=torch.float64)
     monkeypatch.setattr("ldm.samplers.steps.noise_like", lambda x, _: torch.zeros_like(x))
-    before, after = (SAMPLERS["dpmpp_3m_sde"].function(denoise, x, path, times[:n], []) for n in (3, 4))
+    before, after = (SAMPLERS["dpmpp_3m_sde_exact"].function(denoise, x, path, times[:n], []) for n in (3, 4))
     h = (nodes[3] - nodes[2]).item()
     u = torch.linspace(0, h, 200_001, dtype=torch.float64)
     half = nodes[2] + u
