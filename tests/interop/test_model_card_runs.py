@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from helpers.stable_diffusion import stable_diffusion
 from PIL import Image
 
+from ldm.diffusion import EDMPath, RectifiedFlowPath
 from ldm.interop.diffusers_layout.denoiser import OWN
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.model_card import CARD, model_card
@@ -22,6 +23,8 @@ from ldm.model.components import ModelComponents
 
 MODELS: dict[str, dict[str, Any]] = {
     "dit": {"transformer": True},
+    "dit on rectified flow": {"transformer": True, "path": RectifiedFlowPath(), "prediction": "velocity"},
+    "dit on EDM's path": {"transformer": True, "path": EDMPath(sigma_data=1.0), "prediction": "edm"},
     "sd1": {"version": 1},
     "sd2-v": {"version": 2, "prediction": "v"},
     "inpainting": {"version": 1, "inpainting": True},
