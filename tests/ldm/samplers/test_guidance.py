@@ -8,6 +8,7 @@ from ldm.diffusion.predictions import Prediction, to_x0
 from ldm.samplers.guidance import (
     autoguidance,
     classifier_free,
+    composed,
     projected,
     rescaled,
     scheduled,
@@ -154,3 +155,10 @@ def test_a_scale_over_time():
     quarter = torch.tensor(0.25)
     found = classifier_free(lambda x, t: cond(x, T), lambda x, t: uncond(x, T), linear)(X, quarter)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_composed_prompts_add_their_differences():
+    values = {"cat": torch.tensor([2.0]), "dog": torch.tensor([-1.0]), "": torch.tensor([0.5])}
+    cat, dog, nothing = (lambda x, t, value=value: value * x for value in values.values())
+    found = composed([cat, dog], [0.5, 2.0], nothing)(torch.tensor([3.0]), torch.tensor(0.5))
+    assert torch.equal(found, torch.tensor([3 * (0.5 + 0.5 * 1.5 + 2.0 * -1.5)]))
