@@ -25,8 +25,7 @@ from ldm.inference.parameter import parameters
 from ldm.inference.pictures import picture_hash
 from ldm.inference.request import OUR_SAMPLER, DrawRequest, PictureSettings
 from ldm.interop.read_model import LoadOptions
-from ldm.model.components import ModelComponents
-from ldm.model.facts import STOCK
+from ldm.model.facts import STOCK, ModelFacts
 from ldm.samplers import SAMPLERS
 from ldm.samplers.stock import LABELS
 
@@ -87,16 +86,16 @@ def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Re
         init_image="" if request.image is None else picture_hash(request.image),
         mask="" if request.mask is None else picture_hash(request.mask),
         strength=float(request.strength or 0),
-        scheduler=scheduler_of(request, pipe.parts),
+        scheduler=scheduler_of(request, pipe.facts),
     )
 
 
-def scheduler_of(request: DrawRequest, parts: ModelComponents) -> str:
+def scheduler_of(request: DrawRequest, facts: ModelFacts) -> str:
     """Describe the stock scheduler that a checked request follows, or the part of the folder's that is not followed."""
-    if request.sampler == STOCK and parts.scheduler is not None:
-        return parts.scheduler.describe()
+    if request.sampler == STOCK and facts.scheduler is not None:
+        return facts.scheduler.describe()
     by_default = request.sampler == OUR_SAMPLER and request.options.grid is None
-    return f"{NOT_FOLLOWED}{parts.unfollowed}" if parts.unfollowed and by_default else ""
+    return f"{NOT_FOLLOWED}{facts.unfollowed}" if facts.unfollowed and by_default else ""
 
 
 def software() -> str:
@@ -141,7 +140,7 @@ def _setting_pairs(recipe: Recipe) -> dict[str, object]:
     sampler, grid = own_sampler(recipe)
     in_its_form = {"sampler": sampler, "scale": repr(recipe.scale).removesuffix(".0")}
     known = {name: about.a1111 for name, about in parameters(PictureSettings).items() if about.a1111}
-    pairs = {key: in_its_form.get(name, getattr(recipe, name)) for name, key in known.items()}
+    pairs: dict[str, object] = {key: in_its_form.get(name, getattr(recipe, name)) for name, key in known.items()}
     return pairs | ({"Schedule type": grid} if grid else {})
 
 

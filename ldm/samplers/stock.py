@@ -148,7 +148,7 @@ def stock_scheduler(kind: str, content: Mapping[str, Any]) -> StockScheduler:
 def _value(kind: str, key: str, value: Any, default: Any) -> Any:
     """Return a value as its class understands it. Raises ValueError for one that is not followed."""
     if key == "disable_corrector":
-        steps = cast("list[Any]", list(value)) if isinstance(value, list | tuple) else None
+        steps = list(cast("list[Any]", value)) if isinstance(value, list | tuple) else None
         valid = steps is not None and len(steps) <= 1000 and all(type(step) is int for step in steps)
         value = tuple(steps or ())
     elif isinstance(default, str):
