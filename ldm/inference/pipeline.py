@@ -74,6 +74,7 @@ class TextToImage:
             name=self.name,
             path=self.model.path,
             scheduler=self.parts.scheduler,
+            unfollowed=self.parts.unfollowed,
             learned_variance=self.denoiser.learned_variance,
             native_size=self.native_size,
             factor=self.factor,

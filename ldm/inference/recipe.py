@@ -29,8 +29,7 @@ from ldm.inference.request import OUR_SAMPLER, DrawRequest, PictureSettings
 from ldm.interop.lora import lora_files
 from ldm.interop.read_model import LoadOptions
 from ldm.interop.weight_reader import open_weights
-from ldm.model.components import ModelComponents
-from ldm.model.facts import STOCK
+from ldm.model.facts import STOCK, ModelFacts
 
 if TYPE_CHECKING:
     from ldm.inference.pipeline import TextToImage
@@ -107,17 +106,17 @@ def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Re
         init_image="" if request.image is None else picture_hash(request.image),
         mask="" if request.mask is None else picture_hash(request.mask),
         strength=float(request.strength or 0),
-        scheduler=scheduler_of(request, pipe.parts),
+        scheduler=scheduler_of(request, pipe.facts),
         default_grid=pipe.facts.path.default_grid if pipe.facts.path else "",
     )
 
 
-def scheduler_of(request: DrawRequest, parts: ModelComponents) -> str:
+def scheduler_of(request: DrawRequest, facts: ModelFacts) -> str:
     """Describe the stock scheduler that a checked request follows, or the part of the folder's that is not followed."""
-    if request.sampler == STOCK and parts.scheduler is not None:
-        return parts.scheduler.describe()
+    if request.sampler == STOCK and facts.scheduler is not None:
+        return facts.scheduler.describe()
     by_default = request.sampler == OUR_SAMPLER and request.options.grid is None
-    return f"{NOT_FOLLOWED}{parts.unfollowed}" if parts.unfollowed and by_default else ""
+    return f"{NOT_FOLLOWED}{facts.unfollowed}" if facts.unfollowed and by_default else ""
 
 
 def software() -> str:

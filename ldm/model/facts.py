@@ -17,6 +17,7 @@ class ModelFacts:
     name: str = "the model"
     path: PathConfig | None = None
     scheduler: StockScheduler | None = None  # what its folder says about sampling; None with a path: our own default
+    unfollowed: str = ""  # what of its folder's sampling is not followed, so that our default is used
     learned_variance: bool | None = None  # whether the network has learned one
     native_size: int | None = None  # pixels a side, as in training
     factor: int | None = None  # height and width must be multiples of it: whole latents, and whole patches of them

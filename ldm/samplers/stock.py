@@ -8,7 +8,7 @@ schedulers/scheduling_*.py). ldm.samplers.stock_plan turns one of them into step
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -153,7 +153,7 @@ def stock_scheduler(kind: str, content: Mapping[str, Any]) -> StockScheduler:
 def _value(kind: str, key: str, value: Any, default: Any) -> Any:
     """Return a value as its class understands it. Raises ValueError for one that is not followed."""
     if key == "disable_corrector":
-        steps = list(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else None
+        steps = list(cast("list[Any]", value)) if isinstance(value, list | tuple) else None
         valid = steps is not None and len(steps) <= 1000 and all(type(step) is int for step in steps)
         value = tuple(steps or ())
     elif isinstance(default, str):

@@ -50,7 +50,7 @@ BAD = [
         ("--W -8", "width is -8, expected 1 to 4096"),
         ("--W 4104", "width is 4104, expected 1 to 4096"),
         ("--H 512px", "--H: invalid int value: '512px'"),
-        ("--eta 0.5", "sampler DPM++ 2M has no eta: leave it out, or use ddim, euler_ancestral"),
+        ("--sampler dpmpp_2m --eta 0.5", "sampler DPM++ 2M has no eta: leave it out, or use ddim, euler_ancestral"),
         ("--eta 2 --sampler ddim", "eta is 2.0, expected 0 to 1"),
         ("--guidance-rescale 1.5", "guidance rescale is 1.5, expected 0 to 1"),
         ("--guidance-rescale 0.5 --guidance-parallel 0", "use one of them"),

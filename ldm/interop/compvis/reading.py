@@ -114,11 +114,7 @@ def read_single_file(
     scheduler_config_json(noise_path, prediction)  # raises for a prediction that this path does not have
     with described_by(path):
         side = native_side(sidecar, plan.config, vae, prediction)
-        sampling = Sampling(None)
-        if sidecar.own is not None:
-            inpainting = plan.unet.concat_channels > 0
-            sampling = sampling_from(sidecar.own["scheduler"], noise_path, prediction, unet=True, inpainting=inpainting)
-    warn_of(sampling, source=path, path=noise_path)
+        sampling = stated_sampling(sidecar, plan, noise_path, prediction, source=path)
     remarks = (*_ema_remark(bool(averaged), ema=ema), *remarks)
     return ModelComponents(
         model=LatentDiffusion(vae=vae, conditioner=conditioner, path=noise_path, prediction=prediction),
@@ -316,6 +312,18 @@ def path_and_prediction(sidecar: Sidecar, weights: Weights, *, source: Path) -> 
     if table.shape != ours.shape or not (table.double() - ours).abs().max() <= off:
         raise ValueError(f"{source} was trained on another schedule than Stable Diffusion's: put its .yaml next to it")
     return path, sidecar.prediction
+
+
+def stated_sampling(
+    sidecar: Sidecar, plan: Plan, path: PathConfig, prediction: Prediction, *, source: Path
+) -> Sampling:
+    """Return how our own header says to sample; a file of other programs says nothing of it."""
+    if sidecar.own is None:
+        return Sampling(None)
+    inpainting = plan.unet.concat_channels > 0
+    found = sampling_from(sidecar.own["scheduler"], path, prediction, unet=True, inpainting=inpainting)
+    warn_of(found, source=source, path=path)
+    return found
 
 
 def native_side(sidecar: Sidecar, config: UNetConfig, vae: AutoencoderKL, prediction: Prediction) -> int:

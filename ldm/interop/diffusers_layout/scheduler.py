@@ -168,7 +168,7 @@ def scheduler_from(content: Mapping[str, Any], *, source: Path) -> tuple[PathCon
             f"{source} has prediction_type {kind!r} on beta_schedule {schedule!r}, expected one of "
             f"{sorted(_NAMES)} on one of {sorted(_SCHEDULES)}: this noise path is not supported"
         )
-    return cast(PathConfig, _table_path(content, schedule, source=source)), _NAMES[kind]
+    return cast(PathConfig, _table_path(content, str(schedule), source=source)), _NAMES[kind]
 
 
 def _table_path(content: Mapping[str, Any], schedule: str, *, source: Path) -> BetaTablePath:
