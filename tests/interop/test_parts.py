@@ -220,7 +220,7 @@ def test_a_model_in_fp16_has_its_autoencoder_in_fp32_and_draws_nearly_the_same(p
     from ldm import DrawRequest
 
     request = DrawRequest(prompt="x", steps=2, seed=1, sampler="ddim", height=32, width=32)
-    dtypes = {"dtype": torch.float16, "vae_dtype": torch.float32}
+    dtypes: dict[str, Any] = {"dtype": torch.float16, "vae_dtype": torch.float32}
     half = TextToImage(read_model(place / "whole", **dtypes), name="m")
     assert (half.precision, next(half.model.vae.parameters()).dtype) == ("fp16", torch.float32)
     assert next(half.model.conditioner.encoders[0].parameters()).dtype == torch.float16
