@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from helpers.published import SCHEDULERS
 from helpers.stable_diffusion import stable_diffusion
+from PIL import Image
 
-from ldm import DrawRequest, TextToImage
+from ldm import DrawOptions, DrawRequest, TextToImage
 from ldm.interop.diffusers_layout.folder import write_folder
+from ldm.interop.read_model import read_facts
 
 PROMPT, SEED = "a noto emoji of a red apple", 11
 CLASSES = {

@@ -136,7 +136,7 @@ def test_from_python_it_is_saved_in_either_format(dit_folder, tmp_path):
         TextToImage.load(dit_folder).save(tmp_path / "dit.safetensors", format="single-file")
     with pytest.raises(ValueError, match="format is 'onnx', expected diffusers or single-file"):
         pipe.save(tmp_path / "x", format="onnx")
-    with pytest.raises(ValueError, match="dtype is 'int8', expected fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match=r"dtype is 'int8', expected fp32 \(float32, .*\), bf16 .*, fp16 "):
         pipe.save(tmp_path / "x", dtype="int8")
 
 

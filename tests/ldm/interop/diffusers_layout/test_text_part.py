@@ -57,7 +57,7 @@ def save(encoder: Bag, folder: Path, *, dtype: torch.dtype) -> None:
 
 def test_a_new_kind_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     own: dict[str, Any] = {"read_config": read_config, "own_names": dict, "build": build, "save": save}
-    entry = replace(TEXT_ENCODERS["clip_text_model"], class_name="Bag", **own)
+    entry = replace(TEXT_ENCODERS["clip_text_model"], class_name="Bag", modules=("states.",), **own)
     parts = stable_diffusion(1)
     (clip,) = parts.model.conditioner.towers
     torch.manual_seed(0)
