@@ -13,7 +13,7 @@ from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import PathConfig, Prediction, ScaledLinearBetaPath
 from ldm.files.atomic import atomic_folder
 from ldm.files.strict_json import write_json
-from ldm.interop.compvis.reading import find_prediction
+from ldm.interop.compvis.prediction import find_prediction
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, open_denoiser, save_denoiser
 from ldm.interop.diffusers_layout.layout import OWN, VERSION, DenoiserLayout
 from ldm.interop.diffusers_layout.scheduler import (

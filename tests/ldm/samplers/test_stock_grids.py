@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import numpy as np
 import pytest
@@ -52,7 +54,7 @@ def test_timesteps_and_levels_are_those_of_diffusers(kind, spacing):
 
 
 def test_a_table_is_diffusers_to_the_last_bit():
-    theirs = diffusers.EulerDiscreteScheduler.from_config(SD_BETAS)
+    theirs: Any = diffusers.EulerDiscreteScheduler.from_config(SD_BETAS)
     scheduler = stock_scheduler("EulerDiscreteScheduler", dict(theirs.config))
     expected = ((1 - theirs.alphas_cumprod) / theirs.alphas_cumprod) ** 0.5
     assert table_of(scheduler, ScaledLinearBetaPath()).kappas == expected.tolist()
