@@ -143,10 +143,9 @@ class TextToImage:
         """
         place, path = choose_device(device), model_path(path)
         precision = choose_precision(dtype, place)
-        loras = [(Path(file), strength) for file, strength in lora]
         options = LoadOptions(
             vae=None if vae is None else model_path(vae), text=None if text is None else model_path(text),
-            lora=loras, ema=ema, prediction=prediction,
+            lora=[(Path(file), strength) for file, strength in lora], ema=ema, prediction=prediction,
             lora_folders=[Path(folder) for folder in lora_folders],
             embeddings=[embedding_source(given) for given in embeddings],
         )  # fmt: skip

@@ -38,6 +38,7 @@ from ldm.samplers.stock import StockScheduler
 from text.conversion import TEXT_ENCODERS, TextEncoderKind, kind_of
 from text.encoder import TextEncoderConfig
 from text.tokenizer import Tokenizer
+from vae.autoencoder import AutoencoderKL
 
 NOTES = "foundry.yaml"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
@@ -72,27 +73,17 @@ def read_folder(
     given.check(folder, has_vae=(folder / "vae").is_dir(), has_text=(folder / TEXT_FOLDERS[0][0]).is_dir())
     path, stated, place = _path_and_prediction(folder, loaded)
     scheduler_config_json(path, prediction or stated or "eps")  # raises for a prediction that this path does not have
-    own_vae = open_vae(folder / "vae") if (folder / "vae").is_dir() else None
-    texts = [] if given.towers else open_text_parts(folder)
-    if own_vae is not None and not given.towers:
-        check_components_fit(loaded, own_vae, [(text.config, text.tokenizer) for text in texts], source=folder)
-    weights, of_vae = find_weights(part), [] if given.vae else [vae_weights(folder / "vae")]
-    # The text encoders first, so that their mapped pages are released before the larger parts are read.
-    towers = given.towers or [text.read(dtype) for text in texts]
-    vae = given.vae(own_vae and own_vae.config) if given.vae else own_vae
-    assert vae is not None
-    check_components_fit(loaded, vae, [(tower.encoder.config, tower.tokenizer) for tower in towers], source=folder)
-    for found in of_vae:
-        fill(vae, found, dtype=vae_dtype or dtype)
+    weights = find_weights(part)
+    vae, towers, further = _read_frozen(folder, loaded, given, dtype=dtype, vae_dtype=vae_dtype or dtype)
     fill(loaded.network, weights, dtype=dtype)
     predicted, remarks = find_prediction(prediction, stated, loaded, conditioner := Conditioner(*towers))
-    unet, inpainting = isinstance(loaded.network, UNet), loaded.network.concat_channels > 0
     sampling = Sampling(None)
     if place is not None:
+        unet, inpainting = isinstance(loaded.network, UNet), loaded.network.concat_channels > 0
         sampling = read_sampling(place, path, predicted, unet=unet, inpainting=inpainting)
         warn_of(sampling, source=place / SCHEDULER, path=path)
     notes = own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES).decode(errors="replace")
-    precision = _precision([weights, *(text.weights for text in texts), *of_vae])
+    precision = _precision([weights, *further])
     return ModelComponents(
         model=LatentDiffusion(vae=vae, conditioner=conditioner, path=path, prediction=predicted),
         denoiser=loaded.network,
@@ -103,6 +94,25 @@ def read_folder(
         scheduler=sampling.stock,
         unfollowed=sampling.unfollowed,
     )
+
+
+def _read_frozen(
+    folder: Path, loaded: LoadedDenoiser, given: GivenParts, *, dtype: torch.dtype, vae_dtype: torch.dtype
+) -> tuple[AutoencoderKL, Sequence[TextTower], list[Weights]]:
+    """Read the autoencoder and the text encoders, after checking that they fit the denoiser; also their files."""
+    own_vae = open_vae(folder / "vae") if (folder / "vae").is_dir() else None
+    texts = [] if given.towers else open_text_parts(folder)
+    if own_vae is not None and not given.towers:
+        check_components_fit(loaded, own_vae, [(text.config, text.tokenizer) for text in texts], source=folder)
+    of_vae = [] if given.vae else [vae_weights(folder / "vae")]
+    # The text encoders first, so that their mapped pages are released before the larger parts are read.
+    towers = given.towers or [text.read(dtype) for text in texts]
+    vae = given.vae(own_vae and own_vae.config) if given.vae else own_vae
+    assert vae is not None
+    check_components_fit(loaded, vae, [(tower.encoder.config, tower.tokenizer) for tower in towers], source=folder)
+    for found in of_vae:
+        fill(vae, found, dtype=vae_dtype)
+    return vae, towers, [*(text.weights for text in texts), *of_vae]
 
 
 def read_sampling(folder: Path, path: PathConfig, prediction: Prediction, *, unet: bool, inpainting: bool) -> Sampling:
