@@ -15,7 +15,7 @@ from ldm.model.components import ModelComponents
 from ldm.model.facts import STOCK
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.samplers import SAMPLERS, Denoise, Generators, Variance, time_grid
-from ldm.samplers.stock_plan import StockPlan, stock_plan
+from ldm.samplers.stock.plan import StockPlan, stock_plan
 
 
 @dataclass(frozen=True, kw_only=True)

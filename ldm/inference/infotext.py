@@ -16,7 +16,8 @@ from ldm.inference.parameter import parameters
 from ldm.inference.request import PictureSettings
 from ldm.model.facts import STOCK
 from ldm.samplers import SAMPLERS
-from ldm.samplers.stock import LABELS
+from ldm.samplers.stock.grids import ON_THE_TABLE, WITH_AN_END
+from ldm.samplers.stock.scheduler import LABELS
 
 if TYPE_CHECKING:
     from ldm.inference.recipe import Recipe
@@ -104,7 +105,7 @@ def _drawing_pairs(recipe: Recipe) -> dict[str, object]:
     (variance sigma^2 rather than 1 + sigma^2), unless the noise multiplier is on; a drawing that starts from a picture
     adds noise in the same way in both.
     """
-    multiplied = recipe.strength == 0 and _sampler(recipe) not in WITH_OWN_GRID
+    multiplied = recipe.strength == 0 and _sampler(recipe) not in WITH_OWN_GRID and not _begins_without_data(recipe)
     text = recipe.prompt + recipe.negative_prompt
     plain = recipe.options.weighting == "none" and any(bracket in text for bracket in "([")
     told = {
@@ -114,6 +115,13 @@ def _drawing_pairs(recipe: Recipe) -> dict[str, object]:
         "Emphasis": "None" if plain else "",
     }
     return {key: value for key, value in told.items() if value}
+
+
+def _begins_without_data(recipe: Recipe) -> bool:
+    """Tell whether a model's own scheduler begins with sigma n, as A1111 does by default."""
+    if recipe.sampler != STOCK:
+        return False
+    return recipe.scheduler.split(", ")[0] not in ON_THE_TABLE | WITH_AN_END and "leading" not in recipe.scheduler
 
 
 def _option_pairs(recipe: Recipe) -> dict[str, object]:

@@ -16,7 +16,7 @@ from ldm.model.conditioner import Conditioner, in_batches
 from ldm.samplers import Denoise, Variance, evaluations_of
 from ldm.samplers.guidance import composed
 from ldm.samplers.network_denoise import NetworkDenoise
-from ldm.samplers.stock import StockScheduler
+from ldm.samplers.stock.scheduler import StockScheduler
 from text.prompt_syntax import LoraTag, Untagged, unread, without_tags
 from text.schedule import Segment, compose, prompt_schedule, segment_at
 

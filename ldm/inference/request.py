@@ -166,7 +166,7 @@ class DrawRequest(PictureSettings):
         Raises ValueError for an unknown name, and for steps or an eta that a stock scheduler does not have.
         """
         from ldm.samplers import sampler_and_grid
-        from ldm.samplers.stock_plan import stock_plan
+        from ldm.samplers.stock.plan import stock_plan
 
         grid = self.options.time_grid
         if self.sampler.lower() not in ("", STOCK):

@@ -12,7 +12,7 @@ from torch import nn
 from ldm.denoisers import Denoiser, DenoiserConfig
 from ldm.files.digest import short_hash
 from ldm.model.latent_diffusion import LatentDiffusion
-from ldm.samplers.stock import StockScheduler
+from ldm.samplers.stock.scheduler import StockScheduler
 from text.encoder import TextEncoderConfig
 from text.tokenizer import Tokenizer
 from vae.autoencoder import AutoencoderKL

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ldm.diffusion import PathConfig
-    from ldm.samplers.stock import StockScheduler
+    from ldm.samplers.stock.scheduler import StockScheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

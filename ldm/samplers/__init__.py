@@ -44,7 +44,7 @@ from ldm.samplers.single_step import (
     lcm,
 )  # fmt: skip
 from ldm.samplers.steps import Denoise, Generators, Variance, noise_like
-from ldm.samplers.stock import StockScheduler
+from ldm.samplers.stock.scheduler import StockScheduler
 from ldm.samplers.time_grids import SCHEDULE_TYPES, TIME_GRIDS, grid_named, time_grid
 
 __all__ = [

@@ -34,7 +34,7 @@ from ldm.interop.weight_reader import Weights, describe
 from ldm.model.components import LoadedDenoiser, ModelComponents, Origin, check_components_fit
 from ldm.model.conditioner import Conditioner, TextTower
 from ldm.model.latent_diffusion import LatentDiffusion
-from ldm.samplers.stock import StockScheduler
+from ldm.samplers.stock.scheduler import StockScheduler
 from text.conversion import TEXT_ENCODERS, TextEncoderKind, kind_of
 from text.encoder import TextEncoderConfig
 from text.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from ldm.diffusion.table_paths import BetaTablePath, CosinePath, LinearBetaPath,
 from ldm.files.strict_json import read_json
 from ldm.interop.diffusers_layout.layout import VERSION
 from ldm.interop.network_files import as_whole, check_whole_numbers, described_by
-from ldm.samplers.stock import BETAS, CLASSES, DDPM_BETAS, StockScheduler, is_our_default, stock_scheduler
+from ldm.samplers.stock.scheduler import BETAS, CLASSES, DDPM_BETAS, StockScheduler, is_our_default, stock_scheduler
 
 _NAMES: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _SCHEDULES: dict[str, type[BetaTablePath]] = {

@@ -11,8 +11,8 @@ import torch
 from helpers.published import SCHEDULERS
 
 from ldm.diffusion import Prediction, ScaledLinearBetaPath, prior_std, to_x0
-from ldm.samplers.stock import CLASSES, stock_scheduler
-from ldm.samplers.stock_plan import stock_plan
+from ldm.samplers.stock.plan import stock_plan
+from ldm.samplers.stock.scheduler import CLASSES, stock_scheduler
 
 WEIGHTS = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 8
 SHAPE = (1, 4, 4, 4)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ldm.diffusion import ScaledLinearBetaPath
-from ldm.samplers.stock import CLASSES, stock_scheduler
-from ldm.samplers.stock_grids import arange_down, beta_quantiles, linspace
-from ldm.samplers.stock_plan import grid_of, table_of
+from ldm.samplers.stock.grids import arange_down, beta_quantiles, linspace
+from ldm.samplers.stock.plan import grid_of, table_of
+from ldm.samplers.stock.scheduler import CLASSES, stock_scheduler
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 TWICE = {"HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"}

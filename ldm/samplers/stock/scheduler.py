@@ -2,7 +2,7 @@
 
 A class of diffusers' fixes a sampler, a time grid, the level at which sampling ends and the noise that it begins with.
 CLASSES lists those that are followed, with the values that each reads and its own defaults (diffusers 0.42,
-schedulers/scheduling_*.py). ldm.samplers.stock_plan turns one of them into steps.
+schedulers/scheduling_*.py). ldm.samplers.stock.plan turns one of them into steps.
 """
 
 from __future__ import annotations
@@ -132,8 +132,9 @@ class StockScheduler:
     def describe(self) -> str:
         """Describe in one line, separated by commas, the class, its grid, and what else differs from the defaults."""
         usual = CLASSES[self.kind]
-        values = {key: value for key, value in self.values.items() if key != "timestep_spacing"}
-        own = [f"{key} {value}" for key, value in values.items() if value != usual[key]]
+        spacing = "timestep_spacing"
+        values = {key: value for key, value in self.values.items() if key != spacing or value != self.grid}
+        own = [f"{key} {value}" for key, value in values.items() if value != usual[key] or key == spacing]
         return ", ".join([self.kind, self.grid, *own])
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from ldm.diffusion.nodes import Node
 from ldm.diffusion.predictions import Prediction
 from ldm.samplers.steps import Denoise, Generators
-from ldm.samplers.stock import StockScheduler
-from ldm.samplers.stock_grids import StockGrid, StockTable
-from ldm.samplers.stock_path import StockPath, parts_of
+from ldm.samplers.stock.grids import StockGrid, StockTable
+from ldm.samplers.stock.path import StockPath, parts_of
+from ldm.samplers.stock.scheduler import StockScheduler
 
 CLEAN = Node(torch.zeros((), dtype=torch.float64), 1.0, 0.0)
 

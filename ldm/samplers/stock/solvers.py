@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.diffusion.nodes import Node
 from ldm.samplers.linear_multistep import adams_weights
 from ldm.samplers.steps import Denoise, Generators, noise_like
-from ldm.samplers.stock_run import StockRun, eps_of
+from ldm.samplers.stock.run import StockRun, eps_of
 
 FEW_STEPS = 15  # below it, lower_order_final has an effect
 

@@ -13,9 +13,8 @@ from ldm.diffusion.nodes import Node, floats
 from ldm.diffusion.predictions import Prediction
 from ldm.diffusion.table_paths import BetaTablePath, LinearBetaPath, ScaledLinearBetaPath, zero_terminal_alphas
 from ldm.samplers.steps import Denoise, Generators
-from ldm.samplers.stock import StockScheduler
-from ldm.samplers.stock_grids import ON_THE_TABLE, WITH_AN_END, StockGrid, StockTable, lcm_timesteps, level_grid, spaced
-from ldm.samplers.stock_levels import (
+from ldm.samplers.stock.grids import ON_THE_TABLE, WITH_AN_END, StockGrid, StockTable, lcm_timesteps, level_grid, spaced
+from ldm.samplers.stock.levels import (
     stock_dpm2,
     stock_dpm2_ancestral,
     stock_euler,
@@ -23,11 +22,12 @@ from ldm.samplers.stock_levels import (
     stock_heun,
     stock_lms,
 )
-from ldm.samplers.stock_path import StockPath
-from ldm.samplers.stock_run import Method, StockRun
-from ldm.samplers.stock_solvers import stock_deis, stock_dpm_multistep, stock_dpm_singlestep
-from ldm.samplers.stock_table import pndm_evaluations, stock_ddim, stock_ddpm, stock_lcm, stock_pndm
-from ldm.samplers.stock_unipc import stock_unipc
+from ldm.samplers.stock.path import StockPath
+from ldm.samplers.stock.run import Method, StockRun
+from ldm.samplers.stock.scheduler import StockScheduler
+from ldm.samplers.stock.solvers import stock_deis, stock_dpm_multistep, stock_dpm_singlestep
+from ldm.samplers.stock.table import pndm_evaluations, stock_ddim, stock_ddpm, stock_lcm, stock_pndm
+from ldm.samplers.stock.unipc import stock_unipc
 
 METHODS: dict[str, Method] = {
     "DDIMScheduler": stock_ddim,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.samplers.stock import StockScheduler
+from ldm.samplers.stock.scheduler import StockScheduler
 
 # Classes whose grid of N steps is the first N of N + 1 timesteps, since their last step ends at the last one.
 WITH_AN_END = {

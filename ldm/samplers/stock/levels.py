@@ -15,8 +15,8 @@ from torch import Tensor
 from ldm.diffusion.nodes import Node
 from ldm.samplers.linear_multistep import gauss_legendre, lagrange_integrals
 from ldm.samplers.steps import Denoise, Generators, noise_like
-from ldm.samplers.stock_grids import position_of
-from ldm.samplers.stock_run import StockRun
+from ldm.samplers.stock.grids import position_of
+from ldm.samplers.stock.run import StockRun
 
 
 def slope(run: StockRun, denoise: Denoise, y: Tensor, node: Node) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.diffusion.nodes import Step, ddpm_mean, variance_range
 from ldm.samplers.steps import Denoise, Generators, add_noise, noise_like
-from ldm.samplers.stock_run import CLEAN, StockRun, eps_of
+from ldm.samplers.stock.run import CLEAN, StockRun, eps_of
 
 
 def stock_ddim(run: StockRun, denoise: Denoise, x: Tensor, generator: Generators, *, eta: float = 0.0) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ldm.diffusion.nodes import Node
 from ldm.samplers.steps import Denoise, Generators
-from ldm.samplers.stock_run import StockRun
-from ldm.samplers.stock_solvers import estimate
+from ldm.samplers.stock.run import StockRun
+from ldm.samplers.stock.solvers import estimate
 
 
 def stock_unipc(run: StockRun, denoise: Denoise, x: Tensor, generator: Generators) -> Tensor:
