@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -52,7 +53,7 @@ DRAWING = [
     if "txt2img.py --" in command and not re.search("--ckpt (?!runs/emoji64)|--help", command)
 ]
 THEIR_WEIGHTS = [command for command in COMMANDS if re.search("sd-v1|stable-diffusion-2|my-folder", command)]
-THEIR_FILE = re.compile(r"(sd-v1|stable-diffusion-2|my-|photo|mask|ft-mse|style|light)[\w.-]*[.\w](:0\.8)?$")
+THEIR_FILE = re.compile(r"(sd-v1|stable-diffusion-2|checkpoint-|my-|photo|mask|ft-mse|style|light)[\w./-]*[.\w](:0\.8)?$")
 EXPORT = next(command for command in COMMANDS if "ldm.export runs/" in command)
 SHORT = [
     "run.steps=1",
@@ -81,7 +82,7 @@ def test_the_pages_show_a_command_for_everything():
     for script in ("vae/train.py", "text/train.py", "ldm/train.py", "txt2img.py", "ldm.export"):
         assert script in shown
     assert "make demo" in lines("README.md") and "make test" in lines("CONTRIBUTING.md")
-    assert (len(TRAINING), len(OWN_PICTURES), len(THEIR_WEIGHTS)) == (3, 4, 7) and len(DRAWING) >= 4
+    assert (len(TRAINING), len(OWN_PICTURES), len(THEIR_WEIGHTS)) == (3, 4, 8) and len(DRAWING) >= 4
 
 
 def test_the_readmes_first_page_is_one_picture_and_two_commands():
@@ -139,6 +140,8 @@ def theirs(tmp_path_factory) -> Path:
         tensors = {key: tensor.contiguous() for key, tensor in single_file_tensors(parts).items()}
         save_file(tensors, folder / f"{name}.safetensors")
         torch.save({"state_dict": tensors}, folder / f"{name}.ckpt")
+    write_folder(stable_diffusion(1), folder / "sd-v1-5", dtype=torch.float32)
+    shutil.copytree(folder / "sd-v1-5" / "unet", folder / "checkpoint-500" / "unet")
     write_folder(stable_diffusion(2, prediction="v"), folder / "stable-diffusion-2-1", dtype=torch.float32)
     save_file(dict(stable_diffusion(1).model.vae.state_dict()), folder / "ft-mse.safetensors")
     for name in ("style", "light"):

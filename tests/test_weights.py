@@ -114,7 +114,7 @@ def test_diffusers_draws_the_same_picture_offline(pipe, monkeypatch):
         generator=[torch.Generator().manual_seed(7)],
     ).images[0]  # fmt: skip
     times = theirs.scheduler.sigmas.double()
-    monkeypatch.setattr("ldm.inference.pipeline.time_grid", lambda path, steps, grid: times)
+    monkeypatch.setattr("ldm.inference.course.time_grid", lambda path, steps, grid: times)
     monkeypatch.setattr("ldm.model.latent_diffusion.prior_std", lambda path, start: 1.0)
     monkeypatch.setattr(RectifiedFlowPath, "timesteps", lambda self, t: (1000 * t).floor())
     found = pipe.pixels(request(seed=7, steps=8))[0]

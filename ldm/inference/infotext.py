@@ -27,7 +27,7 @@ SAME_PICTURE = {"ddpm": "Euler a"}
 # A1111's samplers that have a time grid and a start of their own, whatever the text says of them.
 WITH_OWN_GRID = ("DDIM", "PLMS", "UniPC")
 # Our time grids, and the nearest schedule of A1111's. "SGM Uniform" is within 1.5 timesteps of trailing. Version 1.9
-# lacks the last two, and takes its default for them; of the others only those that it has are compared.
+# lacks DDIM, Simple, KL Optimal and Align Your Steps, and takes its default for them.
 SCHEDULES = {
     "trailing": "SGM Uniform",
     "linear": "Uniform",
@@ -38,9 +38,16 @@ SCHEDULES = {
     "beta": "Uniform",
     "leading": "DDIM",
     "align_your_steps": "Align Your Steps",
+    "normal": "Uniform",
+    "sgm_uniform": "SGM Uniform",
+    "simple": "Simple",
+    "ddim_uniform": "DDIM",
+    "kl_optimal": "KL Optimal",
 }
 OTHER_SCHEDULE = "SGM Uniform"  # for times that were listed
-SAME_GRIDS = ("trailing", "linear", "karras", "exponential", "log_snr")
+SAME_GRIDS = (
+    "trailing", "linear", "karras", "exponential", "log_snr", "normal", "sgm_uniform", "simple", "ddim_uniform",
+)  # fmt: skip
 _HASHED = re.compile(r"(.+) ([0-9a-f]{10})", re.DOTALL)
 _LORA = re.compile(r"(.+?)(?::(-?[\d.]+(?:e[-+]?\d+)?))? (?:[0-9a-f]{10})?(?:, |$)", re.DOTALL)
 _SUFFIX = re.compile(r"\.(safetensors|ckpt|pt|bin)$")

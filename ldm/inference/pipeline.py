@@ -251,7 +251,9 @@ class TextToImage:
             with torch.no_grad(), applied(self.parts, self.lora_folders.find(batch[0][1].loras)):
                 begun = self._begin(drawn_on, generators, course, size)
                 denoise, variance = self._denoise([prompt for _, prompt in batch], begun, course)
-                latents = course.draw(counted(denoise, report, course.times), begun, generators, variance)
+                if progress is not None:
+                    denoise = counted(denoise, report, course.times)
+                latents = course.draw(denoise, begun, generators, variance)
             report(len(course.times) - 1)  # the last evaluation of a sampler that chooses its own times may be before
             drawn.append(self.model.decode(latents))
         return torch.cat(drawn)
@@ -272,7 +274,10 @@ class TextToImage:
         model, times = course.model, course.times
         if drawn_on is None:
             return Start(x=model.prior(model.noise(generators, size=size), times))
-        return begin(model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)
+        begun = begin(model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)
+        if course.stock is not None and begun.mask is not None:
+            model.noise(generators, size=size)  # diffusers samples the masked image's latents here, used or not
+        return begun
 
     def _denoise(self, prompts: Sequence[Prompt], begun: Start, course: Course) -> tuple[Denoise, Variance]:
         """Return the function for the sampler, with guidance and the mask applied, and the network's variance."""

@@ -36,12 +36,18 @@ def counted(denoise: Denoise, report: Callable[[int], None], times: Tensor) -> D
 
 
 class Evaluations:
-    """Counts the evaluations of a denoiser in a drawing, by which A1111 counts a prompt's steps."""
+    """Counts the evaluations of a denoiser in a drawing, by which A1111 counts a prompt's steps.
 
-    def __init__(self) -> None:
-        self.done = 0
+    wanted: whether anybody asks, as only a prompt that changes does.
+    """
+
+    def __init__(self, *, wanted: bool) -> None:
+        self.done, self.wanted = 0, wanted
 
     def counting(self, denoise: Denoise) -> Denoise:
+        if not self.wanted:
+            return denoise
+
         def counting(x_t: Tensor, t: Tensor) -> Tensor:
             x0 = denoise(x_t, t)
             self.done += 1

@@ -102,7 +102,9 @@ class PromptReader:
 
         request: any of the batch; network: makes a denoiser of a condition.
         """
-        options, pictures, done = request.options, len(prompts), Evaluations()
+        options, pictures = request.options, len(prompts)
+        first, negative = prompts[0], self.read_negative(request)
+        done = Evaluations(wanted=any(len(part.segments) > 1 for part in [*first.parts, negative]))
 
         def encode(texts: Sequence[str]) -> Condition:
             return self.conditioner(texts, options.weighting, options.clip_skip)
@@ -112,7 +114,6 @@ class PromptReader:
                 return network(encode(texts))
             return changing(part, pictures, done, encode, network)
 
-        first, negative = prompts[0], self.read_negative(request)
         texts = [[own.parts[i].segments[0].text for own in prompts] for i in range(len(first.parts))]
         parts = [denoiser(part, own) for part, own in zip(first.parts, texts, strict=True)]
         without: Denoise = denoiser(negative, [negative.segments[0].text] * pictures)

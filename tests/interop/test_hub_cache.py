@@ -107,7 +107,7 @@ def test_a_name_that_is_not_in_the_cache_is_told_from_a_path(hub: Path, tmp_path
     told = missing_model(tmp_path / "a" / "b" / "c")
     assert "Hub" not in told and told.endswith("give the folder or file of one")
     with pytest.raises(FileNotFoundError, match="no model at x/y, nor one of that name .* with --ckpt"):
-        load_keywords(Namespace(ckpt=Path("x/y"), vae=None, text=None, lora=[]))
+        load_keywords(Namespace(ckpt=Path("x/y"), vae=None, text=None, lora=[], embedding=[], lora_folder=[]))
 
 
 def test_a_folder_of_that_name_comes_first(hub: Path, tmp_path: Path):

@@ -226,7 +226,7 @@ def test_the_record_says_what_was_followed(folder_of):
     from ldm.inference.recipe import parameters_text
 
     text = parameters_text(drawn.recipe)
-    assert "Sampler: PLMS" in text and "Schedule type: leading" in text
+    assert "Sampler: PLMS" in text and "Schedule type: DDIM" in text
     again = DrawRequest(prompt=PROMPT, steps=2, seed=SEED, sampler=drawn.recipe.sampler)
     assert again.check(our_pipeline(folder_of("sd15")).facts).sampler == "stock"
 

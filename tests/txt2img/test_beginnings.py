@@ -76,6 +76,7 @@ def test_what_is_put_together_with_the_model(command, model):
     assert model.about == {
         "lora": [(Path("a.safetensors"), 0.8), (Path("b.safetensors"), 1.0)],
         "vae": Path("v.ckpt"),
+        "text": None,
         "ema": False,
         "prediction": "v",
     }
@@ -97,7 +98,7 @@ def test_predictions_are_those_that_there_are():
 
 def test_nothing_of_it_by_default(command, model):
     assert command("--prompt", "x")[0] == 0
-    assert model.about == {"lora": [], "vae": None, "ema": True, "prediction": None}
+    assert model.about == {"lora": [], "vae": None, "text": None, "ema": True, "prediction": None}
 
 
 def test_weighted_words(command, model):

@@ -73,8 +73,9 @@ def read_folder(
     given.check(folder, has_vae=(folder / "vae").is_dir(), has_text=(folder / TEXT_FOLDERS[0][0]).is_dir())
     path, stated, place = _path_and_prediction(folder, loaded)
     scheduler_config_json(path, prediction or stated or "eps")  # raises for a prediction that this path does not have
+    opened = _open_frozen(folder, loaded, given)
     weights = find_weights(part)
-    vae, towers, further = _read_frozen(folder, loaded, given, dtype=dtype, vae_dtype=vae_dtype or dtype)
+    vae, towers, further = _read_frozen(folder, loaded, given, opened, dtype=dtype, vae_dtype=vae_dtype or dtype)
     fill(loaded.network, weights, dtype=dtype)
     predicted, remarks = find_prediction(prediction, stated, loaded, conditioner := Conditioner(*towers))
     sampling = Sampling(None)
@@ -96,14 +97,23 @@ def read_folder(
     )
 
 
-def _read_frozen(
-    folder: Path, loaded: LoadedDenoiser, given: GivenParts, *, dtype: torch.dtype, vae_dtype: torch.dtype
-) -> tuple[AutoencoderKL, Sequence[TextTower], list[Weights]]:
-    """Read the autoencoder and the text encoders, after checking that they fit the denoiser; also their files."""
+def _open_frozen(
+    folder: Path, loaded: LoadedDenoiser, given: GivenParts
+) -> tuple[AutoencoderKL | None, list[TextPart]]:
+    """Open the folder's own autoencoder and text encoders, and check that they fit the denoiser."""
     own_vae = open_vae(folder / "vae") if (folder / "vae").is_dir() else None
     texts = [] if given.towers else open_text_parts(folder)
     if own_vae is not None and not given.towers:
         check_components_fit(loaded, own_vae, [(text.config, text.tokenizer) for text in texts], source=folder)
+    return own_vae, texts
+
+
+def _read_frozen(
+    folder: Path, loaded: LoadedDenoiser, given: GivenParts, opened: tuple[AutoencoderKL | None, list[TextPart]], *,
+    dtype: torch.dtype, vae_dtype: torch.dtype,
+) -> tuple[AutoencoderKL, Sequence[TextTower], list[Weights]]:  # fmt: skip
+    """Read what was opened, or take what is given, and check that it fits the denoiser; also return their files."""
+    own_vae, texts = opened
     of_vae = [] if given.vae else [vae_weights(folder / "vae")]
     # The text encoders first, so that their mapped pages are released before the larger parts are read.
     towers = given.towers or [text.read(dtype) for text in texts]

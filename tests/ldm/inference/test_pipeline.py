@@ -200,7 +200,7 @@ def test_diffusers_draws_the_same_picture(kind, scale, request, monkeypatch):
     if kind == "dit":
         # diffusers' grid for flows starts at 0.999, not 1, and the network is told whole thousandths, cut off.
         times = theirs.scheduler.sigmas.double()
-        monkeypatch.setattr("ldm.inference.pipeline.time_grid", lambda path, steps, grid: times)
+        monkeypatch.setattr("ldm.inference.course.time_grid", lambda path, steps, grid: times)
         monkeypatch.setattr("ldm.model.latent_diffusion.prior_std", lambda path, start: 1.0)
         monkeypatch.setattr(RectifiedFlowPath, "timesteps", lambda self, t: (1000 * t).floor())
     found = (draw(ours, steps=8, scale=scale)[0].clamp(-1, 1) + 1) / 2

@@ -173,9 +173,9 @@ def test_what_a_model_was_loaded_with_is_recorded(tmp_path):
     loras = [(tmp_path / "a.safetensors", 0.8), (tmp_path / "a.safetensors", 1.0)]
     assert recorded(LoadOptions(lora=loras, vae=tmp_path / "vae", ema=False, prediction="v")) == {
         "loras": f"a.safetensors:0.8 {hashed}, a.safetensors {hashed}", "lora_hashes": "0123456789ab, 0123456789ab",
-        "vae": "vae", "ema": False, "prediction": "v",
+        "vae": "vae", "text": "", "ema": False, "prediction": "v",
     }  # fmt: skip
-    assert recorded(LoadOptions()) == {"loras": "", "lora_hashes": "", "vae": "", "ema": True, "prediction": ""}
+    assert recorded(LoadOptions()) == {"loras": "", "lora_hashes": "", "vae": "", "text": "", "ema": True, "prediction": ""}
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_it_is_diffusers_step_by_step(kind, values):
     if kind == "LMSDiscreteScheduler" or values.get("use_beta_sigmas"):
         pytest.importorskip("scipy")
     for prediction in ("v",) if values.get("rescale_betas_zero_snr") else ("eps", "v"):
-        content = SCHEDULERS["sd15"] | {"prediction_type": THEIR_NAMES[prediction]} | values
+        content = SCHEDULERS["1.5"] | {"prediction_type": THEIR_NAMES[prediction]} | values
         scheduler = getattr(diffusers, kind).from_config(content)
         for steps in (5, 7, 20, 30) if kind == "LCMScheduler" else (5, 7, 20, 30, 50):
             expected = theirs(scheduler, steps, seed=steps)
