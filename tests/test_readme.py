@@ -53,7 +53,9 @@ DRAWING = [
     if "txt2img.py --" in command and not re.search("--ckpt (?!runs/emoji64)|--help", command)
 ]
 THEIR_WEIGHTS = [command for command in COMMANDS if re.search("sd-v1|stable-diffusion-2|my-folder", command)]
-THEIR_FILE = re.compile(r"(sd-v1|stable-diffusion-2|checkpoint-|my-|photo|mask|ft-mse|style|light)[\w./-]*[.\w](:0\.8)?$")
+THEIR_FILE = re.compile(
+    r"(sd-v1|stable-diffusion-2|checkpoint-|my-|photo|mask|ft-mse|style|light)[\w./-]*[.\w](:0\.8)?$"
+)
 EXPORT = next(command for command in COMMANDS if "ldm.export runs/" in command)
 SHORT = [
     "run.steps=1",

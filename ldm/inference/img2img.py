@@ -65,12 +65,14 @@ def remaining(times: Tensor, strength: float) -> Tensor:
 
 @torch.no_grad()
 def begin(
-    model: LatentDiffusion, drawn_on: Canvas, generators: Generators, times: Tensor, *, for_inpainting: bool
-) -> Start:
+    model: LatentDiffusion, drawn_on: Canvas, generators: Generators, times: Tensor, *, for_inpainting: bool,
+    stock: bool = False,
+) -> Start:  # fmt: skip
     """Compute x = alpha z + sigma n at times[0], with z each picture's own sample of the posterior, and n its noise.
 
     for_inpainting: whether the network was trained with the mask and the masked image as additional inputs; any other
-    needs `keeping`. With a mask and strength 1, x is only noise. Random numbers are drawn in diffusers' order.
+    needs `keeping`. With a mask and strength 1, x is only noise. Random numbers are drawn in diffusers' order; stock:
+    also those of the masked image's latents where nothing uses them.
     """
     dtype, device = next(model.vae.parameters()).dtype, model.device
     size = tuple(side // model.vae.config.factor for side in drawn_on.pixels.shape[2:])
@@ -88,6 +90,8 @@ def begin(
         return Start(x=x)
     mask = F.interpolate(drawn_on.mask, size=size).to(device)  # 1 x 1 x h x w
     if not for_inpainting:
+        if stock:
+            model.noise(generators, size=size)
         return Start(x=x, clean=z, noise=noise, mask=mask, is_noise=from_noise)
     masked = latents(drawn_on.pixels * (1 - drawn_on.mask))
     return Start(x=x, concat=torch.cat([mask.expand(len(masked), -1, -1, -1), masked], dim=1))

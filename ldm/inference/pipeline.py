@@ -274,10 +274,8 @@ class TextToImage:
         model, times = course.model, course.times
         if drawn_on is None:
             return Start(x=model.prior(model.noise(generators, size=size), times))
-        begun = begin(model, drawn_on, generators, times, for_inpainting=self.parts.for_inpainting)
-        if course.stock is not None and begun.mask is not None:
-            model.noise(generators, size=size)  # diffusers samples the masked image's latents here, used or not
-        return begun
+        own, stock = self.parts.for_inpainting, course.stock is not None
+        return begin(model, drawn_on, generators, times, for_inpainting=own, stock=stock)
 
     def _denoise(self, prompts: Sequence[Prompt], begun: Start, course: Course) -> tuple[Denoise, Variance]:
         """Return the function for the sampler, with guidance and the mask applied, and the network's variance."""

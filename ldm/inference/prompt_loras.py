@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -11,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ldm.files.messages import did_you_mean
+from ldm.files.messages import did_you_mean, some
 from ldm.interop.lora import merge_lora
 from ldm.interop.lora.layers import adaptable_layers
-from ldm.interop.read_model import lora_layers
+from ldm.interop.read_model import lora_content
 from ldm.model.components import ModelComponents
 from text.prompt_syntax import LoraTag
 
@@ -78,7 +79,10 @@ def applied(parts: ModelComponents, loras: Sequence[FoundLora]) -> Iterator[None
     kept: dict[nn.Parameter, torch.Tensor] = {}
     try:
         for lora in loras:
-            layers = lora_layers(parts, lora.file)
+            layers, words = lora_content(parts, lora.file)
+            if words:
+                told = "brings embeddings, which a tag does not add: give it with --lora to use them"
+                warnings.warn(f"{lora.file} {told}: {some(words)}", stacklevel=2)
             modules = adaptable_layers(parts.denoiser, encoder)
             for parameter in chain.from_iterable(
                 modules[one.part, one.name].parameters(recurse=False) for one in layers

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.files.digest import short_hash
+from ldm.files.digest import sha256_of, short_hash
 from ldm.inference.infotext import parameters_text
 from ldm.inference.options import PLAIN, DrawOptions
 from ldm.inference.parameter import parameters
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 PARAMETERS, FOUNDRY = "parameters", "foundry"
 NOT_FOLLOWED = "not followed: "  # begins a Recipe's scheduler
-LORA_DIGITS = 12  # of a LoRA's hash in A1111
+LONGER_DIGITS = 12  # of a LoRA's hash in A1111
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Re
     drawn = replace(request, width=image.width, height=image.height)
     words = pipe.named_in(request)
     settings = {name: about.kind(getattr(drawn, name)) for name, about in parameters(PictureSettings).items()}
-    hashes = {"prompt_loras": lora_hash, "embeddings": file_hash}
+    hashes = {"prompt_loras": lora_hash, "embeddings": embedding_hash}
     named: dict[str, Any] = {}
     for key, own in words.items():
         named[key] = ", ".join(f"{name} {hashes[key](file)}" for name, file in own)
@@ -134,6 +134,12 @@ def file_hash(path: Path) -> str:
 
 
 @cache
+def embedding_hash(path: Path) -> str:
+    """Return the first 12 hex digits of a file's SHA-256, as A1111 records embeddings."""
+    return sha256_of(path)[:LONGER_DIGITS]
+
+
+@cache
 def files_hash(path: Path) -> str:
     """Return the first 10 hex digits of the SHA-256 of a LoRA: its file, or the files of its folder."""
     return short_hash(lora_files(path))
@@ -149,8 +155,8 @@ def lora_hash(path: Path) -> str:
     """
     if not path.is_file():
         return ""
-    stated = open_weights(path).metadata.get("sshs_model_hash", "")[:LORA_DIGITS]
-    if re.fullmatch(f"[0-9a-f]{{{LORA_DIGITS}}}", stated):
+    stated = open_weights(path).metadata.get("sshs_model_hash", "")[:LONGER_DIGITS]
+    if re.fullmatch(f"[0-9a-f]{{{LONGER_DIGITS}}}", stated):
         return stated
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -158,7 +164,7 @@ def lora_hash(path: Path) -> str:
             file.seek(8 + int.from_bytes(file.read(8), "little"))
         while block := file.read(2**22):
             digest.update(block)
-    return digest.hexdigest()[:LORA_DIGITS]
+    return digest.hexdigest()[:LONGER_DIGITS]
 
 
 def png_bytes(image: Image.Image, recipes: Sequence[Recipe]) -> bytes:

@@ -7,8 +7,8 @@ comfy/sd1_clip.py of ComfyUI read. Nothing in a file is executed: see ldm.intero
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ MAX_FILE_BYTES = 2**26  # 75 vectors take 300 kB; an optimiser's state may come 
 UNNAMED = ("emb_params", "*", "clip_l", "clip_h")  # names that are no token of diffusers
 PARAMETERS = "string_to_param"
 OF_SDXL = "clip_g"
+OF_THE_OUTPUT = "_out"
 MODELS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}
 
 
@@ -72,7 +73,10 @@ def read_embedding(path: Path, name: str = "") -> Embedding:
         raise FileNotFoundError(f"there is no embedding at {path}: give its file, or a folder of such files")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than any embedding: give a textual inversion")
-    found = _vectors(path)
+    return _embedding(_vectors(path), name, path)
+
+
+def _embedding(found: dict[str, Tensor], name: str, path: Path) -> Embedding:
     if OF_SDXL in found:
         raise ValueError(f"{path} is an embedding for SDXL: give one for the model")
     if len(found) != 1:
@@ -83,6 +87,29 @@ def read_embedding(path: Path, name: str = "") -> Embedding:
         shape = tuple(vectors.shape)
         raise ValueError(f"{path} has values of shape {shape} that are no vectors of finite numbers: get it again")
     return Embedding(name or path.stem, vectors.detach().to(torch.float32, copy=True), _token(token), path)
+
+
+def with_bundled(conditioner: Conditioner, bundled: Mapping[str, dict[str, Tensor]], path: Path) -> Conditioner:
+    """Return the conditioner with the embeddings of a LoRA's file: a name that it has already keeps its embedding.
+
+    One that does not fit the model is left out, with a warning.
+    """
+    table = conditioner.embeddings
+    found = {one.name.lower(): one for one in (table.embeddings if table else ())}
+    width, most = conditioner.width, conditioner.context_length - 2
+    for name, tensors in bundled.items():
+        # OneTrainer may write vectors for the text encoder's output too.
+        if added := [key for key in tensors if key.endswith(OF_THE_OUTPUT) and tensors[key].any()]:
+            warnings.warn(f"{path}: {added[0]} of the embedding {name} is not supported: left out", stacklevel=2)
+        try:
+            one = _embedding(
+                {key: tensor for key, tensor in tensors.items() if not key.endswith(OF_THE_OUTPUT)}, name, path
+            )
+            _check_fits(one, path, width=width, most=most)
+            found.setdefault(name.lower(), replace(one, token=""))
+        except ValueError as error:
+            warnings.warn(f"the embedding {name} is left out: {error}", stacklevel=2)
+    return Conditioner(*conditioner.towers, embeddings=list(found.values()))
 
 
 def _in_folder(folder: Path, *, width: int, most: int) -> list[Embedding]:

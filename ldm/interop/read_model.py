@@ -3,25 +3,23 @@ LoRAs; and what its small files say of it, before its weights are read."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ldm.denoisers import UNetConfig
 from ldm.diffusion import Prediction
-from ldm.files.messages import some
 from ldm.interop.compvis.names import vae_from_shapes, vae_names
 from ldm.interop.compvis.reading import LEFT_OVER, attention_as_matrices, read_single_file, read_text_tower
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, read_denoiser_config
 from ldm.interop.diffusers_layout.folder import SCHEDULER, TEXT_FOLDERS, open_text_parts, read_folder, read_sampling
 from ldm.interop.diffusers_layout.scheduler import read_scheduler
 from ldm.interop.diffusers_layout.vae import load_vae, open_vae, with_new_names
-from ldm.interop.embedding_files import EmbeddingSource, with_embeddings
+from ldm.interop.embedding_files import EmbeddingSource, with_bundled, with_embeddings
 from ldm.interop.given_parts import GivenParts
 from ldm.interop.hub_cache import missing_model, repository_name
 from ldm.interop.identify import FIRST_STAGE, is_vae, refuse_foreign, shapes_of, without_wrapping
@@ -75,7 +73,7 @@ def read_model(
         conditioner = with_embeddings(parts.model.conditioner, options.embeddings)
         parts = replace(parts, model=replace(parts.model, conditioner=conditioner))
     for file, strength in options.lora:
-        add_lora(parts, file, strength)
+        parts = add_lora(parts, file, strength)
         parts = with_remark(parts, f"LoRA {file.name} of strength {strength:g}")
     for network in (parts.denoiser, *parts.model.conditioner.encoders) if options.lora else ():
         network.to(wanted)
@@ -107,25 +105,34 @@ def read_text(path: Path, *, dtype: torch.dtype) -> tuple[TextTower, ...]:
     return tuple(text.read(dtype) for text in open_text_parts(folder))
 
 
-def add_lora(parts: ModelComponents, path: Path, strength: float) -> None:
-    """Merge a file, or those of a LoRA's folder, into the weights.
+def add_lora(parts: ModelComponents, path: Path, strength: float) -> ModelComponents:
+    """Merge a file, or those of a LoRA's folder, into the weights, and add the embeddings that it brings.
 
     Raises ValueError, with no weight changed, if it is of another model.
     """
-    changes, encoder = lora_layers(parts, path), parts.model.conditioner.encoders[0]
-    merge_lora(changes, denoiser=parts.denoiser, text_encoder=encoder, strength=strength)
+    lora, conditioner = lora_content(parts, path), parts.model.conditioner
+    merge_lora(lora.changes, denoiser=parts.denoiser, text_encoder=conditioner.encoders[0], strength=strength)
+    if lora.embeddings:
+        conditioner = with_bundled(conditioner, lora.embeddings, path)
+    return replace(parts, model=replace(parts.model, conditioner=conditioner))
 
 
-def lora_layers(parts: ModelComponents, path: Path) -> list[LayerChange]:
-    """Read the changes that a LoRA makes to a model. Raises ValueError if it is of another."""
+class LoraContent(NamedTuple):
+    """The changes that a LoRA makes to a model, and the tensors of embeddings that come with it, by name."""
+
+    changes: list[LayerChange]
+    embeddings: dict[str, dict[str, Tensor]]
+
+
+def lora_content(parts: ModelComponents, path: Path) -> LoraContent:
+    """Read a LoRA for a model. Raises ValueError if it is of another."""
     names = layout_of(parts.config).other_names(parts.denoiser, parts.config)
     encoder = parts.model.conditioner.encoders[0]
-    changes: list[LayerChange] = []
+    found = LoraContent([], {})
     for weights in open_lora(path):
-        changes += read_lora(weights, denoiser=parts.denoiser, text_encoder=encoder, compvis_names=names)
-        if words := bundled_embeddings(weights.tensors):
-            warnings.warn(f"{weights.source} brings {len(words)} embeddings ({some(words)}): not used", stacklevel=2)
-    return changes
+        found.changes.extend(read_lora(weights, denoiser=parts.denoiser, text_encoder=encoder, compvis_names=names))
+        found.embeddings.update(bundled_embeddings(weights.tensors))
+    return found
 
 
 def with_remark(parts: ModelComponents, remark: str) -> ModelComponents:

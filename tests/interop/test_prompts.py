@@ -250,13 +250,12 @@ def test_tags_that_cannot_be_followed(plain: TextToImage, pipe: TextToImage):
 
 
 def test_the_record_names_what_a_prompt_used(pipe: TextToImage, loras: Path, words: Path):
-    from ldm.files.digest import short_hash
-    from ldm.inference.recipe import lora_hash, parameters_text
+    from ldm.inference.recipe import embedding_hash, lora_hash, parameters_text
 
     options = DrawOptions(weighting="a1111", clip_skip=2)
     request = DrawRequest(prompt="a <toy> <lora:style:0.8:0.6>", options=options, **QUICK)
     (drawing,) = pipe.draw(request)
-    style, toy = lora_hash(loras / "style.safetensors"), short_hash([words])
+    style, toy = lora_hash(loras / "style.safetensors"), embedding_hash(words)
     assert drawing.recipe.prompt == request.prompt
     assert drawing.recipe.prompt_loras == f"style:0.8:0.6 {style}" and drawing.recipe.embeddings == f"toy {toy}"
     text = parameters_text(drawing.recipe)

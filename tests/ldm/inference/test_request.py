@@ -175,7 +175,14 @@ def test_what_a_model_was_loaded_with_is_recorded(tmp_path):
         "loras": f"a.safetensors:0.8 {hashed}, a.safetensors {hashed}", "lora_hashes": "0123456789ab, 0123456789ab",
         "vae": "vae", "text": "", "ema": False, "prediction": "v",
     }  # fmt: skip
-    assert recorded(LoadOptions()) == {"loras": "", "lora_hashes": "", "vae": "", "text": "", "ema": True, "prediction": ""}
+    assert recorded(LoadOptions()) == {
+        "loras": "",
+        "lora_hashes": "",
+        "vae": "",
+        "text": "",
+        "ema": True,
+        "prediction": "",
+    }
 
 
 @pytest.fixture

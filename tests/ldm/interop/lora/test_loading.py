@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -54,14 +53,62 @@ def factors(model: Path) -> tuple[Tensor, Tensor]:
 )
 def test_names_of_other_programs_are_understood(down: str, up: str, extra: str, model: Path, tmp_path: Path):
     a, b = factors(model)
-    bundle = {"bundle_emb.cat.string_to_param.*": torch.zeros(1, 64)} if extra else {}
+    bundle = {"bundle_emb.cat.string_to_param.*": torch.ones(1, 64)} if extra else {}
     save_file({down: a, up: b, **bundle}, tmp_path / "x.safetensors")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = weight(model, (tmp_path / "x.safetensors", 0.5))
+    pipe = TextToImage.load(model, lora=[(tmp_path / "x.safetensors", 0.5)], device="cpu", dtype="fp32")
+    found = pipe.denoiser.get_parameter(f"{Q}.weight")
     assert (found - weight(model) - 0.5 * b @ a).abs().max() < 1e-6
-    told = [str(one.message) for one in caught if "embeddings" in str(one.message)]
-    assert told == [f"{tmp_path / 'x.safetensors'} brings 1 embeddings (cat): not used"] * bool(extra)
+    assert [one.name for one in pipe.model.conditioner.embeddings_in(["a cat"])] == ["cat"] * bool(extra)
+
+
+def bundle_file(model: Path, folder: Path, name: str, tensors: dict[str, Tensor]) -> Path:
+    """A LoRA that changes nothing and brings an embedding."""
+    a, b = factors(model)
+    words = {f"bundle_emb.{name}.{key}": tensor for key, tensor in tensors.items()}
+    layer = f"lora_unet_{Q.replace('.', '_')}"
+    content = {f"{layer}.lora_down.weight": 0 * a, f"{layer}.lora_up.weight": b}
+    save_file(content | words, folder / "bundle.safetensors")
+    return folder / "bundle.safetensors"
+
+
+def test_an_embedding_in_a_lora_is_used_by_its_name_as_one_of_its_own_file(model: Path, tmp_path: Path):
+    vectors = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    lora = bundle_file(model, tmp_path, "toy", {"emb_params": vectors})
+    save_file({"emb_params": vectors}, tmp_path / "toy.safetensors")
+    save_file({"emb_params": -vectors}, tmp_path / "other.safetensors")
+    given: list[dict[str, Any]] = [
+        {"lora": [(lora, 1.0)]},
+        {"embeddings": [tmp_path / "toy.safetensors"]},
+        {"lora": [(lora, 1.0)], "embeddings": [(tmp_path / "other.safetensors", "toy")]},
+        {},
+    ]
+    pipes = [TextToImage.load(model, device="cpu", dtype="fp32", **options) for options in given]
+    states = [pipe.model.conditioner(["a toy"]).context for pipe in pipes]
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])  # one that is given by name comes first
+    assert not torch.equal(states[0], states[3])
+
+
+def test_a_tag_does_not_add_what_its_lora_brings(model: Path, tmp_path: Path):
+    bundle_file(model, tmp_path, "toy", {"emb_params": torch.ones(1, 64)})
+    pipe = TextToImage.load(model, lora_folders=[tmp_path], device="cpu", dtype="fp32")
+    with pytest.warns(UserWarning, match=r"bundle.safetensors brings embeddings, .* with --lora to use them: toy"):
+        pipe("a toy <lora:bundle:1>", steps=1, n=1)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"emb_params": torch.ones(2, 32)}, "vectors of width 32, expected 64"),
+        ({"clip_l": torch.ones(1, 64), "clip_g": torch.ones(1, 80)}, "embedding for SDXL"),
+        ({"clip_l": torch.ones(1, 64), "clip_l_out": torch.ones(1, 64)}, "clip_l_out of the embedding toy"),
+    ],
+)
+def test_what_a_bundled_embedding_lacks_is_one_warning(model: Path, tmp_path: Path, tensors, told: str):
+    with pytest.warns(UserWarning, match=told) as caught:
+        pipe = TextToImage.load(model, lora=[(bundle_file(model, tmp_path, "toy", tensors), 1.0)], device="cpu")
+    assert len(caught) == 1
+    assert [one.name for one in pipe.model.conditioner.embeddings_in(["toy"])] == ["toy"] * ("clip_l_out" in told)
 
 
 def test_a_folder_of_peft_is_given_and_recorded(model: Path, tmp_path: Path):
