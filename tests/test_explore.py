@@ -1,15 +1,12 @@
 """examples/explore.py runs, with few steps, and its numbers say what they should."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.forking import ROOT, python_here
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "explore.py"
 
 
@@ -17,9 +14,7 @@ EXAMPLE = ROOT / "examples" / "explore.py"
 def explored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Where it ran, and what it printed."""
     folder = tmp_path_factory.mktemp("explored")
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
-    words = [sys.executable, str(EXAMPLE), "8"]
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = python_here().complete(str(EXAMPLE), "8", folder=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
+from helpers.forking import ROOT, python_here
 from helpers.stable_diffusion import stable_diffusion
 from PIL import Image
 from safetensors.torch import save_file
@@ -28,7 +29,6 @@ from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.training.clip_task import TextTrainConfig
 from ldm.training.denoiser_config import TrainConfig
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "extending.md")]
 BIN = ".venv/bin/"
 
@@ -65,8 +65,11 @@ SHORT = [
 ]
 
 
-def run(command: str, *extra: str) -> subprocess.CompletedProcess[str]:
+def run(command: str, *extra: str, launched: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command: launched, as it is shown; else without a launcher, in a process that has the imports already."""
     program, *words = shlex.split(command)
+    if not launched:
+        return python_here().complete(*words, *extra)
     program = str(Path(sys.executable).parent / program.removeprefix(BIN))
     if program.endswith("/deepspeed"):
         with socket.socket() as probe:  # its own port may be taken by somebody's training
@@ -111,15 +114,17 @@ def test_every_command_of_the_pages_is_run_by_a_test():
 def test_training_commands_train(command, tmp_path, few_emoji):
     drawings = ["preview.steps=2", "preview.pictures=2"] if "ldm/train.py" in command else []
     few = [f"data.shards=[{few_emoji}]", f"validation.shards=[{few_emoji}]"]
-    finished = run(command, *SHORT, *few, *drawings, f"run.folder={tmp_path}", "run.log_every=1")
+    extra = [*SHORT, *few, *drawings, f"run.folder={tmp_path}", "run.log_every=1"]
+    finished = run(command, *extra, launched="ldm/train.py" in command)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "step 1/1  loss" in finished.stdout
 
 
 @pytest.mark.parametrize("command", DRAWING)
 def test_drawing_commands_draw(command, tmp_path):
-    command = command.replace("runs/emoji64_dit/model", "weights/emoji64")
-    finished = run(command, "--outdir", str(tmp_path), "--steps", "2")
+    extra = ["--outdir", str(tmp_path), "--steps", "2"]
+    launched = command == DRAWING[0]
+    finished = run(command.replace("runs/emoji64_dit/model", "weights/emoji64"), *extra, launched=launched)
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "grid-0000.png").exists()
     assert (tmp_path / "samples" / "00003.png").exists()

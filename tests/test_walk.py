@@ -7,13 +7,12 @@ such pair of modules is a place where a reader must go back. Two are enough.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers.launching import DIT, ROOT, denoiser_config
+from helpers.forking import ROOT, python_here
+from helpers.launching import DIT, denoiser_config
 from helpers.walking import Calls
 from test_structure import place
 
@@ -26,11 +25,7 @@ def climbs(tmp_path: Path, *words: str) -> dict[tuple[str, str], str]:
     The command's own main is not one, nor is a configuration that checks itself as it is made from YAML.
     """
     out = tmp_path / "calls.json"
-    command = [sys.executable, "tests/helpers/walking.py", str(out), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    finished = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
+    finished = python_here().complete(str(ROOT / "tests/helpers/walking.py"), str(out), *words)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     calls = {(caller, callee): function for caller, callee, function in json.loads(out.read_text())}
     assert ("ldm.cli", words[0].removesuffix(".py").replace("/", ".")) in calls

@@ -1,49 +1,92 @@
 """Commands run one after another without importing PyTorch and DeepSpeed for each: by forks of a process that has them.
 
-This file is that process's program: each line that it reads is a JSON list, a file for the output and the words of a
-command as after `python`; for each it writes a line with the exit status.
+This file is that process's program: each line that it reads is a JSON object, a Command; for each it writes a line with
+the exit status.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 import traceback
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import TypedDict
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 280  # after which a command is killed by SIGALRM: its exit status is -14
+
+
+class Command(TypedDict):
+    """What `python WORDS` is run with."""
+
+    words: list[str]
+    folder: str
+    environment: dict[str, str]
+    outputs: tuple[str, str]  # files for what it prints and for its errors
 
 
 class Forking:
     """Python in a folder whose packages are the ones imported."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
+        self.folder, self.environment = folder, {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(folder)}
         self.process = subprocess.Popen(
             [sys.executable, __file__], cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(folder)},
+            env=self.environment,
         )  # fmt: skip
 
-    def run(self, *words: str) -> str:
-        """Run `python WORDS`, and return all that it prints. Raises AssertionError if it fails."""
+    def complete(self, *words: str, folder: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> CompletedProcess[str]:  # fmt: skip
+        """Run `python WORDS` in a folder, its own by default, with these environment variables too."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.count += 1
-        output = self.folder / f"output_{self.count}.txt"
-        print(json.dumps([str(output), *words]), file=self.process.stdin, flush=True)
-        status = self.process.stdout.readline().strip()
-        assert status == "0", f"exit status {status}: {output.read_text() if output.exists() else words}"
-        return output.read_text()
+        with tempfile.TemporaryDirectory() as place:
+            out, err = Path(place, "out"), Path(place, "err")
+            command = Command(
+                words=list(words),
+                folder=str(folder or self.folder),
+                environment=self.environment | dict(environment or {}),
+                outputs=(str(out), str(err)),
+            )
+            print(json.dumps(command), file=self.process.stdin, flush=True)
+            status = int(self.process.stdout.readline())
+            return CompletedProcess(words, status, out.read_text(), err.read_text())
+
+    def run(self, *words: str) -> str:
+        """Run `python WORDS`, and return what it prints. Raises AssertionError if it fails."""
+        done = self.complete(*words)
+        assert done.returncode == 0, f"exit status {done.returncode}: {done.stdout}{done.stderr}"
+        return done.stdout
 
     def close(self) -> None:
         self.process.communicate("")
 
 
-def run_here(output: str, words: list[str]) -> int:
-    """Do what `python WORDS` does, with its output in a file."""
-    file = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+@cache
+def python_here() -> Forking:
+    """Python in this repository, of which a process of tests needs one."""
+    forking = Forking(ROOT)
+    atexit.register(forking.close)
+    return forking
+
+
+def run_here(command: Command) -> int:
+    """Do what `python WORDS` does, with its output in files."""
+    words = command["words"]
+    for stream, path in enumerate(command["outputs"], start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+    os.chdir(command["folder"])
+    os.environ.clear()
+    os.environ.update(command["environment"])
+    signal.alarm(SECONDS)
     try:
         if words[0] in ("-m", "-c"):
             sys.argv = words[1:]
@@ -72,10 +115,9 @@ def serve() -> None:
 
     sys.path.remove(str(Path(__file__).parent))  # where this file is, whose neighbours nobody asked for
     for line in sys.stdin:
-        output, *words = json.loads(line)
         child = os.fork()
         if child == 0:
-            status = run_here(output, words)
+            status = run_here(json.loads(line))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)

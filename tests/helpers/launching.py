@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from helpers.forking import ROOT, python_here
+
 BIN = Path(sys.executable).parent
 
 RUN = {"steps": 10, "log_every": 1, "sample_every": 5, "checkpoint_every": 5}
@@ -37,7 +38,6 @@ UNET = {
 
 
 LAUNCHERS = {
-    "python": [sys.executable],
     "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port"],  # and a free one
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
 }
@@ -51,6 +51,8 @@ def free_port() -> str:
 
 def start(words: list[str], *, launcher: str = "python", **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a training command: by plain python, or in two processes by one of the other launchers."""
+    if launcher == "python":
+        return python_here().complete(*words, environment=variables)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"} | variables
     command = [*LAUNCHERS[launcher], *([free_port()] if launcher == "deepspeed" else []), *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
