@@ -91,13 +91,23 @@ class TextEncoderConfig:
         """Return the layer whose output is the context, counted from the end of those that are here.
 
         clip_skip counts from the end of the whole tower: A1111's "Clip skip", ComfyUI's CLIPSetLastLayer without its
-        sign, and, for Stable Diffusion 1, diffusers' clip_skip + 1. None, or less than `own_clip_skip`: the model's
-        own. Raises ValueError for more than there are.
+        sign, and, for Stable Diffusion 1, diffusers' clip_skip + 1. None: the model's own. Stable Diffusion 2 has no
+        1: it is 2 there. Raises ValueError for more than there are.
         """
         if clip_skip is not None and not 1 <= clip_skip <= self.most_clip_skip:
             most = self.most_clip_skip
             raise ValueError(f"clip skip is {clip_skip}, expected 1 to {most}, the text encoder's layers")
-        return max(clip_skip or 1, self.own_clip_skip) - (self.most_clip_skip - self.layers)
+        return max(clip_skip or self.own_clip_skip, self.least_clip_skip) - (self.most_clip_skip - self.layers)
+
+    @property
+    def least_clip_skip(self) -> int:
+        """2 for Stable Diffusion 2, whose last layer nobody uses."""
+        return 2 if self.most_clip_skip == SD2_STORED_LAYERS + 1 else 1
+
+    @property
+    def unusual_clip_skip(self) -> int:
+        """The model's own if it is not the least, so that other programs have to be told; 0 otherwise."""
+        return self.own_clip_skip if self.own_clip_skip > self.least_clip_skip else 0
 
     @property
     def most_clip_skip(self) -> int:
@@ -123,9 +133,9 @@ class TextEncoder(nn.Module, ABC):
         """Encode token ids.
 
         extra: vectors N x D of textual inversions, whose ids are those from `vocab_size` on. clip_skip: the layer whose
-        output is the context, counted from the end, 1 being the last; None, or less than `config.own_clip_skip`: the
-        model's own. The final layer norm follows in any case. Raises ValueError for ids that are not B x L with L up to
-        `context_length`, and for more layers than there are.
+        output is the context, counted from the end, 1 being the last; None: the model's own. The final layer norm
+        follows in any case. Raises ValueError for ids that are not B x L with L up to `context_length`, and for more
+        layers than there are.
         """
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.context_length:
             raise ValueError(

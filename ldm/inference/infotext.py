@@ -136,6 +136,8 @@ def _option_pairs(recipe: Recipe) -> dict[str, object]:
     pairs: dict[str, object] = {}
     for name, about in parameters(DrawOptions).items():
         value = getattr(recipe.options, name)
+        if name == "clip_skip":
+            value = value or recipe.default_clip_skip or None
         if value != getattr(PLAIN, name) and name != "time_grid":
             key = about.a1111 or name.replace("_", " ").capitalize()
             key = "Eta DDIM" if (name, recipe.sampler) == ("eta", "ddim") else key

@@ -78,6 +78,7 @@ class TextToImage:
             learned_variance=self.denoiser.learned_variance,
             native_size=self.native_size,
             factor=self.factor,
+            unusual_clip_skip=self.model.conditioner.towers[0].encoder.config.unusual_clip_skip,
             for_inpainting=self.parts.for_inpainting,
         )
 
@@ -343,8 +344,3 @@ def choose_device(device: str) -> torch.device:
             f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices: use auto or cpu"
         )
     return place
-
-
-def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to draw in: see choose_precision."""
-    return dtype_of(choose_precision(dtype, device))

@@ -60,6 +60,7 @@ class Recipe(PictureSettings):
     text: str = ""  # the text encoder's file, as vae
     ema: bool = True  # whether averaged weights were used, if the file had both
     default_grid: str = ""  # the time grid of this model's path, used where the options name none
+    default_clip_skip: int = 0  # this model's own, used where the options name none; 0: what programs assume of it
     prompt_loras: str = ""  # those that the prompt names and that were found: "name:0.8 0123456789ab"
     embeddings: str = ""  # those that the prompts use: "name 0123456789, other 9876543210"
 
@@ -108,6 +109,7 @@ def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Re
         strength=float(request.strength or 0),
         scheduler=scheduler_of(request, pipe.facts),
         default_grid=pipe.facts.path.default_grid if pipe.facts.path else "",
+        default_clip_skip=pipe.facts.unusual_clip_skip,
     )
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm import DrawOptions, DrawRequest, TextToImage
+from ldm.interop.compvis.writing import single_file_tensors, write_single_file
 from ldm.interop.diffusers_layout.folder import write_folder
 
 A1111 = DrawOptions(weighting="a1111")
@@ -261,6 +262,27 @@ def test_the_record_names_what_a_prompt_used(pipe: TextToImage, loras: Path, wor
     text = parameters_text(drawing.recipe)
     assert f'Lora hashes: "style: {style}"' in text and f'TI hashes: "toy: {toy}"' in text and "Clip skip: 2" in text
     assert text.startswith("a <toy> <lora:style:0.8:0.6>\n")
+
+
+@pytest.mark.parametrize(
+    ("skip", "told"), [(None, ", Clip skip: 2, "), (1, ", Clip skip: 1, "), (2, ", Clip skip: 2, ")]
+)
+def test_a_models_own_clip_skip_is_told_and_survives_each_form(skip: int | None, told: str, tmp_path: Path):
+    from ldm.inference.recipe import parameters_text
+
+    save_file(
+        single_file_tensors(stable_diffusion(1)), tmp_path / "a.safetensors", metadata={"modelspec.encoder_layer": "2"}
+    )
+    own = TextToImage.load(tmp_path / "a.safetensors", dtype="fp32")
+    write_single_file(own.parts, tmp_path / "b.safetensors", dtype=torch.float32)
+    own.save(tmp_path / "folder")
+    request = DrawRequest(prompt="a", options=DrawOptions(clip_skip=skip), **QUICK)
+    (drawing,) = own.draw(request)
+    assert told in parameters_text(drawing.recipe)
+    for written in ("b.safetensors", "folder"):
+        again = TextToImage.load(tmp_path / written, dtype="fp32")
+        if skip is None or written == "b.safetensors":  # a folder's layers are counted from the model's own
+            assert again.draw(request)[0].image.tobytes() == drawing.image.tobytes()
 
 
 def test_words_cut_off_are_those_after_the_vectors(pipe: TextToImage):

@@ -39,6 +39,12 @@ def test_stable_diffusion_2_begins_at_the_layer_before_the_last(skip: int | None
     assert torch.equal(encoder(IDS, clip_skip=skip).context, states(encoder, layer))
 
 
+@pytest.mark.parametrize(("skip", "layer"), [(None, 2), (1, 1), (2, 2), (4, 4)])
+def test_a_model_that_was_trained_with_clip_skip_2_may_be_asked_for_another_layer(skip: int | None, layer: int):
+    encoder = built(replace(SD1, hidden="penultimate"))
+    assert torch.equal(encoder(IDS, clip_skip=skip).context, states(encoder, layer))
+
+
 @pytest.mark.parametrize("skip", [None, 1, 2, 3, 24])
 def test_a_folder_without_the_last_layer_counts_alike(skip: int | None):
     whole, stored = built(SD2), built(STORED)

@@ -7,6 +7,7 @@ Stable Diffusion 1 and 2 have in common. ldm.interop.compvis.writing writes such
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,7 +108,7 @@ def read_single_file(
     with described_by(path):
         side = native_side(sidecar, plan.config, vae, prediction)
         sampling = stated_sampling(sidecar, plan, noise_path, prediction, source=path)
-    remarks = (*_ema_remark(bool(averaged), ema=ema), *remarks)
+    remarks = (*_ema_remark(bool(averaged), ema=ema), *_layer_remark(sidecar, given), *remarks)
     return ModelComponents(
         model=LatentDiffusion(vae=vae, conditioner=conditioner, path=noise_path, prediction=prediction),
         denoiser=plan.unet,
@@ -173,10 +174,22 @@ def read_text_tower(path: Path, *, dtype: torch.dtype) -> TextTower:
     sidecar = read_sidecar(path, weights.metadata)
     with described_by(path):
         shapes = _below(shapes_of(weights.tensors), CONDITIONER)
-        plan = plan_text_encoder(shapes, _stated_text(sidecar))
+        plan = _planned_text(shapes, sidecar)
         wanted = {CONDITIONER + name: tensor for name, tensor in plan.wanted.items()}
         check_fit(wanted, {name: weights.tensors[name] for name in wanted if name in weights.tensors}, source=path)
         return _text_tower(plan, weights, dtype=dtype)
+
+
+def _planned_text(shapes: Shapes, sidecar: Sidecar) -> TextEncoderPlan:
+    """Plan the text encoder; a header may say that the model was trained with clip skip 2 (kohya-ss/sd-scripts,
+    library/sai_model_spec.py)."""
+    plan = plan_text_encoder(shapes, _stated_text(sidecar))
+    skip, own = sidecar.clip_skip or 1, plan.config.own_clip_skip
+    if skip > 2:
+        warnings.warn(f"its header says clip skip {skip}, which is not followed: give --clip-skip {skip}", stacklevel=2)
+    if skip != 2 or own == 2:
+        return plan
+    return plan._replace(config=replace(plan.config, hidden="penultimate"))
 
 
 def _stated_text(sidecar: Sidecar) -> TextEncoderConfig | None:
@@ -231,7 +244,7 @@ def make_plan(shapes: Shapes, sidecar: Sidecar, *, source: Path) -> Plan:
         vae=autoencoder,
         config=config,
         context_width=context_width,
-        text_encoder=plan_text_encoder(text, _stated_text(sidecar)) if text else None,
+        text_encoder=_planned_text(text, sidecar) if text else None,
         unet_names={ours: DENOISER + theirs for ours, theirs in of_unet.items()},
         vae_names={ours: FIRST_STAGE + theirs for ours, theirs in of_vae.items()},
     )
@@ -325,6 +338,10 @@ def native_side(sidecar: Sidecar, config: UNetConfig, vae: AutoencoderKL, predic
     if sidecar.resolution is not None and sidecar.resolution >= vae.config.factor:
         return sidecar.resolution // vae.config.factor
     return SIDE_OF_SECOND_V if config.use_linear_projection and prediction == "v" else DEFAULT_SIDE
+
+
+def _layer_remark(sidecar: Sidecar, given: GivenParts) -> tuple[str, ...]:
+    return ("text states of clip skip 2 (its header)",) if sidecar.clip_skip == 2 and not given.towers else ()
 
 
 def _ema_remark(both: bool, *, ema: bool) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ class Sidecar:
     heads: int | None = None
     head_width: int | None = None
     resolution: int | None = None  # pixels per side
+    clip_skip: int | None = None  # the layer of the text encoder, counted from its end
 
     def __post_init__(self) -> None:
         numbers = (self.linear_start, self.linear_end, 1 if self.scale_factor is None else self.scale_factor)
@@ -62,6 +63,7 @@ def read_sidecar(file: Path, metadata: Mapping[str, str]) -> Sidecar:
     spec: dict[str, Any] = {
         "prediction": PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower()),
         "resolution": _resolution(metadata.get("modelspec.resolution", "")),
+        "clip_skip": _small_number(metadata.get("modelspec.encoder_layer", "")),
     }
     yaml_path = file.with_suffix(".yaml")
     if not yaml_path.is_file():
@@ -73,8 +75,13 @@ def read_sidecar(file: Path, metadata: Mapping[str, str]) -> Sidecar:
 
 
 def _resolution(text: str) -> int | None:
-    side = text.partition("x")[0].strip()
-    return int(side) if len(side) < 6 and side.isdecimal() and 1 <= int(side) <= 4096 else None
+    side = _small_number(text.partition("x")[0])
+    return side if side is not None and side <= 4096 else None
+
+
+def _small_number(text: str) -> int | None:
+    digits = text.strip()
+    return int(digits) if len(digits) < 6 and digits.isdecimal() and int(digits) >= 1 else None
 
 
 def _read_yaml(path: Path, default: Prediction | None) -> dict[str, Any]:

@@ -158,6 +158,7 @@ def header(parts: ModelComponents, tensors: Mapping[str, Tensor], *, title: str)
         "modelspec.title": title,
         "modelspec.date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "modelspec.resolution": f"{side}x{side}",
+        **({"modelspec.encoder_layer": str(skip)} if (skip := text.config.unusual_clip_skip) else {}),
         "modelspec.prediction_type": {"eps": "epsilon", "v": "v"}[model.prediction],
         "modelspec.description": f"{kind}, written by Latent Foundry",
         "modelspec.hash_sha256": "0x" + hash_of_tensors(tensors),

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.inference.pipeline import choose_dtype
 from ldm.model.precision import NAMES, choose_precision, dtype_of, of_autoencoder, precision_named
 from ldm.training.engine.config import EngineConfig, resolved_precision
 
@@ -32,7 +31,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_card_is_asked_by_drawing_and_training_alike(card: Any, native: bool, expected: Any):
     card(native=native)
     assert choose_precision("auto", GPU) == resolved_precision("auto", GPU) == expected
-    assert choose_dtype("auto", torch.device("cuda")) == dtype_of(expected)
+    assert choose_precision("auto", torch.device("cuda")) == expected
 
 
 def test_the_card_that_is_used_is_asked_and_not_the_first(monkeypatch: pytest.MonkeyPatch):
@@ -58,7 +57,7 @@ def test_other_devices_are_in_fp32_unless_asked():
 def test_a_cpu_draws_in_fp32_and_in_bf16_on_request(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
     assert choose_precision("auto", CPU) == "fp32" and choose_precision("auto", CPU, training=True) == "bf16"
-    assert choose_dtype("bf16", CPU) == torch.bfloat16
+    assert choose_precision(torch.bfloat16, CPU) == choose_precision("bf16", CPU) == "bf16"
 
 
 @pytest.mark.parametrize("name", ["fp16", "half", torch.float16])

@@ -311,6 +311,22 @@ def test_the_native_size_is_in_the_header(tmp_path):
     assert read_single_file(tmp_path / "m.safetensors", **FP32).sample_size == 192  # this autoencoder is f4
 
 
+@pytest.mark.parametrize(("stated", "skip"), [("1", 1), ("2", 2), ("", 1), ("two", 1), ("-2", 1), ("9" * 5000, 1)])
+def test_clip_skip_is_in_the_header(stated, skip, tmp_path, recwarn):
+    save_file(foreign(stable_diffusion(1)), tmp_path / "m.safetensors", metadata={"modelspec.encoder_layer": stated})
+    found = read_single_file(tmp_path / "m.safetensors", **FP32)
+    conditioner, plain = found.model.conditioner, stable_diffusion(1).model.conditioner
+    assert torch.equal(conditioner(["a frog"]).context, plain(["a frog"], clip_skip=skip).context)
+    assert torch.equal(conditioner(["a frog"], clip_skip=1).context, plain(["a frog"]).context)
+    assert ("clip skip 2" in found.describe()) == (skip == 2) and not recwarn
+
+
+def test_a_stated_clip_skip_that_is_not_followed_names_its_option(tmp_path):
+    save_file(foreign(stable_diffusion(1)), tmp_path / "m.safetensors", metadata={"modelspec.encoder_layer": "3"})
+    with pytest.warns(UserWarning, match="its header says clip skip 3, which is not followed: give --clip-skip 3"):
+        read_single_file(tmp_path / "m.safetensors", **FP32)
+
+
 def test_what_does_not_fit_is_counted_and_the_nearest_layout_named(tmp_path):
     tensors = foreign(stable_diffusion(2))
     for number in range(7):
