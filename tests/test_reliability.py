@@ -86,6 +86,7 @@ def send_to_rank_1(number: signal.Signals, *, when: str, process: subprocess.Pop
     os.kill(int(rank_1.name), number)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_ranks_again_and_the_run_goes_on(tmp_path: Path):
     with two_ranks(tmp_path, restarts=1) as (process, log):
         send_to_rank_1(signal.SIGKILL, when="step 10/", process=process, log=log)

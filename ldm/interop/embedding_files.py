@@ -147,6 +147,9 @@ def _vectors(path: Path) -> dict[str, Tensor]:
         return _tensors(content[PARAMETERS])
     if isinstance(content, list):  # ComfyUI joins them
         each = [tensor for item in content if isinstance(item, dict) for tensor in _tensors(item).values()]
+        each = [tensor.reshape(-1, tensor.shape[-1]) for tensor in each if tensor.ndim]
+        if len({(tensor.shape[1], tensor.dtype) for tensor in each}) > 1:
+            raise ValueError(f"{path} has vectors of several widths: give an embedding for one text encoder")
         return {"*": torch.cat(each)} if each else {}
     return _tensors(content) if isinstance(content, dict) else {}
 

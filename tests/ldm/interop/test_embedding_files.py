@@ -39,6 +39,7 @@ FORMS: dict[str, tuple[Any, str]] = {
     "learned_embeds.bin": ({"<cat-toy>": vectors()}, "<cat-toy>"),
     "one.bin": ({"<one>": vectors()[0]}, "<one>"),
     "list.pt": ([{"x": vectors()[:1]}, {"y": vectors()[1:]}], ""),
+    "list of vectors.pt": ([{"x": vectors()[0]}, {"y": vectors()[1]}], ""),
     "params.safetensors": ({"emb_params": vectors()}, ""),
     "half.safetensors": ({"<cat-toy>": vectors().half()}, "<cat-toy>"),
 }
@@ -92,6 +93,7 @@ def test_a_folder_gives_all_that_fit(tmp_path: Path):
         ("x.bin", {"<a>": torch.full((1, 64), float("nan"))}, "no vectors of finite numbers"),
         ("x.bin", {"<a>": torch.ones(1, 64, dtype=torch.int64)}, "no vectors of finite numbers"),
         ("x.bin", {"<a>": torch.ones(2, 2, 64)}, r"shape \(2, 2, 64\)"),
+        ("x.bin", [{"<a>": vectors()}, {"<b>": vectors(width=32)}], "has vectors of several widths"),
         ("x.bin", {"<a>": vectors(76)}, "has 76 vectors, expected at most 75"),
     ],
 )
