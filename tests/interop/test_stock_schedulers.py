@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from helpers.both_pipelines import our_pipeline, their_pipeline
 from helpers.published import SCHEDULERS
 from helpers.stable_diffusion import stable_diffusion
 from PIL import Image
@@ -70,19 +71,6 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         return folder
 
     return lambda model, kind=None, **values: made(model, kind, json.dumps(values))
-
-
-@cache
-def their_pipeline(folder: Path, loader: Any) -> Any:
-    diffusers.utils.logging.set_verbosity_error()
-    pipe = loader.from_pretrained(folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@cache
-def our_pipeline(folder: Path) -> TextToImage:
-    return TextToImage.load(folder, device="cpu", dtype="fp32")
 
 
 def theirs(folder: Path, steps: int, loader: Any = DiffusionPipeline, **call: Any) -> torch.Tensor:

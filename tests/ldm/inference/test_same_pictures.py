@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from helpers.both_pipelines import our_pipeline, their_pipeline
 from helpers.stable_diffusion import stable_diffusion
 from PIL import Image
 
-from ldm import DrawRequest, TextToImage
+from ldm import DrawRequest
 from ldm.interop.diffusers_layout.folder import write_folder
 
 PROMPT, SEED, STEPS = "a noto emoji of a red apple", 11, 8  # 8 divides 1000: else DDIM there steps beside its own grid
@@ -68,18 +68,6 @@ def picture(*, mode: str = "RGB", size: tuple[int, int] = (32, 32), seed: int = 
         )
     values = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
     return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)
-
-
-@cache
-def their_pipeline(folder: Path, loader: Any) -> Any:
-    pipe = loader.from_pretrained(folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@cache
-def our_pipeline(folder: Path) -> TextToImage:
-    return TextToImage.load(folder, device="cpu", dtype="fp32")
 
 
 def theirs(folder: Path, sampler: str, loader: Any = DiffusionPipeline, **call: Any) -> torch.Tensor:
