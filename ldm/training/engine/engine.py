@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import NonFiniteError
-from ldm.training.checkpoints.folders import Checkpoints
+from ldm.files.checkpoints import Checkpoints
 from ldm.training.checkpoints.train_state import RunFacts, Saved, StateCheckpointer, TrainState, versions
 from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_settings, resolved_precision
 from ldm.training.engine.distributed import Ranks

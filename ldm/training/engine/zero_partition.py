@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.training.checkpoints.fragments import Span
+from ldm.interop.fragments import Span
 from ldm.training.engine.distributed import Ranks
 from ldm.training.optim.muon import Cut
 from ldm.training.optim.optimizers import MuonAndAdamW, prepare_state, set_step
