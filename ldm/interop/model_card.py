@@ -161,9 +161,8 @@ def _sheet(config: dict[str, Any] | None, step: int | None) -> str:
         return f"![Drawings of the model]({SHEET})\n\n"
     preview = config["preview"]
     rows = "".join(f"- {prompt}\n" for prompt in preview["prompts"])
-    when = (
-        "at the end of training" if step in (None, config["run"]["steps"]) else f"at step {step}, when it was stopped"
-    )
+    ended = step in (None, config["run"]["steps"])
+    when = "at the end of training" if ended else f"at step {step}, where it was stopped"
     return (
         f"![Drawings of the model]({SHEET})\n\nDrawn {when}, one row per prompt, "
         f"{preview['pictures']} seeds from {preview['seed']} on, not cherry-picked ({preview['sampler']}, "

@@ -1,5 +1,5 @@
-"""What the training of a denoiser starts from: the weights of another model, which was trained in the same latents, with
-the same text encoder, to predict the same."""
+"""What the training of a denoiser starts from: the weights of another model, which was trained in the same latents,
+with the same text encoder, to predict the same."""
 
 from __future__ import annotations
 
