@@ -63,8 +63,9 @@ def read_model(
 ) -> ModelComponents:
     """Read a model in this precision, on the CPU. vae_dtype: the autoencoder's, if it is another.
 
-    Of a run, the averaged weights of its newest valid checkpoint are read: see ldm.interop.trained_run. LoRAs are merged
-    in float32 and the result is rounded once; this needs up to twice the memory.
+    Of a run, the averaged weights of its newest valid checkpoint are read: see ldm.interop.trained_run.
+
+    LoRAs are merged in float32 and the result is rounded once; this needs up to twice the memory.
     """
     folder, wanted = model_folder(path), dtype
     of_vae = vae_dtype or wanted

@@ -15,6 +15,7 @@ from ldm.config import dump, parse, read_tree
 from ldm.errors import CheckpointError
 from ldm.files.checkpoints import NAME, Checkpoints, fault, step_of
 from ldm.training.checkpoints.train_state import TrainState, read_train_state
+from ldm.training.engine.config import OptimConfig
 from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.engine import Engine
 from ldm.training.optim.lr_schedule import lr_at
@@ -36,8 +37,10 @@ def resume(run: Run, engine: Engine, world: Ranks, *, config: Any, images: Capti
     state = None
     if chosen is not None:
         # First: its errors say more than one about a tensor's size.
-        changes = check_state(read_train_state(chosen), config, images.fingerprint)
-        state = engine.load(chosen)
+        saved = read_train_state(chosen)
+        changes = check_state(saved, config, images.fingerprint)
+        optimizer = read_tree(saved.config)["optim"].get("optimizer", OptimConfig.optimizer)
+        state = engine.load(chosen, fresh=optimizer != config.optim.optimizer)
         run.checkpoints.trust(chosen)
         ranks = "" if state.ranks == world.ranks else f", written by {state.ranks} ranks"
         run.log(f"resumed from {chosen}{ranks}")
@@ -239,19 +242,25 @@ def check_continues(then: str, now: Any, *, same_shards: bool = False) -> list[s
         after["data.lanes"] = before["data.lanes"]  # the number of lanes that was chosen stays
     changed = [key for key in sorted(before) if before[key] != after.get(key) and not _is_free(key)]
     for key in changed:
-        if key not in now.run.allow:
-            can = f", allow it with run.allow=[{key}]" if is_allowable(key) else ""
+        unknown = key == "optim.ema_lengths" and not set(after[key]) <= set(before[key])  # of the steps until now
+        if key not in now.run.allow or unknown:
+            can = f", allow it with run.allow=[{key}]" if is_allowable(key) and not unknown else ""
             begin = f" with model.start={now.run.path}, which keeps the weights" if _keeps_weights(key, now) else ""
             raise ValueError(
                 f"{key} was {before[key]!r} when this run began and is {after.get(key)!r} now: set it back{can}, or "
                 f"begin anew under another run.name{begin}"
             )
-    return [f"{key} is {after.get(key)!r} from now on, it was {before[key]!r} (run.allow)" for key in changed]
+    anew = {"optim.optimizer": ", its moments begin anew"}
+    return [
+        f"{key} is {after.get(key)!r} from now on, it was {before[key]!r}{anew.get(key, '')} (run.allow)"
+        for key in changed
+    ]
 
 
 def _keeps_weights(key: str, config: Any) -> bool:
     """Return whether model.start can begin another run with this one's weights, although the setting differs."""
-    return config.kind == "denoiser" and not key.startswith("model.denoiser") and not is_allowable(key)
+    must_stay = key == "optim.ema_lengths" or not is_allowable(key)
+    return config.kind == "denoiser" and not key.startswith("model.denoiser") and must_stay
 
 
 def _is_free(key: str) -> bool:

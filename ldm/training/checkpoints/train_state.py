@@ -139,8 +139,8 @@ class StateCheckpointer:
                 return saved
             time.sleep(POLL_SECONDS)
 
-    def load(self, folder: Path) -> TrainState:
-        """Restore the state from a checkpoint. Raises CheckpointError."""
+    def load(self, folder: Path, *, fresh: bool = False) -> TrainState:
+        """Restore the state from a checkpoint; fresh: without the optimiser's moments. Raises CheckpointError."""
         with _readable(folder), Fragments(folder) as fragments:
             state = read_train_state(folder)
             self._check(fragments, folder)
@@ -148,7 +148,7 @@ class StateCheckpointer:
             def read(group: str, span: Span) -> Tensor:
                 return fragments.read(f"{group}/{span.name}", span.start, span.stop)
 
-            self.partition.load(read, state.step)
+            self.partition.load(read, state.step, fresh=fresh)
             for group, average in self.averages.items():
                 spans = {fragment.span.name: fragment.span for fragment in self.partition.owned}
                 shadow = {name: read(group, spans[name]) for name in average.shadow}

@@ -237,12 +237,13 @@ class Engine:
         """Wait for the checkpoint that is being written, if any. Every rank must call it."""
         return self._checkpointer.finish()
 
-    def load(self, folder: Path) -> TrainState:
+    def load(self, folder: Path, *, fresh: bool = False) -> TrainState:
         """Resume from a checkpoint, which may have been written with another world size and ZeRO stage.
 
+        fresh: the optimiser is another, whose moments begin anew.
         Raises CheckpointError if it is damaged, or of another network.
         """
-        state = self._checkpointer.load(folder)
+        state = self._checkpointer.load(folder, fresh=fresh)
         self.step, self.position, self.resumed = state.step, state.position, True
         self.skipped_in_a_row = state.skipped_in_a_row
         if self.loss_scale is not None and state.loss_scale is not None:
