@@ -2,10 +2,10 @@
 
     python benchmarks/reliability_readers.py [--stops 100] [--seed 0]
 
-An autoencoder, a text encoder and a denoiser are trained in turn and end after a random step: by SIGINT, SIGTERM, SIGKILL
-or by themselves; after some, the newest checkpoint is damaged. Then the run is loaded, exported, and used by another
-training: each time the weights must be, bit for bit, the averaged ones of the newest valid checkpoint, one line must say
-which step that is, the model card must count the pictures up to it, and no file of the run may change.
+An autoencoder, a text encoder and a denoiser are trained in turn and end after a random step: by SIGINT, SIGTERM,
+SIGKILL or by themselves; after some, the newest checkpoint is damaged. Then the run is loaded, exported, and used by
+another training: each time the weights must be, bit for bit, the averaged ones of the newest valid checkpoint, one line
+must say which step that is, the model card must count the pictures up to it, and no file of the run may change.
 
 The exit code is 0 if all of it holds, else 1.
 """
