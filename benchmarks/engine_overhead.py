@@ -69,7 +69,7 @@ def batch(size: int) -> tuple[Any, ...]:
 
 
 def our_step(world: Any, args: Any, folder: Path) -> tuple[Callable[[], Any], Any]:
-    from ldm.training.checkpoints.folders import Checkpoints
+    from ldm.files.checkpoints import Checkpoints
     from ldm.training.engine.config import EngineConfig, OptimConfig
     from ldm.training.engine.engine import Engine
 

@@ -169,8 +169,8 @@ def order(run: Path, ranks: int) -> dict[int, list[str]]:
 def final_state(run: Path) -> dict[str, str]:
     """Everything that a run ends with, as one sha256 each: weights, optimiser and averages; generators; counters and
     learning rate's position; the exported model."""
-    from ldm.training.checkpoints.folders import Checkpoints, fault
-    from ldm.training.checkpoints.fragments import Fragments
+    from ldm.files.checkpoints import Checkpoints, fault
+    from ldm.interop.fragments import Fragments
 
     newest = Checkpoints(run / "checkpoints", keep=1).all()[-1]
     assert fault(newest) is None, fault(newest)

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # in this order: tests/ has fol
 from faults import PEER_ERROR, Job, final_state, import_everything, order, start  # noqa: E402
 from helpers.points import Calls, How, Point  # noqa: E402
 
-from ldm.training.checkpoints.folders import Checkpoints, fault  # noqa: E402
+from ldm.files.checkpoints import Checkpoints, fault  # noqa: E402
 
 SETTINGS = [(ranks, stage) for stage in (0, 2, 3) for ranks in (1, 2)]  # of the kills
 LONGEST = 120.0  # seconds for one start

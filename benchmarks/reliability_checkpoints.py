@@ -43,7 +43,7 @@ from helpers.points import (  # noqa: E402
     ways,
 )
 
-from ldm.training.checkpoints.folders import fault  # noqa: E402
+from ldm.files.checkpoints import fault  # noqa: E402
 from ldm.training.checkpoints.select import choose  # noqa: E402
 from ldm.training.engine.distributed import Ranks  # noqa: E402
 from ldm.training.run import Run, RunConfig  # noqa: E402

@@ -51,7 +51,7 @@ def parse(kind: type[Config], tree: Any, *, source: str) -> Config:
     try:
         return wrapper.model_validate({"root": tree}).root  # pyright: ignore[reportAttributeAccessIssue]
     except ValidationError as error:
-        raise ValueError(f"{source}: {_first_error(error, kind)}") from error
+        raise ValueError(f"{source}: {_first_error(error, kind, tree)}") from error
 
 
 def read_tree(text: str) -> dict[str, Any]:
@@ -98,9 +98,9 @@ def _apply(tree: Any, override: str) -> None:
         raise ValueError(f"{override!r}: the value is not YAML") from error
 
 
-def _first_error(error: ValidationError, kind: type) -> str:
+def _first_error(error: ValidationError, kind: type, tree: Any) -> str:
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"][1:]]
+    place = _keys(first["loc"][1:], tree)
     where = ".".join(place)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _known_keys(kind)
@@ -110,6 +110,17 @@ def _first_error(error: ValidationError, kind: type) -> str:
     message = first["msg"].removeprefix("Value error, ")
     given = "" if first["type"] in ("missing", "value_error") else f" (given {reprlib.repr(first['input'])})"
     return (f"{where}: {message}{given}" if where else message) + _nearest(first)
+
+
+def _keys(place: Sequence[str | int], tree: Any) -> list[str]:
+    """Return the keys of a place in the tree. pydantic adds the kind of a section that has one, which is no key."""
+    keys: list[str] = []
+    for part in place:
+        if isinstance(tree, dict) and part not in tree and tree.get("kind") == part:
+            continue
+        keys.append(str(part))
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return keys
 
 
 def _nearest(error: Any) -> str:

@@ -101,7 +101,7 @@ def reconstructed(run: Path, length: float, step: int | None) -> ModelComponents
             "of the snapshots",
             file=sys.stderr,
         )
-    return mixed_components(run, list(known.values()), shares)
+    return mixed_components(run, wanted, list(known.values()), shares)
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -2,8 +2,9 @@
 
     deepspeed ldm/train.py --config configs/emoji64_dit.yaml [section.key=value ...]
 
-Plain `python` and torchrun start it too. Every run.sample_every steps the averaged weights are exported to RUN/model,
-which txt2img.py draws with: `python txt2img.py --ckpt runs/NAME/model --prompt "..."`.
+Plain `python` and torchrun start it too. txt2img.py draws with the averaged weights of the newest checkpoint, also of a
+run that was stopped: `python txt2img.py --ckpt runs/NAME --prompt "..."`. Every run.sample_every steps they are
+exported to RUN/model, for other programs.
 
 The algorithm is ldm/training/denoiser_task.py, the loop around it ldm/training/loop.py.
 """

@@ -253,7 +253,7 @@ def test_clip_trains_on_two_ranks(workshop, few_emoji):
         (["data.shards=[nowhere/*.tar]"], 3, r"no shard matches 'nowhere/*.tar'"),
         (["validation.shards=[nowhere/*.tar]"], 3, r"no shard matches 'nowhere/*.tar'"),
         (["model.denoiser.sample_size=8"], 2, "sample_size is 8, but pictures of 64 pixels have latents of 16"),
-        (["model.vae=nowhere"], 2, "nowhere/vae/config.json is missing"),
+        (["model.vae=nowhere"], 2, "nowhere is missing: give the file or the folder of a complete model"),
         (["model.start=runs/nowhere"], 2, "runs/nowhere/transformer/config.json is missing"),
         (["data.image_size=66"], 2, "data.image_size is 66, not a multiple of 4"),
         (["preview.scale=-1"], 2, "preview.scale is -1.0, expected 0 or more"),

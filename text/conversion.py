@@ -138,7 +138,7 @@ def text_encoder_config_json(config: TextEncoderConfig, *, whole: bool = False) 
 
     whole: include the last layer even if `hidden` is "penultimate".
     """
-    content = transformers_settings(config if whole else _saved_config(config)) | {
+    content = transformers_settings(config if whole else saved_config(config)) | {
         "architectures": ["CLIPTextModel"],
         "attention_dropout": 0.0,
         "initializer_factor": 1.0,
@@ -182,7 +182,7 @@ def save_text_encoder(
     `hidden="last"` the rest computes the same context, but not the same `pooled`, which the last layer computes.
     """
     weights = prefixed_weights(encoder)
-    if _saved_config(encoder.config).layers < encoder.config.layers:
+    if saved_config(encoder.config).layers < encoder.config.layers:
         last = f"{PREFIX}encoder.layers.{encoder.config.layers - 1}."
         weights = {key: value for key, value in weights.items() if not key.startswith(last)}
     folder = Path(folder)
@@ -199,7 +199,7 @@ def prefixed_weights(encoder: TransformersTextEncoder | OpenClipTextEncoder) -> 
     return {PREFIX + key: value for key, value in encoder.model.state_dict().items()}
 
 
-def _saved_config(config: TextEncoderConfig) -> TextEncoderConfig:
+def saved_config(config: TextEncoderConfig) -> TextEncoderConfig:
     """Return the configuration with which the saved encoder is loaded again."""
     return config if config.hidden == "last" else replace(config, layers=config.layers - 1, hidden="last")
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.interop.weight_reader import Weights
+from ldm.model.components import LoadedDenoiser
 from ldm.model.conditioner import TextTower
 from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
@@ -16,6 +18,8 @@ class GivenParts:
 
     vae: Callable[[AutoencoderKLConfig | None], AutoencoderKL] | None = None  # gets the own one's configuration, if any
     towers: tuple[TextTower, ...] | None = None
+    # The denoiser's weights, of a run: from its network, and its folder in the run's last export.
+    denoiser: Callable[[LoadedDenoiser, Path], Weights] | None = None
 
     def check(self, source: Path, *, has_vae: bool, has_text: bool) -> None:
         """Raise ValueError, naming the options, if a part is neither in the model nor given."""

@@ -15,7 +15,7 @@ from ldm.interop.diffusers_layout.denoiser import layout_of
 from ldm.interop.diffusers_layout.folder import NOTES, own_file
 from ldm.interop.network_files import RUN_MODEL
 from ldm.interop.weight_reader import FLOATS
-from ldm.model.components import ModelComponents
+from ldm.model.components import ModelComponents, Origin
 
 CARD, SHEET = "README.md", "assets/samples.png"
 MAX_PICTURES, MAX_PICTURE_BYTES, MAX_METRICS_BYTES = 16, 2**26, 2**30
@@ -77,12 +77,19 @@ def files_beside(
     if (source / CARD).is_file() and not (source / RUN_MODEL).exists():
         files = [source / CARD, *sorted((source / "assets").glob("*.png"))[:MAX_PICTURES]]
         return {str(file.relative_to(source)): own_file(source, file, most=MAX_PICTURE_BYTES) for file in files}
-    run = source.resolve().parent if source.name == RUN_MODEL else source
+    run, step = source.resolve().parent if source.name == RUN_MODEL else source, _step(parts)
     sheets = sorted((run / "samples").glob("step_*.png")) if length is None else []
+    if step is not None:  # a sheet that other weights have drawn is not this model's
+        sheets = [sheet for sheet in sheets if sheet.stem == f"step_{step:07d}"]
     records = read_records(run) if length is None else []
     card = model_card(parts, name=name, dtype=dtype, records=records, has_sheet=bool(sheets), length=length)
     pictures = {SHEET: own_file(run, sheets[-1], most=MAX_PICTURE_BYTES)} if sheets else {}
     return {CARD: card.encode()} | pictures
+
+
+def _step(parts: ModelComponents) -> int | None:
+    """Return which step of a training the weights are of, if it is known."""
+    return None if parts.origin is None else parts.origin.step
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
@@ -121,11 +128,11 @@ def model_card(
         common,
         library=layout.library.replace("_", "-"),
         what=_what(parts, size) + ("" if dtype == torch.float32 else f" Its weights were rounded to {FLOATS[dtype]}."),
-        sheet=_sheet(config) if has_sheet else "",
+        sheet=_sheet(config, _step(parts)) if has_sheet else "",
         in_diffusers=in_diffusers if layout.library == "diffusers" else "",
         beginning=", image=image, mask=mask" * parts.for_inpainting,
         words=" --init-img photo.png --mask mask.png" * parts.for_inpainting,
-        training=_training(config, list(records), length) if config else "",
+        training=_training(config, parts.origin, list(records), length) if config else "",
         size=size,
     )
 
@@ -149,26 +156,35 @@ def _what(parts: ModelComponents, size: int) -> str:
     )
 
 
-def _sheet(config: dict[str, Any] | None) -> str:
+def _sheet(config: dict[str, Any] | None, step: int | None) -> str:
     if config is None:
         return f"![Drawings of the model]({SHEET})\n\n"
     preview = config["preview"]
     rows = "".join(f"- {prompt}\n" for prompt in preview["prompts"])
+    ended = step in (None, config["run"]["steps"])
+    when = "at the end of training" if ended else f"at step {step}, where it was stopped"
     return (
-        f"![Drawings of the model]({SHEET})\n\nDrawn at the end of training, one row per prompt, "
+        f"![Drawings of the model]({SHEET})\n\nDrawn {when}, one row per prompt, "
         f"{preview['pictures']} seeds from {preview['seed']} on, not cherry-picked ({preview['sampler']}, "
         f"{preview['steps']} steps, scale {preview['scale']:g}):\n\n{rows}\n"
     )
 
 
-def _training(config: dict[str, Any], records: list[dict[str, Any]], length: float | None) -> str:
+def _training(
+    config: dict[str, Any], origin: Origin | None, records: list[dict[str, Any]], length: float | None
+) -> str:
     data, optim, model = config["data"], config["optim"], config["model"]
     steps = max((record["step"] for record in records), default=config["run"]["steps"])
+    seen = None
+    if origin is not None and origin.step is not None:
+        steps, seen = origin.step, origin.samples_seen
+        records = [record for record in records if record["step"] <= steps]
+    seen = steps * data["batch_size"] if seen is None else seen
     patterns = [one["shards"] for one in data.get("sets") or ()] or [data["shards"]]
     rows = {
         "pictures": ", ".join(f"`{shards}`" for own in patterns for shards in _listed(own))
         + f", {data['image_size']} pixels per side",
-        "steps": f"{steps} of {data['batch_size']} pictures: {steps * data['batch_size']:,} pictures seen",
+        "steps": f"{steps} of {data['batch_size']} pictures: {seen:,} pictures seen",
         "learning rate": f"{optim['lr']:g}, {optim['schedule']}, {_optimizer(optim)}",
         "averaged weights": f"EMA {optim['ema_decay']:g}" if length is None else f"of relative length {length:g}",
         "captions left out": f"{model['caption_dropout']:.0%}, for guidance",
@@ -178,14 +194,19 @@ def _training(config: dict[str, Any], records: list[dict[str, Any]], length: flo
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     text = f"## Training\n\n| | |\n|---|---|\n{table}\n\nThe complete configuration is in `{NOTES}`.\n\n"
     measured = [record for record in records if "held_out_loss" in record]
-    if measured:
-        first, last, shards = measured[0], measured[-1], ", ".join(_listed(config["validation"]["shards"]))
-        text += (
-            f"The error on held-out images ({shards}) was {last['held_out_loss']:.4f} at step "
-            f"{last['step']}, {first['held_out_loss']:.4f} at step {first['step']}: the mean of the objective over "
-            "times, unweighted, with the averaged weights.\n\n"
-        )
-    return text
+    return text + (_held_out(config, measured, steps) if measured else "")
+
+
+def _held_out(config: dict[str, Any], measured: list[dict[str, Any]], steps: int) -> str:
+    """Write what was measured on held-out images; of other weights than these, it is said."""
+    first, last, shards = measured[0], measured[-1], ", ".join(_listed(config["validation"]["shards"]))
+    text = (
+        f"The error on held-out images ({shards}) was {last['held_out_loss']:.4f} at step "
+        f"{last['step']}, {first['held_out_loss']:.4f} at step {first['step']}: the mean of the objective over "
+        "times, unweighted, with the averaged weights."
+    )
+    later = f" These weights are of step {steps}, at which it was not measured." if last["step"] != steps else ""
+    return f"{text}{later}\n\n"
 
 
 def _optimizer(optim: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,14 @@ from ldm.diffusion import Prediction
 from ldm.interop.compvis.names import vae_from_shapes, vae_names
 from ldm.interop.compvis.reading import LEFT_OVER, attention_as_matrices, read_single_file, read_text_tower
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, read_denoiser_config
-from ldm.interop.diffusers_layout.folder import SCHEDULER, TEXT_FOLDERS, open_text_parts, read_folder, read_sampling
+from ldm.interop.diffusers_layout.folder import (
+    INDEX,
+    SCHEDULER,
+    TEXT_FOLDERS,
+    open_text_parts,
+    read_folder,
+    read_sampling,
+)
 from ldm.interop.diffusers_layout.scheduler import read_scheduler
 from ldm.interop.diffusers_layout.vae import load_vae, open_vae, with_new_names
 from ldm.interop.embedding_files import EmbeddingSource, with_bundled, with_embeddings
@@ -25,6 +33,8 @@ from ldm.interop.hub_cache import missing_model, repository_name
 from ldm.interop.identify import FIRST_STAGE, is_vae, refuse_foreign, shapes_of, without_wrapping
 from ldm.interop.lora import LayerChange, bundled_embeddings, merge_lora, open_lora, read_lora
 from ldm.interop.network_files import RUN_MODEL, described_by, fill, model_folder
+from ldm.interop.run_parts import RunDenoiser, model_without_export, run_towers, run_vae
+from ldm.interop.trained_run import Report, TrainedWeights, exported_step, no_report, refuse_unfinished, trained_weights
 from ldm.interop.weight_reader import open_weights
 from ldm.model.components import ModelComponents, inpainting_channels
 from ldm.model.conditioner import TextTower
@@ -53,14 +63,19 @@ def read_model(
 ) -> ModelComponents:
     """Read a model in this precision, on the CPU. vae_dtype: the autoencoder's, if it is another.
 
+    Of a run, the averaged weights of its newest valid checkpoint are read: see ldm.interop.trained_run.
+
     LoRAs are merged in float32 and the result is rounded once; this needs up to twice the memory.
     """
     folder, wanted = model_folder(path), dtype
     of_vae = vae_dtype or wanted
     dtype = torch.float32 if options.lora else wanted
-    given = given_parts(options, dtype=dtype, vae_dtype=of_vae)
-    if folder.is_dir():
+    given, told = given_parts(options, dtype=dtype, vae_dtype=of_vae)
+    if (trained := trained_weights(path)) is not None:
+        parts = read_run(trained, dtype=dtype, vae_dtype=of_vae, prediction=options.prediction, given=given)
+    elif folder.is_dir():
         parts = read_folder(folder, dtype=dtype, vae_dtype=of_vae, prediction=options.prediction, given=given)
+        parts = with_exported_step(parts, folder)
     elif folder.exists():
         parts = read_single_file(
             path, dtype=dtype, vae_dtype=of_vae, ema=options.ema, prediction=options.prediction, given=given
@@ -68,7 +83,8 @@ def read_model(
     else:
         raise FileNotFoundError(missing_model(path))
     for what, other in (("autoencoder", options.vae), ("text encoder", options.text)):
-        parts = parts if other is None else with_remark(parts, f"{what} of {other.name}")
+        of_run = f" ({told[what]})" if what in told else ""
+        parts = parts if other is None else with_remark(parts, f"{what} of {other.name}{of_run}")
     if options.embeddings:
         conditioner = with_embeddings(parts.model.conditioner, options.embeddings)
         parts = replace(parts, model=replace(parts.model, conditioner=conditioner))
@@ -80,18 +96,66 @@ def read_model(
     return parts
 
 
-def given_parts(options: LoadOptions, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> GivenParts:
-    """Read the given text encoder; the autoencoder waits for the configuration of the model's own."""
-    vae, text = options.vae, options.text
-    return GivenParts(
-        vae=None if vae is None else lambda own: read_vae(vae, dtype=vae_dtype, in_place_of=own),
-        towers=None if text is None else read_text(text, dtype=dtype),
+def read_run(
+    trained: TrainedWeights, *, dtype: torch.dtype, vae_dtype: torch.dtype, prediction: Prediction | None,
+    given: GivenParts,
+) -> ModelComponents:  # fmt: skip
+    """Read the model of a run of ldm/train.py: its denoiser from the checkpoint, the frozen parts from the run's last
+    export or, without one, from the folders that its configuration names."""
+    if trained.kind != "denoiser":
+        what, option = {"vae": ("an autoencoder", "--vae"), "clip": ("a text encoder", "--text")}.get(
+            trained.kind, (trained.kind, "the option for it")
+        )
+        raise ValueError(
+            f"{trained.run} is a training of {what}, not a text-to-image model: give it with {option}, beside a model"
+        )
+    denoiser, export = RunDenoiser(trained), trained.run / RUN_MODEL
+    if (export / INDEX).exists():
+        given = replace(given, denoiser=denoiser)
+        parts = read_folder(export, dtype=dtype, vae_dtype=vae_dtype, prediction=prediction, given=given)
+    else:
+        named = trained.tree["model"]
+        vae = given.vae(None) if given.vae else read_vae(Path(named["vae"]), dtype=vae_dtype, in_place_of=None)
+        towers = given.towers or read_text(Path(named["text"]), dtype=dtype)
+        parts = model_without_export(trained, vae, towers, dtype=dtype, prediction=prediction)
+    return denoiser.described(parts)
+
+
+def with_exported_step(parts: ModelComponents, folder: Path) -> ModelComponents:
+    """Record which step an export in a run without valid checkpoints is of, if the run's metrics say so."""
+    step = exported_step(folder.resolve().parent) if folder.name == RUN_MODEL else None
+    if step is None:
+        return parts
+    assert parts.origin is not None
+    return with_remark(replace(parts, origin=replace(parts.origin, step=step)), f"averaged weights of step {step}")
+
+
+def given_parts(
+    options: LoadOptions, *, dtype: torch.dtype, vae_dtype: torch.dtype
+) -> tuple[GivenParts, dict[str, str]]:
+    """Read the given text encoder; the autoencoder waits for the configuration of the model's own.
+
+    Also returns what is reported of them, "autoencoder" and "text encoder", when they are read.
+    """
+    vae, text, told = options.vae, options.text, dict[str, str]()
+    of_vae, of_text = (partial(told.__setitem__, what) for what in ("autoencoder", "text encoder"))
+    given = GivenParts(
+        vae=None if vae is None else lambda own: read_vae(vae, dtype=vae_dtype, in_place_of=own, report=of_vae),
+        towers=None if text is None else read_text(text, dtype=dtype, report=of_text),
     )
+    return given, told
 
 
-def read_text(path: Path, *, dtype: torch.dtype) -> tuple[TextTower, ...]:
+def read_text(path: Path, *, dtype: torch.dtype, report: Report = no_report) -> tuple[TextTower, ...]:
     """Read a text encoder and its tokenizer: from a folder that holds text_encoder/ and tokenizer/, from text_encoder/
-    itself, or from a file. Raises ValueError or FileNotFoundError for anything else."""
+    itself, from a run of text/train.py, or from a file.
+
+    report: gets the step of a run. Raises ValueError or FileNotFoundError for anything else.
+    """
+    trained = trained_weights(path)
+    if trained is not None and trained.kind == "clip":
+        report(trained.describe())
+        return run_towers(trained, dtype=dtype)
     folder = model_folder(path)
     if folder.is_file():
         return (read_text_tower(folder, dtype=dtype),)
@@ -100,6 +164,7 @@ def read_text(path: Path, *, dtype: torch.dtype) -> tuple[TextTower, ...]:
     encoder, tokenizer = TEXT_FOLDERS[0]
     if not (folder / encoder).is_dir() and folder.name == encoder and (folder.parent / tokenizer).is_dir():
         folder = folder.parent
+    refuse_unfinished(path, folder / encoder)
     if not (folder / encoder).is_dir():
         raise ValueError(f"{path} has no {encoder}/: give a folder that holds {encoder}/ and {tokenizer}/, or a file")
     return tuple(text.read(dtype) for text in open_text_parts(folder))
@@ -175,16 +240,24 @@ def read_facts(path: Path) -> ModelFacts:
     return ModelFacts(**facts)
 
 
-def read_vae(path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig | None) -> AutoencoderKL:
-    """Read an autoencoder from a folder that holds its config.json, or a vae/ with one; or from a file, which may be
-    that of a complete model.
+def read_vae(
+    path: Path, *, dtype: torch.dtype, in_place_of: AutoencoderKLConfig | None, report: Report = no_report
+) -> AutoencoderKL:
+    """Read an autoencoder from a folder that holds its config.json, or a vae/ with one; from a run of vae/train.py; or
+    from a file, which may be that of a complete model.
 
     A file does not state the shift and scale of its latents: those of the model's own are used, or Stable Diffusion's
-    if it has none. Raises ValueError or FileNotFoundError for anything else, and for latents of another shape than the
-    model's.
+    if it has none. report: gets the step of a run. Raises ValueError or FileNotFoundError for anything else, and for
+    latents of another shape than the model's.
     """
-    if path.is_dir():
-        vae = load_vae(path if (path / "config.json").exists() else model_folder(path) / "vae", dtype=dtype)
+    trained = trained_weights(path)
+    if trained is not None and trained.kind == "vae":
+        report(trained.describe())
+        vae = run_vae(trained, dtype=dtype)
+    elif path.is_dir():
+        folder = path if (path / "config.json").exists() else model_folder(path) / "vae"
+        refuse_unfinished(path, folder)
+        vae = load_vae(folder, dtype=dtype)
     else:
         vae = _read_vae_file(path, dtype=dtype, in_place_of=in_place_of or AutoencoderKLConfig())
     if in_place_of is None:

@@ -32,10 +32,13 @@ class Origin:
     files: tuple[Path, ...]  # of the denoiser
     precision: str  # of all weights, and their number: "fp16, 1131 tensors"
     remarks: tuple[str, ...] = ()  # "averaged weights (EMA)"
+    digest: str | None = None  # of files that a training may remove
+    step: int | None = None  # of a run's training, if known
+    samples_seen: int | None = None  # up to then
 
     def hash(self) -> str:
         """Return the first 10 hex digits of the SHA-256 of the denoiser's files. Reads all of them: 4 GB take 3 s."""
-        return short_hash(self.files)
+        return short_hash(self.files) if self.digest is None else self.digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,28 +1,27 @@
-"""What the training of a denoiser starts from: the frozen half of the model, its latents, and start weights."""
+"""The frozen half of the model that a denoiser is trained for, and its latents."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.loader import Batch
-from ldm.denoisers import Denoiser
-from ldm.interop.diffusers_layout.denoiser import layout_of, load_denoiser
-from ldm.interop.diffusers_layout.folder import open_text_parts
-from ldm.interop.diffusers_layout.vae import load_vae
-from ldm.interop.network_files import load_strictly, model_folder
+from ldm.interop.read_model import read_text, read_vae
 from ldm.model.conditioner import Conditioner
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.training.denoiser_config import TrainConfig
 from vae.autoencoder import AutoencoderKL, DiagonalGaussian
 
 
-def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
-    """Load the frozen autoencoder and text encoder from the folders named in the configuration."""
-    towers = [part.read(torch.float32) for part in open_text_parts(Path(config.model.text))]
-    vae = load_vae(Path(config.model.vae) / "vae")
+def frozen_half(config: TrainConfig, device: torch.device, log: Callable[[str], object]) -> LatentDiffusion:
+    """Load the frozen autoencoder and text encoder that the configuration names. log: gets the steps of runs."""
+    places = config.model.vae, config.model.text
+    of_vae, of_text = (lambda words, place=place: log(f"{place}: {words}") for place in places)
+    towers = read_text(Path(config.model.text), dtype=torch.float32, report=of_text)
+    vae = read_vae(Path(config.model.vae), dtype=torch.float32, in_place_of=None, report=of_vae)
     for network in (vae, *(tower.encoder for tower in towers)):
         network.eval().requires_grad_(False).to(device)
     return LatentDiffusion(
@@ -31,12 +30,6 @@ def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
         path=config.model.path,
         prediction=config.model.objective.prediction,
     )
-
-
-def start_from(denoiser: Denoiser, config: TrainConfig, folder: str) -> None:
-    """Load the weights of a model or run into a fresh denoiser. Raises ValueError if they are of another network."""
-    source = model_folder(Path(folder)) / layout_of(config.model.denoiser).folder
-    load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)
 
 
 class LatentEncoder:

@@ -25,7 +25,8 @@ from ldm.interop.network_files import RUN_MODEL
 from ldm.model.components import ModelComponents
 from ldm.model.precision import dtype_of
 from ldm.training.denoiser_config import TrainConfig
-from ldm.training.denoiser_setup import LatentEncoder, frozen_half, start_from
+from ldm.training.denoiser_setup import LatentEncoder, frozen_half
+from ldm.training.denoiser_start import check_same_half, start_from
 from ldm.training.engine.distributed import Ranks
 from ldm.training.session import Session
 from ldm.training.task import Task
@@ -42,7 +43,9 @@ class DenoiserTask(Task[TrainConfig]):
     def __init__(self, session: Session[TrainConfig]) -> None:
         super().__init__(session)
         config = session.config
-        self.model = frozen_half(config, self.device)
+        self.model = frozen_half(config, self.device, session.run.log)
+        if session.run.checkpoints.all():
+            check_same_half(config, self.model)
         size, factor = config.data.image_size, self.model.vae.config.factor
         if size % factor:
             raise ValueError(f"data.image_size is {size}, not a multiple of {factor}, the factor of {config.model.vae}")
@@ -53,7 +56,7 @@ class DenoiserTask(Task[TrainConfig]):
         self.dtype = dtype_of(session.precision)  # of the matrix products
         choose_attention(self.network, self.device, self.dtype)
         if config.model.start is not None:
-            start_from(self.network, config, config.model.start)
+            start_from(self.network, config, self.model, config.model.start, session.run.log)
         sampled, bf16 = config.model.latents == "sample", self.dtype == torch.bfloat16
         self.encode = LatentEncoder(self.model.vae, keep=config.model.keep_latents, bf16=bf16, sample=sampled)
         self.history = LossHistory() if config.model.objective.time_sampling == "importance" else None

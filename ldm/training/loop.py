@@ -18,7 +18,7 @@ from ldm.training.engine.engine import Engine, Update
 from ldm.training.faults.watchdog import Watchdog
 from ldm.training.optim.averages import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
-from ldm.training.run import DATA_WAIT, Run
+from ldm.training.run import DATA_WAIT, SAMPLE, SAVE, SNAPSHOT, Run, duration
 from ldm.training.session import Session
 from ldm.training.task import Task
 
@@ -28,13 +28,15 @@ SAVES_FAILED_AT_MOST = 3  # in a row, before a run is stopped
 class Training:
     """The training loop and its state between steps."""
 
-    def __init__(self, session: Session[Any], engine: Engine, task: Task[Any]) -> None:
+    def __init__(self, session: Session[Any], engine: Engine, task: Task[Any], *, samples_seen: int = 0) -> None:
+        """samples_seen: before this session, in a resumed run."""
         self.session, self.engine, self.task = session, engine, task
         self.run, self.world, self.images = session.run, session.world, session.images
         self.batch_size = session.config.data.batch_size
         self._since: list[dict[str, Tensor]] = []  # other values returned by losses() since the last progress line
         self._waited = 0.0  # seconds spent waiting for data since then
         self._failed_saves = 0
+        self._seen_before = samples_seen - engine.position * self.batch_size  # 0 unless the batch size has changed
         self._saved_step = engine.step if engine.resumed else -1  # last step saved, or being saved
 
     def go(self) -> None:
@@ -77,8 +79,18 @@ class Training:
     def _log(self, loss: float, lr: float) -> None:
         step = self.engine.step
         measures = self._measures() if self.run.should_log(step) else {}  # a log line costs two all-reduces
-        seen = self.engine.position * self.batch_size
-        self.run.log_step(step=step, loss=loss, lr=lr, batch_size=self.batch_size, samples_seen=seen, measures=measures)
+        self.run.log_step(
+            step=step,
+            loss=loss,
+            lr=lr,
+            batch_size=self.batch_size,
+            samples_seen=self._samples_seen,
+            measures=measures,
+        )
+
+    @property
+    def _samples_seen(self) -> int:
+        return self._seen_before + self.engine.position * self.batch_size
 
     def _measures(self) -> dict[str, float]:
         """Average over all ranks since the last progress line: the values of all parts and the fraction of time spent
@@ -113,18 +125,23 @@ class Training:
     def _save(self) -> None:
         if self.engine.step == self._saved_step:  # already saved: stopped at a skipped step, or before the first
             return
-        facts = RunFacts(
-            config=self.run.config_text,
-            data=self.images.fingerprint,
-            samples_seen=self.engine.position * self.batch_size,
-            state=self.task.state_dict(),
-            rewound_to=self.run.rewound_to,
-        )
-        with self.session.watch.elsewhere():
+        with self.session.watch.elsewhere(), self.run.between_steps(SAVE):
             self._log_save(self.engine.finish_save())  # the previous checkpoint, if it is still being written
             self._saved_step = self.engine.step
+            with untouched_generators():
+                measured = self.task.measured(self._averaged_network, self.engine.position)
+            facts = RunFacts(
+                config=self.run.config_text,
+                data=self.images.fingerprint,
+                samples_seen=self._samples_seen,
+                state=self.task.state_dict(),
+                measured=measured,
+                rewound_to=self.run.rewound_to,
+            )
             self._log_save(self.engine.save(facts))
-        self.run.restart_clock()
+
+    def _averaged_network(self) -> nn.Module:
+        return self.task.averaged_network(self.engine.averaged_weights(everywhere=True))
 
     def _finish_save(self) -> None:
         """Wait for the last checkpoint. Raises CheckpointError if it could not be written."""
@@ -156,14 +173,16 @@ class Training:
 
     def _sample(self) -> None:
         """Evaluate, show and export the averaged weights. A stop signal abandons this."""
-        step = self.engine.step
-        with self.session.watch.elsewhere(), untouched_generators():
-            network = self.task.averaged_network(self.engine.averaged_weights(everywhere=True))
+        step, before = self.engine.step, self.run.left.of_work(SAMPLE)
+        if before is None or step == self.run.config.steps:  # the first and the last, which nobody expects to take long
+            about = "" if before is None else f", about {duration(before)}"
+            self.run.log(f"step {step}: evaluating and drawing{about}")
+        with self.session.watch.elsewhere(), untouched_generators(), self.run.between_steps(SAMPLE):
+            network = self._averaged_network()
             measures = self.task.evaluate(network)
             abandoned = self.world.any_rank(self.session.stop.requested)
             if self.world.is_main and not abandoned:
                 self.session.stop.interruptible(lambda: self._show(step, network, measures))
-        self.run.restart_clock()
 
     def _show(self, step: int, network: nn.Module, measures: Mapping[str, float]) -> None:
         run = self.run
@@ -182,13 +201,13 @@ def train(session: Session[Any], task: Task[Any]) -> None:
     """
     run, stop, world = session.run, session.stop, session.world
     engine = session.engine(task)
-    for line in task.describe():
+    for line in (*task.describe(), "docs/training.md explains what the lines below say"):
         run.log(line)
     state = resume(run, engine, world, config=session.config, images=session.images)
     if state is not None and state.state:
         task.load_state_dict(state.state)
     with stop.deferred(), in_training(engine, session.watch):
-        Training(session, engine, task).go()
+        Training(session, engine, task, samples_seen=0 if state is None else state.samples_seen).go()
         if complete := engine.step == run.config.steps:
             with session.watch.elsewhere():
                 network = task.averaged_network(engine.averaged_weights(everywhere=True))
@@ -197,7 +216,7 @@ def train(session: Session[Any], task: Task[Any]) -> None:
                 complete &= not world.is_main or stop.interruptible(lambda: task.finish(network))
         session.watch.done()  # before the watchdog's signals end this process at once
     if not complete:
-        by = f" by {stop.name}" if stop.requested else ""
+        by = f" by {stop.name}{' (Ctrl-C)' * (stop.name == 'SIGINT')}" if stop.requested else ""
         run.log(
             f"stopped{by} after step {engine.step} of {run.config.steps}, which is saved: the same command resumes "
             "from there"
@@ -216,12 +235,12 @@ def untouched_generators() -> Iterator[None]:
 
 def snapshots(engine: Engine, run: Run) -> None:
     """Write the current average of each of optim.ema_lengths, for ldm.export."""
-    for length in engine.optim.ema_lengths:
-        weights = engine.averaged_weights(length)
-        if run.is_main:
-            with run.logged_if_not_written(f"the snapshot of step {engine.step}"):
-                write_snapshot(weights, run.config.path, Snapshot(engine.step, length))
-    run.restart_clock()
+    with run.between_steps(SNAPSHOT):
+        for length in engine.optim.ema_lengths:
+            weights = engine.averaged_weights(length)
+            if run.is_main:
+                with run.logged_if_not_written(f"the snapshot of step {engine.step}"):
+                    write_snapshot(weights, run.config.path, Snapshot(engine.step, length))
 
 
 @contextmanager

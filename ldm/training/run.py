@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files.atomic import Taken, lock_folder, write_atomically
+from ldm.files.checkpoints import Checkpoints
 from ldm.files.messages import one_line
 from ldm.files.strict_json import json_lines
-from ldm.training.checkpoints.folders import Checkpoints
+from ldm.training.time_left import TimeLeft
 
 DATA_WAIT = "data_wait"  # fraction of the time that training spent waiting for data
 MIN_LOGGED_WAIT = 0.02
-ALLOWABLE = ("optim", "engine")  # sections whose settings run.allow may name
+SAMPLE, SAVE, SNAPSHOT = "sample", "save", "snapshot"  # the work between the steps
+ALLOWABLE = ("optim", "engine", "data")  # sections whose settings run.allow may name, and further settings:
+ALLOWABLE_KEYS = ("model.vae", "model.text", "model.objective.prediction")
+
+
+def is_allowable(key: str) -> bool:
+    """Return whether run.allow may name this setting."""
+    return key.split(".")[0] in ALLOWABLE or key in ALLOWABLE_KEYS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +43,18 @@ class RunConfig:
     # auto: resume from the newest valid checkpoint of this run, if any; never: fail if there is one; otherwise the path
     # of a checkpoint (if of this run, later ones are set aside), or of a run from whose newest one a new run starts.
     resume: str = "auto"
-    allow: tuple[str, ...] = ()  # settings of optim and engine that may differ on resume, as [optim.lr]
+    # Settings that may differ from those that the run, or what model.start names, was trained with, as [optim.lr].
+    allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "sample_every", "checkpoint_every", "snapshot_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1, not {getattr(self, name)}")
-        if wrong := [key for key in self.allow if key.split(".")[0] not in ALLOWABLE]:
-            raise ValueError(f"run.allow names {wrong[0]}, expected settings of {' or '.join(ALLOWABLE)}, as optim.lr")
+        if wrong := [key for key in self.allow if not is_allowable(key)]:
+            raise ValueError(
+                f"run.allow names {wrong[0]}, expected settings of {' or '.join(ALLOWABLE)}, as optim.lr, or "
+                f"{' or '.join(ALLOWABLE_KEYS)}"
+            )
         if not self.name.strip(".") or "/" in self.name:
             raise ValueError(f"run.name must be the name of a single folder, not {self.name!r}")
 
@@ -61,6 +73,8 @@ class Run:
         self._losses: list[float] = []
         self._locked = False  # whether this process holds the folder, as far as the file system allows
         self._steps_timed = 0  # since the last progress line
+        every = {SAMPLE: config.sample_every, SAVE: config.checkpoint_every, SNAPSHOT: config.snapshot_every}
+        self.left = TimeLeft(config.steps, every)
         self.rewound_to: str | None = None  # the checkpoint to which run.resume sent this run back
         self.checkpoints = Checkpoints(config.path / "checkpoints", keep=config.keep_checkpoints)
         found = self.checkpoints.all()
@@ -110,8 +124,15 @@ class Run:
         return self.config.path / "metrics.jsonl"
 
     def restart_clock(self) -> None:
-        """Leave the time since the last progress line, such as sampling, out of the next line's images/s."""
+        """Leave the time since the last progress line, such as loading, out of the next line's images/s."""
         self._since, self._steps_timed = time.monotonic(), 0
+
+    @contextlib.contextmanager
+    def between_steps(self, work: str) -> Iterator[None]:
+        """Context manager: count this work (SAMPLE, SAVE or SNAPSHOT) in the time left, and not in images/s."""
+        with self.left.working(work):
+            yield
+        self.restart_clock()
 
     def sample_path(self, step: int) -> Path:
         return self.config.path / "samples" / f"step_{step:07d}.png"
@@ -135,8 +156,9 @@ class Run:
         self._steps_timed += 1
         if not self.should_log(step):
             return
-        rate = self._steps_timed * batch_size / max(time.monotonic() - self._since, 1e-9)
-        seconds_left = (self.config.steps - step) * batch_size / rate
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rate = self._steps_timed * batch_size / seconds
+        self.left.add_steps(self._steps_timed, seconds)
         mean = sum(self._losses) / len(self._losses)
         self._losses = []
         self.restart_clock()
@@ -144,7 +166,7 @@ class Run:
         waited = measures.get(DATA_WAIT, 0.0)
         shown += f"  waiting for data {waited:.0%}" if waited >= MIN_LOGGED_WAIT else ""
         line = f"step {step}/{self.config.steps}  loss {mean:.4f}{shown}  lr {lr:.2e}  {rate:.1f} images/s"
-        self.log(f"{line}  ETA {duration(seconds_left)}")
+        self.log(f"{line}  ETA {duration(self.left.seconds(step))}")
         self.record(step=step, loss=mean, lr=lr, samples_seen=samples_seen, images_per_second=rate, **measures)
 
     @property

@@ -103,6 +103,14 @@ class Task(ABC, Generic[Config]):
     def export(self, step: int, network: Any) -> None:
         """Export the network, on the main rank, each time that it is shown."""
 
+    def measured(self, averaged: Callable[[], nn.Module], position: int) -> dict[str, Any]:
+        """Return what a checkpoint records of the averaged weights, besides them, for those who read it as a model:
+        plain numbers, the same on every rank, which all call it.
+
+        averaged: builds the averaged network; every rank must call it, if any does. position: global batches used.
+        """
+        return {}
+
     def complete(self, network: Any) -> None:
         """Measure what a complete run's network lacks before finish(). Every rank calls it."""
 
@@ -132,6 +140,25 @@ def task_of(kind: object) -> type[Task[Any]]:
     return resolve_name(f"{__package__}.{TASKS[str(kind)]}")
 
 
+# Section that only one of the trainings has -> its kind and command.
+COMMANDS = {
+    "model": ("denoiser", "ldm/train.py"),
+    "vae": ("vae", "vae/train.py"),
+    "text": ("clip", "text/train.py"),
+}
+
+
+def check_command(tree: Mapping[str, Any], *, default: str, source: str) -> None:
+    """Raise ValueError if a configuration that names no kind is another command's than that of kind `default`."""
+    own = [command for kind, command in COMMANDS.values() if kind == default]
+    for section, (kind, command) in COMMANDS.items():
+        if section in tree and kind != default and own:
+            raise ValueError(
+                f"{source} has a section {section}, so it is for {command}, not for {own[0]}: start {command}, or give "
+                "another configuration"
+            )
+
+
 def run_task(args: Namespace, *, default: str) -> None:
     """Run the training that --config describes. default: its kind if the file does not name one."""
     from ldm.config import load_tree, parse
@@ -142,6 +169,8 @@ def run_task(args: Namespace, *, default: str) -> None:
     stop = StopSignal()
     stop.listen()
     tree = load_tree(args.config, args.overrides)
+    if "kind" not in tree:
+        check_command(tree, default=default, source=args.config)
     kind = task_of(tree.setdefault("kind", default))
     config = parse(kind.config_class, tree, source=args.config)
     session = open_session(config, stop, reader=kind.reader(config))

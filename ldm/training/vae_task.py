@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.loader import Batch
 from ldm.diffusion import sample_randomness
@@ -23,6 +24,7 @@ from vae.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from vae.losses import VAELoss, VAELossConfig, latent_statistics, psnr
 
 GRID_PICTURES, GRID_COLUMNS = 32, 16
+CHECKPOINT_PICTURES = 256  # the last ones of training, over which they are measured for a checkpoint
 STATISTICS_PICTURES = 4096  # training images over which latents are measured, each of hundreds of numbers a channel
 
 
@@ -89,6 +91,15 @@ class VAETask(Task[VAETrainConfig]):
         for start in range(0, len(originals) - columns + 1, columns):
             cells += originals[start : start + columns] + reconstructions[start : start + columns]
         save_image(sheet(cells, columns=columns), path)
+
+    def measured(self, averaged: Callable[[], nn.Module], position: int) -> dict[str, Any]:
+        """Measure the mean and standard deviation of the latents over the last batches, for readers of a checkpoint."""
+        session, size = self.session, self.config.data.batch_size
+        network: Any = averaged()
+        last = range(max(0, position - math.ceil(CHECKPOINT_PICTURES / size)), position)
+        pixels = (session.images.batch(number).pixels.to(self.device) for number in last)
+        mean, std = latent_statistics(network, pixels, session.world.all_reduce)
+        return {"latents": {"mean": mean, "std": std}}
 
     def complete(self, network: AutoencoderKL) -> None:
         """Measure the mean and standard deviation of the latents, and store them in the network's configuration."""

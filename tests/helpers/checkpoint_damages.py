@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from ldm.training.checkpoints.folders import MANIFEST, Digest
+from ldm.files.checkpoints import MANIFEST, Digest
 
 BLOCK = 512  # bytes that a disk writes at once
 

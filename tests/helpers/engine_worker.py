@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import ldm.training.engine.engine
-from ldm.training.checkpoints.folders import Checkpoints
-from ldm.training.checkpoints.fragments import Fragments
+from ldm.files.checkpoints import Checkpoints
+from ldm.interop.fragments import Fragments
 from ldm.training.checkpoints.train_state import CheckpointError, RunFacts
 from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_settings
 from ldm.training.engine.distributed import Ranks

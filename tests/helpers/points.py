@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ldm.training.checkpoints.folders import Checkpoints, fault
-from ldm.training.checkpoints.fragments import Fragments, Span
+from ldm.files.checkpoints import Checkpoints, fault
+from ldm.interop.fragments import Fragments, Span
 from ldm.training.checkpoints.saver import Saver, Status
 
 

@@ -185,3 +185,12 @@ def test_a_run_does_not_go_on_as_another(word):
     key = word.split("=")[0]
     with pytest.raises(ValueError, match=f"{key} was .* when this run began and is .* now"):
         check_continues(then=dump(load_config(TrainConfig, DIT)), now=load_config(TrainConfig, DIT, [word]))
+
+
+def test_a_section_with_a_kind_is_named_by_its_keys_alone():
+    """pydantic would say model.denoiser.dit, which is no key."""
+    with pytest.raises(ValueError, match=r"demo.yaml: model\.denoiser: .*width") as error:
+        load_config(TrainConfig, "configs/demo.yaml", ["model.denoiser.width=333"])
+    assert "denoiser.dit" not in str(error.value)
+    with pytest.raises(ValueError, match=r"unknown key model\.denoiser\.widht"):
+        load_config(TrainConfig, "configs/demo.yaml", ["model.denoiser.widht=333"])

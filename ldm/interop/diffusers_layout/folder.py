@@ -74,7 +74,7 @@ def read_folder(
     path, stated, place = _path_and_prediction(folder, loaded)
     scheduler_config_json(path, prediction or stated or "eps")  # raises for a prediction that this path does not have
     opened = _open_frozen(folder, loaded, given)
-    weights = find_weights(part)
+    weights = given.denoiser(loaded, part) if given.denoiser else find_weights(part)
     vae, towers, further = _read_frozen(folder, loaded, given, opened, dtype=dtype, vae_dtype=vae_dtype or dtype)
     fill(loaded.network, weights, dtype=dtype)
     predicted, remarks = find_prediction(prediction, stated, loaded, conditioner := Conditioner(*towers))

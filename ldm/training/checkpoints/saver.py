@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ldm.errors import NonFiniteError
 from ldm.files.atomic import atomic_file, to_disk
-from ldm.training.checkpoints.folders import Checkpoints, Digest, write_json
-from ldm.training.checkpoints.fragments import Span, rank_file, write_fragments
+from ldm.files.checkpoints import STATE, Checkpoints, Digest, write_json
+from ldm.interop.fragments import Span, rank_file, write_fragments
 
-STATE = "state.json"
 POLL_SECONDS = 0.02
 LEAVE_SECONDS = 30.0
 

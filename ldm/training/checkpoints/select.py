@@ -13,11 +13,13 @@ from data.config import ReadingConfig
 from data.loader import CaptionedImages
 from ldm.config import dump, parse, read_tree
 from ldm.errors import CheckpointError
-from ldm.training.checkpoints.folders import NAME, Checkpoints, fault, step_of
+from ldm.files.checkpoints import NAME, Checkpoints, fault, step_of
 from ldm.training.checkpoints.train_state import TrainState, read_train_state
+from ldm.training.engine.config import OptimConfig
 from ldm.training.engine.distributed import Ranks
 from ldm.training.engine.engine import Engine
-from ldm.training.run import ALLOWABLE, Run
+from ldm.training.optim.lr_schedule import lr_at
+from ldm.training.run import Run, is_allowable
 
 # No number depends on these settings: they may differ on resume.
 FREE_OF_ENGINE = ("zero_stage", "accumulation", "offload", "recompute", "save_in_background", "hang_seconds")
@@ -35,12 +37,14 @@ def resume(run: Run, engine: Engine, world: Ranks, *, config: Any, images: Capti
     state = None
     if chosen is not None:
         # First: its errors say more than one about a tensor's size.
-        changes = check_state(read_train_state(chosen), config, images.fingerprint)
-        state = engine.load(chosen)
+        saved = read_train_state(chosen)
+        changes = check_state(saved, config, images.fingerprint)
+        optimizer = read_tree(saved.config)["optim"].get("optimizer", OptimConfig.optimizer)
+        state = engine.load(chosen, fresh=optimizer != config.optim.optimizer)
         run.checkpoints.trust(chosen)
         ranks = "" if state.ranks == world.ranks else f", written by {state.ranks} ranks"
         run.log(f"resumed from {chosen}{ranks}")
-        for line in changes:
+        for line in [*changes, *changed_schedule(state, config)]:
             run.log(line)
         if state.precision != engine.precision:
             run.log(f"the forward pass now runs in {engine.precision}; before, it ran in {state.precision}")
@@ -61,10 +65,36 @@ def settle_lanes(run: Run, config: Any, images: CaptionedImages, then: str | Non
     then: the configuration of the checkpoint that is resumed, if any.
     """
     if config.data.lanes is None:
-        if then is not None:
-            images.deal(read_tree(then)["data"]["lanes"])
-        run.log(f"data.lanes is {images.order.lanes}{' by default' if then is None else ', as when this run began'}")
+        before = None if then is None else read_tree(then)["data"]["lanes"]
+        if before is not None:
+            deal_as_before(config, images, before)
+        kept = images.order.lanes == before
+        run.log(f"data.lanes is {images.order.lanes}{', as when this run began' if kept else ' by default'}")
     run.config_text = dump(replace(config, data=replace(config.data, lanes=images.order.lanes)))
+
+
+def deal_as_before(config: Any, images: CaptionedImages, lanes: int) -> None:
+    """Deal the shards to the lanes with which the run began; to the default number if run.allow names data to which
+    these do not fit."""
+    default = images.order.lanes
+    try:
+        images.deal(lanes)
+    except ValueError:
+        if not any(key.startswith("data.") for key in config.run.allow):
+            raise
+        images.deal(default)
+
+
+def changed_schedule(state: TrainState, config: Any) -> list[str]:
+    """Return a line if run.steps has changed, and with it the learning rate from here on; otherwise nothing."""
+    before, now = read_tree(state.config)["run"]["steps"], config.run.steps
+    rates = [lr_at(config.optim, state.step, steps) for steps in (before, now)]
+    if abs(rates[0] - rates[1]) <= 0.01 * rates[1]:
+        return []
+    return [
+        f"run.steps is {now} from now on, it was {before}: the schedule {config.optim.schedule} ends with the run, so "
+        f"the learning rate of the next step is {rates[1]:.2e} instead of {rates[0]:.2e}"
+    ]
 
 
 def check_state(state: TrainState, config: Any, data: dict[str, Any]) -> list[str]:
@@ -76,18 +106,20 @@ def check_state(state: TrainState, config: Any, data: dict[str, Any]) -> list[st
     before, now = then.get("contents"), data["contents"]
     known = before is not None and now is not None
     changes = check_continues(then=state.config, now=config, same_shards=known and before == now)
+    other = ""
     if any(then[key] != data[key] for key in ("shards", "samples", "sha256")):
-        raise ValueError(
+        other = (
             f"the data are not those that this run began with: then {then['samples']} samples in {then['shards']} "
-            f"shards, now {data['samples']} in {data['shards']}, or as many, split differently: restore the data, or "
-            "give another run.name"
+            f"shards, now {data['samples']} in {data['shards']}, or as many, split differently"
         )
-    if known and before != now:
-        raise ValueError(
+    elif known and before != now:
+        other = (
             "the shards hold as many samples as when this run began but, by the sha256 of their manifests, different "
-            "ones: restore the data, or give another run.name"
+            "ones"
         )
-    return changes
+    if other and not any(key in config.run.allow for key in ("data.shards", "data.sets")):
+        raise ValueError(f"{other}: restore the data, allow it with run.allow=[data.shards], or give another run.name")
+    return [*changes, *([f"{other} (run.allow)"] if other else [])]
 
 
 def listed(checkpoints: Checkpoints, world: Ranks) -> list[Path]:
@@ -210,13 +242,25 @@ def check_continues(then: str, now: Any, *, same_shards: bool = False) -> list[s
         after["data.lanes"] = before["data.lanes"]  # the number of lanes that was chosen stays
     changed = [key for key in sorted(before) if before[key] != after.get(key) and not _is_free(key)]
     for key in changed:
-        if key not in now.run.allow:
-            can = f", or allow it with run.allow=[{key}]" if key.split(".")[0] in ALLOWABLE else ""
+        unknown = key == "optim.ema_lengths" and not set(after[key]) <= set(before[key])  # of the steps until now
+        if key not in now.run.allow or unknown:
+            can = f", allow it with run.allow=[{key}]" if is_allowable(key) and not unknown else ""
+            begin = f" with model.start={now.run.path}, which keeps the weights" if _keeps_weights(key, now) else ""
             raise ValueError(
                 f"{key} was {before[key]!r} when this run began and is {after.get(key)!r} now: set it back{can}, or "
-                "begin anew under another run.name"
+                f"begin anew under another run.name{begin}"
             )
-    return [f"{key} is {after.get(key)!r} from now on, it was {before[key]!r} (run.allow)" for key in changed]
+    anew = {"optim.optimizer": ", its moments begin anew"}
+    return [
+        f"{key} is {after.get(key)!r} from now on, it was {before[key]!r}{anew.get(key, '')} (run.allow)"
+        for key in changed
+    ]
+
+
+def _keeps_weights(key: str, config: Any) -> bool:
+    """Return whether model.start can begin another run with this one's weights, although the setting differs."""
+    must_stay = key == "optim.ema_lengths" or not is_allowable(key)
+    return config.kind == "denoiser" and not key.startswith("model.denoiser") and must_stay
 
 
 def _is_free(key: str) -> bool:

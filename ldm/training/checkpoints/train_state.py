@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ldm.errors import CheckpointError
+from ldm.files.checkpoints import STATE, Checkpoints
 from ldm.files.messages import one_line
-from ldm.training.checkpoints.folders import Checkpoints
-from ldm.training.checkpoints.fragments import Fragments, Span
-from ldm.training.checkpoints.saver import POLL_SECONDS, STATE, Saver, Status
+from ldm.interop.fragments import Fragments, Span
+from ldm.training.checkpoints.saver import POLL_SECONDS, Saver, Status
 from ldm.training.engine.zero_partition import Partition
 from ldm.training.optim.averages import EMA
 
@@ -41,6 +41,7 @@ class RunFacts(NamedTuple):
     data: Mapping[str, Any] = {}  # the fingerprint of the shards
     samples_seen: int = 0
     state: Mapping[str, Any] = {}  # of the task
+    measured: Mapping[str, Any] = {}  # of the averaged weights, by the task
     rewound_to: str | None = None  # name of the checkpoint that run.resume sent this run back to
 
 
@@ -61,6 +62,7 @@ class TrainState:
     loss_scale: Mapping[str, Any] | None = None  # of fp16
     state: Mapping[str, Any] = field(default_factory=dict)
     rewound_to: str | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         required = {entry.name for entry in fields(self) if _is_required(entry)}
@@ -137,8 +139,8 @@ class StateCheckpointer:
                 return saved
             time.sleep(POLL_SECONDS)
 
-    def load(self, folder: Path) -> TrainState:
-        """Restore the state from a checkpoint. Raises CheckpointError."""
+    def load(self, folder: Path, *, fresh: bool = False) -> TrainState:
+        """Restore the state from a checkpoint; fresh: without the optimiser's moments. Raises CheckpointError."""
         with _readable(folder), Fragments(folder) as fragments:
             state = read_train_state(folder)
             self._check(fragments, folder)
@@ -146,7 +148,7 @@ class StateCheckpointer:
             def read(group: str, span: Span) -> Tensor:
                 return fragments.read(f"{group}/{span.name}", span.start, span.stop)
 
-            self.partition.load(read, state.step)
+            self.partition.load(read, state.step, fresh=fresh)
             for group, average in self.averages.items():
                 spans = {fragment.span.name: fragment.span for fragment in self.partition.owned}
                 shadow = {name: read(group, spans[name]) for name in average.shadow}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import NonFiniteError
-from ldm.training.checkpoints.folders import Checkpoints
+from ldm.files.checkpoints import Checkpoints
 from ldm.training.checkpoints.train_state import RunFacts, Saved, StateCheckpointer, TrainState, versions
 from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_settings, resolved_precision
 from ldm.training.engine.distributed import Ranks
@@ -237,12 +237,13 @@ class Engine:
         """Wait for the checkpoint that is being written, if any. Every rank must call it."""
         return self._checkpointer.finish()
 
-    def load(self, folder: Path) -> TrainState:
+    def load(self, folder: Path, *, fresh: bool = False) -> TrainState:
         """Resume from a checkpoint, which may have been written with another world size and ZeRO stage.
 
+        fresh: the optimiser is another, whose moments begin anew.
         Raises CheckpointError if it is damaged, or of another network.
         """
-        state = self._checkpointer.load(folder)
+        state = self._checkpointer.load(folder, fresh=fresh)
         self.step, self.position, self.resumed = state.step, state.position, True
         self.skipped_in_a_row = state.skipped_in_a_row
         if self.loss_scale is not None and state.loss_scale is not None:

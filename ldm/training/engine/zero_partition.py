@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.training.checkpoints.fragments import Span
+from ldm.interop.fragments import Span
 from ldm.training.engine.distributed import Ranks
 from ldm.training.optim.muon import Cut
 from ldm.training.optim.optimizers import MuonAndAdamW, prepare_state, set_step
@@ -76,13 +76,16 @@ class Partition:
         return {name: fragment.of(value) for name, value in state.items() if name != "step"}
 
     @torch.no_grad()
-    def load(self, read: Read, step: int) -> None:
-        """Load weights and moments as they were after `step` optimiser steps. Every rank calls it."""
+    def load(self, read: Read, step: int, *, fresh: bool = False) -> None:
+        """Load weights and moments as they were after `step` optimiser steps. Every rank calls it.
+
+        fresh: the moments begin anew, as before the first step, since those of another optimiser were saved.
+        """
         for fragment in self.held:
             fragment.of(fragment.optimizer_tensor).copy_(read("weights", fragment.span))
             for name, moment in self.moments(fragment).items():
-                moment.copy_(read(name, fragment.span))
-            set_step(self.optimizer.state[fragment.optimizer_tensor], step)
+                moment.zero_() if fresh else moment.copy_(read(name, fragment.span))
+            set_step(self.optimizer.state[fragment.optimizer_tensor], 0 if fresh else step)
         self.weights_changed()
 
 

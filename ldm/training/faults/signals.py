@@ -17,7 +17,7 @@ class StopSignal:
     """The stop signal of this process, if one has come. A second SIGINT always raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self.name: str | None = None  # of the last signal
+        self.name: str | None = None  # of the last signal; after Ctrl-C SIGINT, though launchers then send SIGTERM
         self._deferred = False
         self._interrupted = False  # by SIGINT
         self._arrivals: int | None = None  # read end of the wakeup pipe: the number of each signal
@@ -75,7 +75,7 @@ class StopSignal:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         again = number == signal.SIGINT and self._interrupted
         self._interrupted |= number == signal.SIGINT
-        self.name = signal.Signals(number).name
+        self.name = (signal.SIGINT if self._interrupted else signal.Signals(number)).name
         if again:
             raise KeyboardInterrupt
         if not self._deferred:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ldm.interop.diffusers_layout.folder import read_folder
-from ldm.interop.network_files import RUN_MODEL, load_strictly, write_weights
+from ldm.interop.network_files import load_strictly, write_weights
+from ldm.interop.read_model import read_model
 from ldm.interop.weight_reader import open_weights
 from ldm.model.components import ModelComponents
 from ldm.training.optim.averages import Snapshot
@@ -50,8 +51,13 @@ def mixed(paths: Sequence[Path], coefficients: Sequence[float]) -> dict[str, Ten
     return {name: tensor.float() for name, tensor in total.items()}
 
 
-def mixed_components(run: Path, paths: Sequence[Path], coefficients: Sequence[float]) -> ModelComponents:
-    """Load the run's newest model with the weights of an average mixed from snapshots with these coefficients."""
-    parts = read_folder(run / RUN_MODEL, dtype=torch.float32)
+def mixed_components(
+    run: Path, wanted: Snapshot, paths: Sequence[Path], coefficients: Sequence[float]
+) -> ModelComponents:
+    """Load a run's model with the weights of an average, mixed from snapshots with these coefficients."""
+    parts = read_model(run, dtype=torch.float32)
     load_strictly(parts.denoiser, mixed(paths, coefficients), source=run / FOLDER)
-    return parts
+    assert parts.origin is not None
+    remark = f"average of relative length {wanted.length:g} up to step {wanted.step}"
+    origin = replace(parts.origin, remarks=(remark,), step=wanted.step, samples_seen=None)
+    return replace(parts, origin=origin)

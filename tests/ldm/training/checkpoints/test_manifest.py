@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers.checkpoint_damages import DAMAGES, one_bit_flips
 
-from ldm.training.checkpoints.folders import MANIFEST, Digest, fault, seal, sealed
+from ldm.files.checkpoints import MANIFEST, Digest, fault, seal, sealed
 
 NAMES = ("rank_00000.safetensors", "rank_00001.safetensors", "state.json")
 FLIPS = 160

@@ -76,5 +76,5 @@ def test_giving_a_save_up_may_go_wrong_too(folder: Path):
 
 def test_what_would_be_lost_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """A save that gave a checkpoint its name before its manifest would break the promise above."""
-    monkeypatch.setattr("ldm.training.checkpoints.folders.seal", lambda partial, digests, name: None)
+    monkeypatch.setattr("ldm.files.checkpoints.seal", lambda partial, digests, name: None)
     assert broken_promise(folder, {RANK_1_FAILS: "full"}) is not None

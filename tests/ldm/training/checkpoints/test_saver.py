@@ -17,8 +17,8 @@ from helpers.points import RANKS, holds, in_haste, make_savers, save, state, wai
 from safetensors import safe_open
 from torch import Tensor
 
-from ldm.training.checkpoints.folders import Checkpoints, fault
-from ldm.training.checkpoints.fragments import Fragments, Span
+from ldm.files.checkpoints import Checkpoints, fault
+from ldm.interop.fragments import Fragments, Span
 from ldm.training.checkpoints.saver import Abandoned, NonFiniteStateError, Saver, Status
 
 

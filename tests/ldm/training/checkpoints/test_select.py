@@ -16,8 +16,8 @@ import torch
 from data.loader import CaptionedImages
 from ldm.config import dump, load_config, read_tree
 from ldm.errors import NonFiniteError
-from ldm.training.checkpoints.folders import Digest, fault, step_of
-from ldm.training.checkpoints.select import check_state, choose, rewound_to, settle_lanes
+from ldm.files.checkpoints import Digest, fault, step_of
+from ldm.training.checkpoints.select import changed_schedule, check_state, choose, rewound_to, settle_lanes
 from ldm.training.checkpoints.train_state import CheckpointError, TrainState
 from ldm.training.denoiser_config import TrainConfig
 from ldm.training.engine.distributed import Ranks
@@ -265,10 +265,42 @@ def test_what_run_allow_names_may_change_and_is_logged():
         check_state(state, config_of_a_run(lower), FEW)
     (line,) = check_state(state, config_of_a_run(lower, "run.allow=[optim.lr]"), FEW)
     assert line == "optim.lr is 0.0005 from now on, it was 0.001 (run.allow)"
-    with pytest.raises(ValueError, match="data.batch_size was 64 when this run began and is 32 now: set it back, or"):
+    with pytest.raises(ValueError, match=r"data.batch_size was 64 .* is 32 now: set it back, allow it with run.allow"):
         check_state(state, config_of_a_run("data.batch_size=32"), FEW)
-    with pytest.raises(ValueError, match="run.allow names data.batch_size, expected settings of optim or engine"):
-        config_of_a_run("run.allow=[data.batch_size]")
+    (line,) = check_state(state, config_of_a_run("data.batch_size=32", "run.allow=[data.batch_size]"), FEW)
+    assert line == "data.batch_size is 32 from now on, it was 64 (run.allow)"
+    with pytest.raises(ValueError, match="run.allow names model.caption_dropout, expected settings of optim or engine"):
+        config_of_a_run("run.allow=[model.caption_dropout]")
+
+
+def test_more_pictures_are_allowed_too():
+    """Those of the manifests, or of other numbers of samples."""
+    known = FEW | {"contents": "123"}
+    state, allowed = state_of_a_run(data=known), config_of_a_run("run.allow=[data.shards]")
+    for more in (known | {"samples": 1}, known | {"contents": "124"}):
+        with pytest.raises(ValueError, match=r"restore the data, allow it with run.allow=\[data.shards\], or give"):
+            check_state(state, config_of_a_run(), more)
+        (line,) = check_state(state, allowed, more)
+        assert line.endswith("(run.allow)")
+
+
+def test_a_setting_that_must_stay_says_what_keeps_the_weights():
+    state = state_of_a_run(data=FEW)
+    with pytest.raises(ValueError, match=r"begin anew under another run.name with model.start=runs/\w+, which keeps"):
+        check_state(state, config_of_a_run("model.caption_dropout=0.5"), FEW)
+    with pytest.raises(ValueError, match=r"begin anew under another run.name$"):
+        check_state(state, config_of_a_run("model.denoiser.width=64", "model.denoiser.heads=2"), FEW)
+
+
+def test_more_steps_under_a_schedule_that_ends_with_the_run_are_said():
+    config = config_of_a_run("optim.schedule=cosine", "run.steps=100")
+    state = replace(state_of_a_run(data=FEW, config=dump(config)), step=90)
+    assert changed_schedule(state, config) == []
+    (line,) = changed_schedule(state, config_of_a_run("optim.schedule=cosine", "run.steps=1000"))
+    assert line.startswith("run.steps is 1000 from now on, it was 100: the schedule cosine ends with the run, so the")
+    rate, before = (float(word) for word in re.findall(r"\d\.\d+e-\d+", line))
+    assert before < 0.1 * rate
+    assert changed_schedule(state, config_of_a_run("optim.schedule=constant", "run.steps=1000")) == []
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers.engines import work
 
-from ldm.training.checkpoints.folders import fault
+from ldm.files.checkpoints import fault
 
 STAGES = range(4)
 MUON = {"optimizer": "muon"}

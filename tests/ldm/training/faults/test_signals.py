@@ -75,6 +75,13 @@ def test_a_second_sigint_is_obeyed_even_if_deferred(stop: StopSignal):
             send(signal.SIGINT)
 
 
+def test_after_ctrl_c_the_launchers_sigterm_does_not_take_its_name(stop: StopSignal):
+    with stop.deferred():
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+        assert stop.name == "SIGINT"
+
+
 def test_sigterm_may_come_as_often_as_it_likes(stop: StopSignal):
     """Schedulers and launchers send it again and again, while the step is finished and saved."""
     with stop.deferred():

@@ -26,7 +26,7 @@ from helpers.points import Calls, Death
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.training.checkpoints.folders import Checkpoints, Digest, fault, remove, step_of
+from ldm.files.checkpoints import Checkpoints, Digest, fault, remove, step_of
 
 NAMES = ("rank_00000.safetensors", "rank_00001.safetensors", "state.json")
 TEARS = [a_block_is_zero, a_file_is_a_folder, a_file_is_cut, a_file_is_missing, a_file_is_stray, one_bit_flips]
@@ -94,7 +94,7 @@ def test_nothing_depends_on_what_is_called_the_latest(checkpoints: Checkpoints, 
 def test_a_checkpoint_is_read_once_and_trusted_from_then_on(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
     add(checkpoints, 1)
     asked: list[Path] = []
-    monkeypatch.setattr("ldm.training.checkpoints.folders.fault", lambda path: asked.append(path))
+    monkeypatch.setattr("ldm.files.checkpoints.fault", lambda path: asked.append(path))
     assert checkpoints.is_good(checkpoints.path(1)) and not asked  # written by this process
     another = Checkpoints(checkpoints.folder, keep=2)
     assert another.is_good(another.path(1)) and another.is_good(another.path(1))

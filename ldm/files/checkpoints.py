@@ -18,6 +18,7 @@ from ldm.files.atomic import atomic_file, to_disk
 from ldm.files.digest import sha256_of
 
 MANIFEST = "manifest.json"
+STATE = "state.json"  # what a checkpoint records besides tensors
 NAME = re.compile(r"step_(\d{7,})")
 LATEST = "latest"  # a file that names the newest, for people and scripts; resuming uses the newest that verifies
 

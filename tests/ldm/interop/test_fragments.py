@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldm.training.checkpoints.fragments import Fragments, Span, rank_file, write_fragments
+from ldm.interop.fragments import Fragments, Span, rank_file, write_fragments
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8]
 FEW = settings(max_examples=40)
