@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.errors import USER_ERROR, exit_code
 from ldm.files.atomic import Taken, lock_folder, write_atomically
 from ldm.files.messages import one_line
 from ldm.files.strict_json import json_lines
+from ldm.files.writing import writing
 from ldm.training.checkpoints.folders import Checkpoints
 
 DATA_WAIT = "data_wait"  # fraction of the time that training spent waiting for data
 MIN_LOGGED_WAIT = 0.02
+WRITTEN = "written"  # of a record: whether the drawings and the model of its step were
 ALLOWABLE = ("optim", "engine")  # sections whose settings run.allow may name
 
 
@@ -76,11 +78,12 @@ class Run:
         after this step are removed, since they will be written again."""
         if not self.is_main:
             return
-        (self.config.path / "samples").mkdir(parents=True, exist_ok=True)
-        self.lock()
-        (self.config.path / "config.yaml").write_text(self.config_text)
-        kept = [] if step is None else [record for record in self._records() if record["step"] <= step]
-        write_atomically(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        with writing(self.config.path):
+            (self.config.path / "samples").mkdir(parents=True, exist_ok=True)
+            self.lock()
+            write_atomically(self.config.path / "config.yaml", self.config_text.encode())
+            kept = [] if step is None else [record for record in self._records() if record["step"] <= step]
+            write_atomically(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self.checkpoints.clear()
 
     def lock(self) -> None:
@@ -98,8 +101,9 @@ class Run:
         self._locked = True
 
     def has_sample(self, step: int) -> bool:
-        """Return whether the sample of this step has been recorded: by a line without a training loss."""
-        return any(record["step"] == step and "loss" not in record for record in self._records())
+        """Return whether the sample of this step has been recorded, by a line without a training loss, and written."""
+        found = [record for record in self._records() if record["step"] == step and "loss" not in record]
+        return any(record.get(WRITTEN, True) for record in found)
 
     def _records(self) -> list[dict[str, Any]]:
         """Read the complete lines of metrics.jsonl."""
@@ -157,13 +161,18 @@ class Run:
         self._append(path, {"step": step, "batch": position, "fault": fault, "samples": list(keys)})
         return path
 
-    @contextlib.contextmanager
-    def logged_if_not_written(self, what: str) -> Iterator[None]:
-        """Context manager for writing what training can do without: an OSError is logged, not raised."""
+    def written(self, what: str, write: Callable[[], object]) -> bool:
+        """Write what training can do without, such as drawings. Returns whether it succeeded: an error is logged, unless
+        it is of the data, of another rank, or of weights that are not finite, which concern training itself."""
         try:
-            yield
-        except OSError as error:
-            self.log(f"{what} could not be written ({one_line(error)})")
+            write()
+        except Exception as error:
+            if exit_code(error) not in (None, USER_ERROR):
+                raise
+            kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+            self.log(f"{what} could not be written ({kind}{one_line(error, 300)}): training goes on without")
+            return False
+        return True
 
     def log(self, line: str) -> None:
         if self.is_main:
