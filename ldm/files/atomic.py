@@ -26,17 +26,16 @@ NEW, OLDER = "new", "older"  # in a folder of its own that each writer of a fold
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; on success it replaces `path`, with the permissions of the umask.
 
-    A link stays, and its target is replaced. Raises WriteError, naming `path`, for a full disk and the like.
+    A link is replaced, not what it leads to. Raises WriteError, naming `path`, for a full disk and the like.
     """
     with writing(path):
-        target = path.resolve()
-        partial = temporary(target)
+        partial = temporary(path)
         try:
             partial.touch()
             mode = partial.stat().st_mode & 0o777
             yield partial
             partial.chmod(mode)  # a library may have replaced the file with other permissions
-            partial.replace(target)
+            partial.replace(path)
         finally:
             with suppress(OSError):  # what failed before is the error to report
                 partial.unlink()
@@ -59,20 +58,28 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     It lies in a folder that no other writer uses, locked while it is in use: leftovers of killed writers are removed.
     A link stays, and its target is replaced. Raises WriteError, naming `folder`, for a full disk and the like.
     """
-    with writing(folder), ExitStack() as stack:
+    with writing(folder):
         target = folder.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        _discard_leftovers(target)
-        own = temporary(target)
+        with scratch_folder(target) as own:
+            (own / NEW).mkdir()
+            yield own / NEW
+            _replace(target, own)
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder next to `folder` for one of its writers, locked while it is in use, and removed then."""
+    _discard_leftovers(folder)
+    own = temporary(folder)
+    with ExitStack() as stack:
         own.mkdir(mode=0o700)
         with suppress(OSError):  # without locks, only its own writer removes it
             stack.callback(os.close, lock_folder(own))
         try:
-            (own / NEW).mkdir()
-            yield own / NEW
-            _replace(target, own)
+            yield own
         finally:
-            _discard(own, target)
+            _discard(own, folder)
 
 
 def _discard_leftovers(folder: Path) -> None:

@@ -162,8 +162,10 @@ class Run:
         return path
 
     def written(self, what: str, write: Callable[[], object]) -> bool:
-        """Write what training can do without, such as drawings. Returns whether it succeeded: an error is logged, unless
-        it is of the data, of another rank, or of weights that are not finite, which concern training itself."""
+        """Write what training can do without, such as drawings. Returns whether it succeeded: an error is logged.
+
+        Errors of the data, of another rank, and of weights that are not finite concern training itself, and pass.
+        """
         try:
             write()
         except Exception as error:

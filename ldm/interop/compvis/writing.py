@@ -54,11 +54,12 @@ def write_single_file(
     Raises ValueError for a model that the layout, or the programs that read it, do not support.
     """
     check_target_file(path)
+    title, path = path.stem, path.resolve()  # a link stays
     check_writable(parts)
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in single_file_tensors(parts).items()}
     config = ldm_config(parts)
     with atomic_file(path) as partial:
-        write_weights(tensors, partial, header(parts, tensors, title=path.stem))
+        write_weights(tensors, partial, header(parts, tensors, title=title))
         if check is not None:
             check(partial)
     write_yaml(config, path.with_suffix(".yaml"))

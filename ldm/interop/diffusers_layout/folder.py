@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 
 from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import PathConfig, Prediction, ScaledLinearBetaPath
-from ldm.files.atomic import atomic_folder
+from ldm.files.messages import some
 from ldm.files.strict_json import write_json
+from ldm.files.writing import writing
 from ldm.interop.compvis.prediction import find_prediction
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, open_denoiser, save_denoiser
 from ldm.interop.diffusers_layout.layout import OWN, VERSION, DenoiserLayout
@@ -25,6 +27,15 @@ from ldm.interop.diffusers_layout.scheduler import (
     warn_of,
 )
 from ldm.interop.diffusers_layout.vae import folded, open_vae, save_vae, vae_weights
+from ldm.interop.export_files import (
+    INDEX,
+    NOTES,
+    Listing,
+    changed_files,
+    check_target,
+    replaced_files,
+    write_listing,
+)
 from ldm.interop.extra_tensors import extra_tensors, warn_of_extras
 from ldm.interop.given_parts import NONE_GIVEN, GivenParts
 from ldm.interop.hub_cache import is_own_file
@@ -40,9 +51,7 @@ from text.encoder import TextEncoderConfig
 from text.tokenizer import Tokenizer
 from vae.autoencoder import AutoencoderKL
 
-NOTES = "foundry.yaml"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
-INDEX = "model_index.json"
 MAX_NOTES_BYTES = 2**20
 # Allowed in a model_index.json: diffusers' own pipelines, and known classes for the parts that are read.
 PIPELINES = {
@@ -67,6 +76,8 @@ def read_folder(
     denoiser's folder alone is a model. Raises ValueError or FileNotFoundError, naming the file, if a file is missing,
     truncated or of another kind.
     """
+    listing = Listing.parse(own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES).decode(errors="replace"))
+    changed = changed_files(folder, listing)
     check_index(folder)
     # Read all configs before any weights, so that an unsuitable folder fails at once and not after a minute.
     loaded = open_denoiser(part := _denoiser_part(folder))
@@ -83,18 +94,26 @@ def read_folder(
         unet, inpainting = isinstance(loaded.network, UNet), loaded.network.concat_channels > 0
         sampling = read_sampling(place, path, predicted, unet=unet, inpainting=inpainting)
         warn_of(sampling, source=place / SCHEDULER, path=path)
-    notes = own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES).decode(errors="replace")
-    precision = _precision([weights, *further])
+    remarks = (() if stated else remarks) + _warn_of_changes(changed, folder)
     return ModelComponents(
         model=LatentDiffusion(vae=vae, conditioner=conditioner, path=path, prediction=predicted),
         denoiser=loaded.network,
         config=loaded.config,
         sample_size=loaded.sample_size,
-        notes=notes,
-        origin=Origin(files=weights.files, precision=precision, remarks=() if stated else remarks),
+        notes=listing.notes,
+        origin=Origin(files=weights.files, precision=_precision([weights, *further]), remarks=remarks),
         scheduler=sampling.stock,
         unfollowed=sampling.unfollowed,
     )
+
+
+def _warn_of_changes(changed: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """Warn of files that differ from what their export wrote; return that as a remark."""
+    if not changed:
+        return ()
+    cure = "unless you changed it, an export or a copy was interrupted: export or copy it again"
+    warnings.warn(f"{some(changed)} in {folder} differs from what its export wrote; {cure}", stacklevel=2)
+    return (f"changed since its export: {some(changed)}",)
 
 
 def _open_frozen(
@@ -211,18 +230,19 @@ def write_folder(
     beside: Mapping[str, bytes] | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write a model to a folder. It replaces an older export there once it is complete.
+    """Write a model to a folder. Its files replace those of an older export there once all are complete; others stay.
 
-    beside: additional files, such as a model card, by their path in the folder. check: called with the complete folder
-    before it takes its name; if it raises, nothing is replaced. Raises ValueError if the folder exists and is not an
-    export: nothing else is ever deleted.
+    beside: additional files, such as a model card, by their path in the folder. check: called with the complete new
+    files before any is replaced; if it raises, none is. Raises ValueError if the folder exists and is not an export;
+    WriteError for a full disk and the like.
     """
     check_target(folder)
-    with atomic_folder(folder) as partial:
+    with writing(folder), replaced_files(folder) as partial:
         write_parts(parts, partial, dtype=dtype)
         for name, content in (beside or {}).items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
+        write_listing(partial, parts.notes)
         if check is not None:
             check(partial)
 
@@ -241,14 +261,6 @@ def write_parts(parts: ModelComponents, folder: Path, *, dtype: torch.dtype) -> 
         layout, text_encoders=kinds, for_inpainting=parts.for_inpainting, scheduler=scheduler_class(parts.scheduler)
     )
     write_json(index, folder / INDEX)
-    (folder / NOTES).write_text(parts.notes, encoding="utf-8")
-
-
-def check_target(folder: Path) -> None:
-    """Raise ValueError if the folder exists and is not an export of ours: nothing else is ever replaced."""
-    exported = (folder / INDEX).exists() and (folder / NOTES).exists()
-    if folder.exists() and not exported and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an export of this program: give a new folder, or an older export")
 
 
 def scheduler_class(scheduler: StockScheduler | None) -> str:

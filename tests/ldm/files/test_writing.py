@@ -57,7 +57,9 @@ def test_a_full_disk_is_one_error_that_names_the_path_and_what_to_do(writer: str
 def test_a_read_only_file_system(writer: str):
     with small_disk("16M") as disk:
         remount_read_only(disk)
-        with pytest.raises(WriteError, match=r"out cannot be written \(Read-only file system\): write elsewhere, or mou"):
+        with pytest.raises(
+            WriteError, match=r"out cannot be written \(Read-only file system\): write elsewhere, or mou"
+        ):
             WRITERS[writer](disk / "out")
 
 
@@ -65,7 +67,10 @@ def test_a_read_only_file_system(writer: str):
 def test_a_folder_without_rights(writer: str):
     with small_disk("16M") as disk:
         (disk / "closed").mkdir(mode=0o555)
-        with without_rights(), pytest.raises(WriteError, match=r"out cannot be written \(Permission denied\): write els"):
+        with (
+            without_rights(),
+            pytest.raises(WriteError, match=r"out cannot be written \(Permission denied\): write els"),
+        ):
             WRITERS[writer](disk / "closed" / "out")
         WRITERS[writer](disk / "out")  # the remedy
 
@@ -73,7 +78,9 @@ def test_a_folder_without_rights(writer: str):
 def test_a_folder_that_vanishes_while_a_file_is_written(tmp_path: Path):
     (tmp_path / "there").mkdir()
     with (
-        pytest.raises(WriteError, match=r"there/out cannot be written \(No such file or directory\): create its folder"),
+        pytest.raises(
+            WriteError, match=r"there/out cannot be written \(No such file or directory\): create its folder"
+        ),
         atomic_file(tmp_path / "there" / "out") as partial,
     ):
         partial.unlink()
@@ -81,7 +88,12 @@ def test_a_folder_that_vanishes_while_a_file_is_written(tmp_path: Path):
 
 
 def test_other_errors_pass(tmp_path: Path):
-    for error in (ValueError("no"), ConnectionRefusedError(errno.ECONNREFUSED, "no"), TimeoutError("no"), KeyError("x")):
+    for error in (
+        ValueError("no"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "no"),
+        TimeoutError("no"),
+        KeyError("x"),
+    ):
         with pytest.raises(type(error)) as caught, writing(tmp_path):
             raise error
         assert caught.value is error
