@@ -82,8 +82,8 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / NOTES]
 
 
-def changed_files(folder: Path, listing: Listing) -> list[str]:
-    """List the files of the model that are not what the export wrote; large ones, of seconds each, are not compared.
+def check_listing(folder: Path, listing: Listing) -> tuple[str, ...]:
+    """Warn of files of the model that are not what the export wrote, and return that as a remark.
 
     Raises ValueError if an export into the folder did not end.
     """
@@ -93,7 +93,12 @@ def changed_files(folder: Path, listing: Listing) -> list[str]:
             "for it, or export there again"
         )
     model = {path: digest for path, digest in listing.files.items() if not _may_be_edited(path)}
-    return [path for path, digest in model.items() if not _is_unchanged(folder / path, digest)]
+    changed = [path for path, digest in model.items() if not _is_unchanged(folder / path, digest)]
+    if not changed:
+        return ()
+    cure = "unless you changed it, an export or a copy was interrupted: export or copy it again"
+    warnings.warn(f"{some(changed)} in {folder} differs from what its export wrote; {cure}", stacklevel=2)
+    return (f"changed since its export: {some(changed)}",)
 
 
 def _is_unchanged(path: Path, digest: str) -> bool:

@@ -32,6 +32,7 @@ class Origin:
     files: tuple[Path, ...]  # of the denoiser
     precision: str  # of all weights, and their number: "fp16, 1131 tensors"
     remarks: tuple[str, ...] = ()  # "averaged weights (EMA)"
+    places: tuple[Path, ...] = ()  # the model's folder or file, and those of parts that were given in place of its own
 
     def hash(self) -> str:
         """Return the first 10 hex digits of the SHA-256 of the denoiser's files. Reads all of them: 4 GB take 3 s."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 
 from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import PathConfig, Prediction, ScaledLinearBetaPath
-from ldm.files.messages import some
 from ldm.files.strict_json import write_json
 from ldm.files.writing import writing
 from ldm.interop.compvis.prediction import find_prediction
@@ -31,7 +29,7 @@ from ldm.interop.export_files import (
     INDEX,
     NOTES,
     Listing,
-    changed_files,
+    check_listing,
     check_target,
     replaced_files,
     write_listing,
@@ -41,6 +39,8 @@ from ldm.interop.given_parts import NONE_GIVEN, GivenParts
 from ldm.interop.hub_cache import is_own_file
 from ldm.interop.identify import without_wrapping
 from ldm.interop.network_files import TEXT_STEM, described_by, fill, find_weights, read_config
+from ldm.interop.ownership import ownership, section
+from ldm.interop.published import published
 from ldm.interop.weight_reader import Weights, describe
 from ldm.model.components import LoadedDenoiser, ModelComponents, Origin, check_components_fit
 from ldm.model.conditioner import Conditioner, TextTower
@@ -77,7 +77,7 @@ def read_folder(
     truncated or of another kind.
     """
     listing = Listing.parse(own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES).decode(errors="replace"))
-    changed = changed_files(folder, listing)
+    remark = check_listing(folder, listing)
     check_index(folder)
     # Read all configs before any weights, so that an unsuitable folder fails at once and not after a minute.
     loaded = open_denoiser(part := _denoiser_part(folder))
@@ -94,26 +94,21 @@ def read_folder(
         unet, inpainting = isinstance(loaded.network, UNet), loaded.network.concat_channels > 0
         sampling = read_sampling(place, path, predicted, unet=unet, inpainting=inpainting)
         warn_of(sampling, source=place / SCHEDULER, path=path)
-    remarks = (() if stated else remarks) + _warn_of_changes(changed, folder)
     return ModelComponents(
         model=LatentDiffusion(vae=vae, conditioner=conditioner, path=path, prediction=predicted),
         denoiser=loaded.network,
         config=loaded.config,
         sample_size=loaded.sample_size,
         notes=listing.notes,
-        origin=Origin(files=weights.files, precision=_precision([weights, *further]), remarks=remarks),
+        origin=Origin(
+            files=weights.files,
+            precision=_precision([weights, *further]),
+            remarks=(() if stated else remarks) + remark,
+            places=(folder,),
+        ),
         scheduler=sampling.stock,
         unfollowed=sampling.unfollowed,
     )
-
-
-def _warn_of_changes(changed: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """Warn of files that differ from what their export wrote; return that as a remark."""
-    if not changed:
-        return ()
-    cure = "unless you changed it, an export or a copy was interrupted: export or copy it again"
-    warnings.warn(f"{some(changed)} in {folder} differs from what its export wrote; {cure}", stacklevel=2)
-    return (f"changed since its export: {some(changed)}",)
 
 
 def _open_frozen(
@@ -232,17 +227,18 @@ def write_folder(
 ) -> None:
     """Write a model to a folder. Its files replace those of an older export there once all are complete; others stay.
 
-    beside: additional files, such as a model card, by their path in the folder. check: called with the complete new
-    files before any is replaced; if it raises, none is. Raises ValueError if the folder exists and is not an export;
-    WriteError for a full disk and the like.
+    beside: additional files, such as a model card, by their path in the folder; the licence files of the model follow
+    by themselves. check: called with the complete new files before any is replaced; if it raises, none is. Raises
+    ValueError if the folder exists and is not an export; WriteError for a full disk and the like.
     """
     check_target(folder)
+    whose = ownership(parts)
     with writing(folder), replaced_files(folder) as partial:
         write_parts(parts, partial, dtype=dtype)
-        for name, content in (beside or {}).items():
+        for name, content in (whose.files | dict(beside or {})).items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
-        write_listing(partial, parts.notes)
+        write_listing(partial, published(parts.notes, section(whose.publish)))
         if check is not None:
             check(partial)
 

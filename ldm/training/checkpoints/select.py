@@ -64,7 +64,9 @@ def settle_lanes(run: Run, config: Any, images: CaptionedImages, then: str | Non
         if then is not None:
             images.deal(read_tree(then)["data"]["lanes"])
         run.log(f"data.lanes is {images.order.lanes}{' by default' if then is None else ', as when this run began'}")
-    run.config_text = dump(replace(config, data=replace(config.data, lanes=images.order.lanes)))
+    pictures = config.publish.pictures or len(images)
+    data, publish = replace(config.data, lanes=images.order.lanes), replace(config.publish, pictures=pictures)
+    run.config_text = dump(replace(config, data=data, publish=publish))
 
 
 def check_state(state: TrainState, config: Any, data: dict[str, Any]) -> list[str]:
@@ -221,7 +223,7 @@ def check_continues(then: str, now: Any, *, same_shards: bool = False) -> list[s
 
 def _is_free(key: str) -> bool:
     """Whether a setting may differ on resume without being asked for by name."""
-    if key != "run.seed" and key.split(".")[0] in ("run", "preview", "validation"):
+    if key != "run.seed" and key.split(".")[0] in ("run", "preview", "validation", "publish"):
         return True
     if key in ("data.prefetch", "model.keep_latents") or key.removeprefix("data.") in READING:
         return True
