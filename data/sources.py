@@ -163,3 +163,10 @@ def file_system(source: Source, *, timeout: float = 30.0) -> tuple[FileSystem, s
 def short(error: BaseException) -> str:
     """Format an error as one line of at most 300 characters."""
     return one_line(error, 300)
+
+
+def shown(value: Any) -> Any:
+    """Return a value of a configuration, or a list of them, with each location as Source.shown."""
+    if isinstance(value, list):
+        return [shown(one) for one in value]
+    return Source(value).shown if isinstance(value, str) else value

@@ -94,18 +94,14 @@ def read_folder(
         unet, inpainting = isinstance(loaded.network, UNet), loaded.network.concat_channels > 0
         sampling = read_sampling(place, path, predicted, unet=unet, inpainting=inpainting)
         warn_of(sampling, source=place / SCHEDULER, path=path)
+    precision, remarks = _precision([weights, *further]), (() if stated else remarks) + remark
     return ModelComponents(
         model=LatentDiffusion(vae=vae, conditioner=conditioner, path=path, prediction=predicted),
         denoiser=loaded.network,
         config=loaded.config,
         sample_size=loaded.sample_size,
         notes=listing.notes,
-        origin=Origin(
-            files=weights.files,
-            precision=_precision([weights, *further]),
-            remarks=(() if stated else remarks) + remark,
-            places=(folder,),
-        ),
+        origin=Origin(files=weights.files, precision=precision, remarks=remarks, places=(folder,)),
         scheduler=sampling.stock,
         unfollowed=sampling.unfollowed,
     )

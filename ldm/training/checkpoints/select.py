@@ -11,6 +11,7 @@ from typing import Any
 
 from data.config import ReadingConfig
 from data.loader import CaptionedImages
+from data.sources import shown
 from ldm.config import dump, parse, read_tree
 from ldm.errors import CheckpointError
 from ldm.training.checkpoints.folders import NAME, Checkpoints, fault, step_of
@@ -214,9 +215,10 @@ def check_continues(then: str, now: Any, *, same_shards: bool = False) -> list[s
     for key in changed:
         if key not in now.run.allow:
             can = f", or allow it with run.allow=[{key}]" if key.split(".")[0] in ALLOWABLE else ""
+            was, now_is = (shown(leaves.get(key)) for leaves in (before, after))
             raise ValueError(
-                f"{key} was {before[key]!r} when this run began and is {after.get(key)!r} now: set it back{can}, or "
-                "begin anew under another run.name"
+                f"{key} was {was!r} when this run began and is {now_is!r} now: set it back{can}, or begin anew under "
+                "another run.name"
             )
     return [f"{key} is {after.get(key)!r} from now on, it was {before[key]!r} (run.allow)" for key in changed]
 

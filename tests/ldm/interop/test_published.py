@@ -63,7 +63,8 @@ def test_a_text_that_is_not_parsed_is_searched():
 @pytest.mark.parametrize(
     ("given", "name"),
     [
-        ("weights/emoji64", "emoji64"), ("runs/x/model", "x"), ("model", "model"), ("C:\\Users\\bob\\m", "m"), ("/", ""),
+        ("weights/emoji64", "emoji64"), ("runs/x/model", "x"), ("model", "model"), ("C:\\Users\\bob\\m", "m"),
+        ("/", ""),
         ("~/.cache/huggingface/hub/models--owner--name/snapshots/0123", "owner/name"), ("~", ""),
         ("pipe:cat a.tar b.tgz 'c/d.tar.gz' token=e.tar", "a pipe (a.tar, b.tgz, d.tar.gz)"), ("pipe:secret", "a pipe"),
     ],
@@ -74,7 +75,8 @@ def test_the_name_of_a_place(given: str, name: str):
 
 def test_an_older_card_says_no_more_than_a_new_one_and_its_owners_words_stay():
     card = (
-        f"# x\n\nSee https://host.example/page?language=en and `/usr/bin`.\n\n| pictures | `{URL}`, `{HOME}/a.tar`, 64 |\n"
+        "# x\n\nSee https://host.example/page?language=en and `/usr/bin`.\n\n"
+        f"| pictures | `{URL}`, `{HOME}/a.tar`, 64 |\n"
         f"| steps | 3 |\n| began with | `runs/emoji64_dit` |\n\nThe error on held-out images ({URL}) was 0.5.\n"
     )
     assert published_card(card) == (
