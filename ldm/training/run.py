@@ -78,12 +78,15 @@ class Run:
         after this step are removed, since they will be written again."""
         if not self.is_main:
             return
+        path = self.config.path / "config.yaml"
+        if step is None and path.exists() and not self.metrics_path.exists():
+            raise ValueError(f"{path} is not a run's, and would be overwritten: move it, or give another run.name")
         with writing(self.config.path):
             (self.config.path / "samples").mkdir(parents=True, exist_ok=True)
             self.lock()
-            write_atomically(self.config.path / "config.yaml", self.config_text.encode())
             kept = [] if step is None else [record for record in self._records() if record["step"] <= step]
             write_atomically(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+            write_atomically(path, self.config_text.encode())  # after metrics.jsonl, by which a run's is known
         self.checkpoints.clear()
 
     def lock(self) -> None:
