@@ -19,15 +19,18 @@ from __future__ import annotations
 import io
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import OneLineParser, hyphenated, run_command
-from ldm.files.messages import printable
+from ldm.files.messages import one_line, printable
 from ldm.inference.flags import add_options, load_keywords, requests_of
 from ldm.inference.pictures import NumberedFiles, check_folder
 
 if TYPE_CHECKING:
+    from ldm.inference.contact_sheet import Sheet
     from ldm.inference.pipeline import TextToImage
     from ldm.inference.request import DrawRequest
 
@@ -76,7 +79,10 @@ def draw_and_save(pipe: TextToImage, requests: list[DrawRequest], args: Namespac
     grids = None if args.skip_grid else NumberedFiles(args.outdir, prefix="grid-", digits=4)
     sheet = Sheet(grids, columns=args.n_rows or args.n_samples) if grids else None
     total = args.n_iter * sum(request.steps for request in requests)
-    with tqdm(total=total, unit="step", disable=None, leave=False) as bar:  # None: no bar unless on a terminal
+    with (
+        written_at_the_end(sheet, needed=samples is None),
+        tqdm(total=total, unit="step", disable=None, leave=False) as bar,  # None: no bar unless on a terminal
+    ):
         for drawings in draw_all(
             pipe, requests, n=args.n_samples, repeats=args.n_iter,
             started=lambda request: bar.write(f'"{printable(request.prompt)}"'),
@@ -85,10 +91,35 @@ def draw_and_save(pipe: TextToImage, requests: list[DrawRequest], args: Namespac
             for image, recipe in drawings:
                 path = f"  {samples.write(png_bytes(image, [recipe]))}" if samples else ""
                 bar.write(f"  seed {recipe.seed}{path}")
-            if sheet and (full := sheet.add(drawings)):
-                bar.write(f"sheet {full}")
-    if sheet:
-        print(f"sheet {sheet.write()}")
+            with warned_of(needed=samples is None):
+                if sheet and (full := sheet.add(drawings)):
+                    bar.write(f"sheet {full}")
+
+
+@contextmanager
+def written_at_the_end(sheet: Sheet | None, *, needed: bool) -> Iterator[None]:
+    """Context manager: write the sheet of what was drawn, also after Ctrl-C or an error, which is then reported."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if sheet and sheet.drawings:
+                print(f"sheet {sheet.write()}", flush=True)
+        raise
+    with warned_of(needed=needed):
+        if sheet:
+            print(f"sheet {sheet.write()}")
+
+
+@contextmanager
+def warned_of(*, needed: bool) -> Iterator[None]:
+    """Context manager: a sheet that cannot be written is a warning, unless it is all that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        if needed:
+            raise
+        print(f"warning: a contact sheet is left out: {one_line(error)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

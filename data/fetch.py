@@ -20,6 +20,7 @@ from ldm.errors import DataError
 from ldm.files.atomic import PARTIAL, atomic_file
 
 CACHED = re.compile(r"[0-9a-f]{64}\.shard")
+COPYING = re.compile(rf"\.{CACHED.pattern}\.[0-9a-f]{{32}}{re.escape(PARTIAL)}")  # the name while it is written
 ABANDONED_AFTER = 3600.0  # seconds since the last write to a partial file
 ABSENT = (403, 404, 410)  # a bucket without list permission answers 403 for a missing file
 
@@ -52,9 +53,9 @@ class Cache:
         self._temporary = tempfile.TemporaryDirectory(prefix="shards-") if folder is None else None
         self.folder = Path(self._temporary.name) if self._temporary is not None else folder or Path()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(f"*{PARTIAL}"):
+        for path in self.folder.iterdir():
             with suppress(OSError):
-                if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
+                if COPYING.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED_AFTER:
                     path.unlink()
 
     def path(self, source: Source) -> Path:

@@ -16,6 +16,7 @@ from ldm.files.messages import one_line
 PIPE = "pipe:"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 WEB = ("http", "https")
+ARCHIVE = re.compile(r"(?:^|[\s/'\"])([\w{}.,-]+\.(?:tar(?:\.gz)?|tgz))\b")
 PACKAGES = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
 
 
@@ -58,15 +59,21 @@ class Source:
 
     @property
     def shown(self) -> str:
-        """The location without a URL's user, password and query, which may be secret."""
-        if self.is_pipe or self.is_local:
+        """The location without what may be secret: a URL's user, password and query, and of a pipe all but the names of
+        the archives in its command."""
+        if self.is_pipe:
+            names = ARCHIVE.findall(self.location)
+            return f"a pipe ({', '.join(names)})" if names else "a pipe"
+        if self.is_local:
             return self.location
         parts = urlsplit(self.location)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], self._url_path, "", ""))
 
     def without_secrets(self, text: str) -> str:
         """Remove from a text, such as an error message, the parts of the location that `shown` omits."""
-        if self.is_pipe or self.is_local:
+        if self.is_pipe:
+            return text.replace(self.location.removeprefix(PIPE), "COMMAND")
+        if self.is_local:
             return text
         parts = urlsplit(self.location)
         for secret in (self.location, f"?{parts.query}" if parts.query else "", parts.password or ""):
@@ -105,7 +112,8 @@ def expand(patterns: str | Sequence[str], *, allow_pipe: bool = False) -> list[S
         for name in braceexpand.braceexpand(pattern):
             own = _matching(Source(name), allow_pipe=allow_pipe)
             if not own:
-                raise DataError(f"no shard matches {name!r} (from {pattern!r}): give paths of .tar files")
+                shown, given = Source(name).shown, Source(pattern).shown
+                raise DataError(f"no shard matches {shown!r} (from {given!r}): give paths of .tar files")
             found.extend(own)
     return found
 
@@ -113,7 +121,7 @@ def expand(patterns: str | Sequence[str], *, allow_pipe: bool = False) -> list[S
 def _matching(source: Source, *, allow_pipe: bool) -> list[Source]:
     if source.is_pipe:
         if not allow_pipe:
-            raise ValueError(f"{source.location!r} runs a shell command: set data.allow_pipe=true if that is intended")
+            raise ValueError(f"{source.shown} runs a shell command: set data.allow_pipe=true if that is intended")
         return [source]
     if source.is_local:
         return [Source(path) for path in sorted(glob.glob(source.location))]
@@ -155,3 +163,10 @@ def file_system(source: Source, *, timeout: float = 30.0) -> tuple[FileSystem, s
 def short(error: BaseException) -> str:
     """Format an error as one line of at most 300 characters."""
     return one_line(error, 300)
+
+
+def shown(value: Any) -> Any:
+    """Return a value of a configuration, or a list of them, with each location as Source.shown."""
+    if isinstance(value, list):
+        return [shown(one) for one in value]
+    return Source(value).shown if isinstance(value, str) else value

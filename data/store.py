@@ -171,8 +171,8 @@ class ShardStore:
         source = self.sources[number]
         if not source.is_local:
             raise DataError(
-                f"the number of samples in {source.shown} is unknown: run python -m data.manifest '{source.shown}' "
-                "--out manifest.json, for all shards of this kind, and set data.manifest=manifest.json"
+                f"the number of samples in {source.shown} is unknown: run python -m data.manifest SHARDS --out "
+                "manifest.json, with all shards of this kind as configured, and set data.manifest=manifest.json"
             )
         shard = Shard(Path(source.location))
         self._reserve(number)[0].set_result(shard)

@@ -74,7 +74,12 @@ class _WithoutAliases(yaml.SafeLoader):
 
 def dump(config: Any) -> str:
     """Write the resolved configuration as YAML; parsing it gives an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return to_yaml(_plain(dataclasses.asdict(config)))
+
+
+def to_yaml(tree: dict[str, Any]) -> str:
+    """Write plain values as YAML, in their order."""
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:

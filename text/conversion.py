@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm.files.messages import describe_misfit, some
 from ldm.files.strict_json import read_json, write_json
+from ldm.files.writing import writing
 from text.encoder import (
     LAYER_NORM_EPS,
     TRANSFORMERS_SIZES,
@@ -189,7 +190,9 @@ def save_text_encoder(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(text_encoder_config_json(encoder.config), folder / "config.json")
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in weights.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    with writing(path):
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def prefixed_weights(encoder: TransformersTextEncoder | OpenClipTextEncoder) -> dict[str, Tensor]:

@@ -6,15 +6,16 @@ Also lock a folder, so that only one process at a time works in it, on any machi
 from __future__ import annotations
 
 import errno
-import glob
 import os
+import re
 import shutil
 import socket
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from ldm.files.writing import writing
 
 PARTIAL = ".partial"  # suffix of files and folders being written
 LOCK = ".lock"  # not the folder itself: NFS locks only what is open for writing
@@ -23,16 +24,31 @@ NEW, OLDER = "new", "older"  # in a folder of its own that each writer of a fold
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; on success it replaces `path`, with the permissions of the umask."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")  # unique among processes
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode & 0o777
-        yield partial
-        partial.chmod(mode)  # a library may have replaced the file with other permissions
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Yield a path to write to; on success it replaces `path`, with the permissions of the umask.
+
+    A link is replaced, not what it leads to. Raises WriteError, naming `path`, for a full disk and the like.
+    """
+    with writing(path):
+        partial = temporary(path)
+        try:
+            partial.touch()
+            mode = partial.stat().st_mode & 0o777
+            yield partial
+            partial.chmod(mode)  # a library may have replaced the file with other permissions
+            partial.replace(path)
+        finally:
+            with suppress(OSError):  # what failed before is the error to report
+                partial.unlink()
+
+
+def temporary(path: Path) -> Path:
+    """Return a name next to `path` that nobody else has."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+
+
+def is_temporary(name: str, of: str) -> bool:
+    """Return whether this is a name that `temporary` gave to a file or folder named `of`."""
+    return re.fullmatch(rf"\.{re.escape(of)}\.[0-9a-f]{{32}}{re.escape(PARTIAL)}", name) is not None
 
 
 @contextmanager
@@ -40,23 +56,41 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to fill; on success it replaces `folder`. Of several writers, the last one's remains.
 
     It lies in a folder that no other writer uses, locked while it is in use: leftovers of killed writers are removed.
+    A link stays, and its target is replaced. Raises WriteError, naming `folder`, for a full disk and the like.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*{PARTIAL}"):
+    with writing(folder):
+        target = folder.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(target) as own:
+            (own / NEW).mkdir()
+            yield own / NEW
+            _replace(target, own)
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder next to `folder` for one of its writers, locked while it is in use, and removed then."""
+    _discard_leftovers(folder)
+    own = temporary(folder)
+    with ExitStack() as stack:
+        own.mkdir(mode=0o700)
+        with suppress(OSError):  # without locks, only its own writer removes it
+            stack.callback(os.close, lock_folder(own))
+        try:
+            yield own
+        finally:
+            _discard(own, folder)
+
+
+def _discard_leftovers(folder: Path) -> None:
+    """Remove what killed writers of this folder left: names that only this program gives, locked by nobody."""
+    for leftover in folder.parent.iterdir():
+        if not is_temporary(leftover.name, folder.name) or leftover.is_symlink():
+            continue
         if (leftover / NEW).exists() or (leftover / OLDER).exists():  # before, its writer may not have locked it yet
             with suppress(Taken, OSError), ExitStack() as stack:  # it is in use, or the file system has no locks
                 stack.callback(os.close, lock_folder(leftover))
                 _discard(leftover, folder)
-    own = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PARTIAL, dir=folder.parent))
-    with ExitStack() as stack:
-        with suppress(OSError):  # without locks, only its own writer removes it
-            stack.callback(os.close, lock_folder(own))
-        try:
-            (own / NEW).mkdir()
-            yield own / NEW
-            _replace(folder, own)
-        finally:
-            _discard(own, folder)
 
 
 def _replace(folder: Path, own: Path) -> None:
@@ -88,13 +122,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_new(path: Path, content: bytes) -> None:
     """Write a file that is not there yet. Raises FileExistsError if the name is taken: never replaces a file."""
-    partial = path.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-        _link(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = temporary(path)
+    with writing(path):
+        try:
+            with partial.open("xb") as file:
+                file.write(content)
+            _link(partial, path)
+        finally:
+            with suppress(OSError):  # what failed before is the error to report
+                partial.unlink()
 
 
 def _link(partial: Path, path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.files.atomic import atomic_file, to_disk
+from ldm.files.atomic import PARTIAL, atomic_file, is_temporary, to_disk
 from ldm.files.digest import sha256_of
 
 MANIFEST = "manifest.json"
@@ -172,11 +172,12 @@ class Checkpoints:
         return path.rename(target)
 
     def clear(self) -> None:
-        """Remove the leftovers of interrupted saves and removals."""
-        for leftover in self.folder.glob("*.partial"):
-            with contextlib.suppress(OSError):  # best effort: only disk space is lost
-                linked = leftover.is_symlink() or not leftover.is_dir()
-                leftover.unlink() if linked else shutil.rmtree(leftover)
+        """Remove the leftovers of interrupted saves and removals, which have the names of checkpoints."""
+        for leftover in self.folder.glob(f"*{PARTIAL}"):
+            if NAME.fullmatch(leftover.name.removesuffix(PARTIAL)) or is_temporary(leftover.name, LATEST):
+                with contextlib.suppress(OSError):  # best effort: only disk space is lost
+                    linked = leftover.is_symlink() or not leftover.is_dir()
+                    leftover.unlink() if linked else shutil.rmtree(leftover)
 
 
 def step_of(path: Path) -> int:

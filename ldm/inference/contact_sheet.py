@@ -82,13 +82,15 @@ class Sheet:
         size = drawings[0].image.size
         pixels = size[0] * size[1] * (len(self.drawings) + len(drawings))
         full = bool(self.drawings) and (self.drawings[0].image.size != size or pixels > MAX_SHEET_PIXELS)
-        path = self.write() if full else None
-        self.drawings += drawings
-        return path
+        older, self.drawings = (self.drawings, list(drawings)) if full else ([], self.drawings + list(drawings))
+        return self._write(older) if full else None
 
     def write(self) -> Path:
         """Write the drawings added since the last write; there must be some."""
-        images, recipes = zip(*self.drawings, strict=True)
+        drawings, self.drawings = self.drawings, []
+        return self._write(drawings)
+
+    def _write(self, drawings: Sequence[Drawing]) -> Path:
+        images, recipes = zip(*drawings, strict=True)
         picture = sheet(images, columns=min(self.columns, len(images)))
-        self.drawings = []
         return self.files.write(png_bytes(picture, recipes))

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.files.writing import writing
+
 RANGES = "ranges"  # metadata key: which elements each tensor of a file holds
 
 
@@ -41,7 +43,8 @@ def write_fragments(path: Path, tensors: Mapping[str, Tensor], spans: Mapping[st
     from safetensors.torch import save_file
 
     ranges = {key: [span.start, span.stop] for key, span in spans.items()}
-    save_file(dict(tensors), path, metadata={RANGES: json.dumps(ranges)})
+    with writing(path):
+        save_file(dict(tensors), path, metadata={RANGES: json.dumps(ranges)})
 
 
 class Fragments:

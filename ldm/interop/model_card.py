@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from string import Template
@@ -9,19 +10,23 @@ from typing import Any
 
 import torch
 
-from ldm.config import read_tree
+from ldm.config import read_tree, to_yaml
 from ldm.files.strict_json import json_lines
 from ldm.interop.diffusers_layout.denoiser import layout_of
 from ldm.interop.diffusers_layout.folder import NOTES, own_file
+from ldm.interop.export_files import CARD
 from ldm.interop.network_files import RUN_MODEL
+from ldm.interop.ownership import RUN_CONFIG, files_of_run, ownership, section
+from ldm.interop.published import published, published_card
 from ldm.interop.weight_reader import FLOATS
 from ldm.model.components import ModelComponents, Origin
+from ldm.model.ownership import PublishConfig
 
-CARD, SHEET = "README.md", "assets/samples.png"
+SHEET = "assets/samples.png"
 MAX_PICTURES, MAX_PICTURE_BYTES, MAX_METRICS_BYTES = 16, 2**26, 2**30
 
 CARD_TEXT = Template("""---
-library_name: $library
+${front}library_name: $library
 pipeline_tag: text-to-image
 tags:
 - text-to-image
@@ -47,7 +52,7 @@ $training## Limits
 
 It draws $size x $size pixels; it was not trained for other sizes. It knows only what its training images show, in the
 words of their captions, and has their biases.
-""")
+$sources""")
 
 IN_DIFFUSERS = Template("""In diffusers:
 
@@ -76,15 +81,26 @@ def files_beside(
     """
     if (source / CARD).is_file() and not (source / RUN_MODEL).exists():
         files = [source / CARD, *sorted((source / "assets").glob("*.png"))[:MAX_PICTURES]]
-        return {str(file.relative_to(source)): own_file(source, file, most=MAX_PICTURE_BYTES) for file in files}
+        found = {str(file.relative_to(source)): own_file(source, file, most=MAX_PICTURE_BYTES) for file in files}
+        return found | {CARD: published_card(found[CARD].decode(errors="replace")).encode()}
     run, step = source.resolve().parent if source.name == RUN_MODEL else source, _step(parts)
     sheets = sorted((run / "samples").glob("step_*.png")) if length is None else []
     if step is not None:  # a sheet that other weights have drawn is not this model's
         sheets = [sheet for sheet in sheets if sheet.stem == f"step_{step:07d}"]
     records = read_records(run) if length is None else []
-    card = model_card(parts, name=name, dtype=dtype, records=records, has_sheet=bool(sheets), length=length)
+    files = files_of_run(run)
+    card = model_card(
+        parts, name=name, dtype=dtype, records=records, has_sheet=bool(sheets), length=length,
+        files=sorted(files | ownership(parts).files),
+    )  # fmt: skip
+    if not ownership(parts).publish.license and (run / RUN_CONFIG).exists():
+        warnings.warn(
+            f"the model card of {name} names no licence: write one into its {CARD}, which later exports keep, or train "
+            "with publish.license",
+            stacklevel=2,
+        )
     pictures = {SHEET: own_file(run, sheets[-1], most=MAX_PICTURE_BYTES)} if sheets else {}
-    return {CARD: card.encode()} | pictures
+    return files | {CARD: card.encode()} | pictures
 
 
 def _step(parts: ModelComponents) -> int | None:
@@ -106,12 +122,13 @@ def model_card(
     records: Iterable[dict[str, Any]] = (),
     has_sheet: bool = False,
     length: float | None = None,
+    files: Sequence[str] = (),
 ) -> str:
     """Return the text, without unknown facts of the training.
 
-    dtype: of the weights as written. length: of the average, if it is not the run's own.
+    dtype: of the weights as written. length: of the average, if it is not the run's own. files: of licences beside it.
     """
-    config = _training_config(parts.notes)
+    config, whose = _training_config(published(parts.notes)), ownership(parts)
     prompts = config["preview"]["prompts"] if config else ("a red apple",)
     size = parts.sample_size * parts.model.vae.config.factor
     layout = layout_of(parts.config)
@@ -134,7 +151,32 @@ def model_card(
         words=" --init-img photo.png --mask mask.png" * parts.for_inpainting,
         training=_training(config, parts.origin, list(records), length) if config else "",
         size=size,
+        front=_front_matter(whose.publish),
+        sources=_sources(whose.publish, files) if config or not whose.publish.is_empty else "",
     )
+
+
+def _front_matter(publish: PublishConfig) -> str:
+    """Return the lines of the Hub's metadata that say whose the model is."""
+    known = section(publish) or {}
+    return "".join(to_yaml({key: known[key]}) for key in ("license", "base_model", "datasets") if key in known)
+
+
+def _sources(publish: PublishConfig, files: Sequence[str]) -> str:
+    """Say whose the model is and what it was trained on; files: those that must be kept with the weights."""
+    stated = (
+        f"The weights are under `{publish.license}`." if publish.license else "No licence is stated for the weights."
+    )
+    lines = [stated]
+    if publish.base_model:
+        lines.append(f"Training started from the weights of {publish.base_model}.")
+    if publish.pictures:
+        of = f" of {', '.join(publish.datasets)}" if publish.datasets else ""
+        lines.append(f"It was trained on {publish.pictures:,} pictures{of}.")
+    if files:
+        lines.append(f"Keep {', '.join(f'`{name}`' for name in files)} next to the weights when you pass them on.")
+    credits = "".join(f"- {credit.replace(chr(10), chr(10) + '  ')}\n" for credit in publish.credits)
+    return f"\n## Sources and licence\n\n{' '.join(lines)}\n" + (f"\n{credits}" if credits else "")
 
 
 def _training_config(notes: str) -> dict[str, Any] | None:
@@ -190,7 +232,7 @@ def _training(
         "captions left out": f"{model['caption_dropout']:.0%}, for guidance",
     }
     if model.get("start"):
-        rows["started from"] = f"`{model['start']}`"
+        rows["started from"] = str(model["start"])
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     text = f"## Training\n\n| | |\n|---|---|\n{table}\n\nThe complete configuration is in `{NOTES}`.\n\n"
     measured = [record for record in records if "held_out_loss" in record]

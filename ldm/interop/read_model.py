@@ -84,7 +84,7 @@ def read_model(
         raise FileNotFoundError(missing_model(path))
     for what, other in (("autoencoder", options.vae), ("text encoder", options.text)):
         of_run = f" ({told[what]})" if what in told else ""
-        parts = parts if other is None else with_remark(parts, f"{what} of {other.name}{of_run}")
+        parts = parts if other is None else with_remark(parts, f"{what} of {other.name}{of_run}", place=other)
     if options.embeddings:
         conditioner = with_embeddings(parts.model.conditioner, options.embeddings)
         parts = replace(parts, model=replace(parts.model, conditioner=conditioner))
@@ -200,9 +200,12 @@ def lora_content(parts: ModelComponents, path: Path) -> LoraContent:
     return found
 
 
-def with_remark(parts: ModelComponents, remark: str) -> ModelComponents:
-    assert parts.origin is not None
-    return replace(parts, origin=replace(parts.origin, remarks=(*parts.origin.remarks, remark)))
+def with_remark(parts: ModelComponents, remark: str, *, place: Path | None = None) -> ModelComponents:
+    """Note how the model was read; place: where a part of it came from, whose owners are to be named."""
+    origin = parts.origin
+    assert origin is not None
+    places = (*origin.places, place) if place else origin.places
+    return replace(parts, origin=replace(origin, remarks=(*origin.remarks, remark), places=places))
 
 
 def model_name(path: Path) -> str:

@@ -35,6 +35,7 @@ class Origin:
     digest: str | None = None  # of files that a training may remove
     step: int | None = None  # of a run's training, if known
     samples_seen: int | None = None  # up to then
+    places: tuple[Path, ...] = ()  # the model's folder or file, and those of parts that were given in place of its own
 
     def hash(self) -> str:
         """Return the first 10 hex digits of the SHA-256 of the denoiser's files. Reads all of them: 4 GB take 3 s."""

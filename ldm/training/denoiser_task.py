@@ -22,6 +22,7 @@ from ldm.inference.contact_sheet import save_image, sheet
 from ldm.inference.pipeline import TextToImage
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.network_files import RUN_MODEL
+from ldm.interop.ownership import inherited_files
 from ldm.model.components import ModelComponents
 from ldm.model.precision import dtype_of
 from ldm.training.denoiser_config import TrainConfig
@@ -60,6 +61,11 @@ class DenoiserTask(Task[TrainConfig]):
         sampled, bf16 = config.model.latents == "sample", self.dtype == torch.bfloat16
         self.encode = LatentEncoder(self.model.vae, keep=config.model.keep_latents, bf16=bf16, sample=sampled)
         self.history = LossHistory() if config.model.objective.time_sampling == "importance" else None
+
+    @classmethod
+    def begins_with(cls, config: TrainConfig) -> tuple[Path | None, tuple[Path, ...]]:
+        model = config.model
+        return Path(model.start) if model.start else None, (Path(model.vae), Path(model.text))
 
     def build(self) -> Denoiser:
         """Build a fresh denoiser. Raises ValueError for a network made for latents of another size."""
@@ -137,7 +143,9 @@ class DenoiserTask(Task[TrainConfig]):
         save_image(sheet(images, columns=preview.pictures, labels=preview.prompts), path)
 
     def export(self, step: int, network: Denoiser) -> None:
-        write_folder(self._components(network), self.config.run.path / RUN_MODEL, dtype=torch.float32)
+        start, parts = self.begins_with(self.config)
+        beside = inherited_files((*filter(None, [start]), *parts))
+        write_folder(self._components(network), self.config.run.path / RUN_MODEL, dtype=torch.float32, beside=beside)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.history is None else self.history.state_dict()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ldm.training.engine.engine import Engine, Update
 from ldm.training.faults.watchdog import Watchdog
 from ldm.training.optim.averages import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
-from ldm.training.run import DATA_WAIT, SAMPLE, SAVE, SNAPSHOT, Run, duration
+from ldm.training.run import DATA_WAIT, SAMPLE, SAVE, SNAPSHOT, WRITTEN, Run, duration
 from ldm.training.session import Session
 from ldm.training.task import Task
 
@@ -185,12 +186,12 @@ class Training:
                 self.session.stop.interruptible(lambda: self._show(step, network, measures))
 
     def _show(self, step: int, network: nn.Module, measures: Mapping[str, float]) -> None:
-        run = self.run
-        with run.logged_if_not_written(f"the sample of step {step}"):
-            run.log(f"step {step}: {self.task.summarize(measures)}")
-            self.task.show(step, network, run.sample_path(step))
-            self.task.export(step, network)
-            run.record(step=step, **measures)  # last: a recorded step has been shown and exported
+        run, task = self.run, self.task
+        run.log(f"step {step}: {task.summarize(measures)}")
+        shown = run.written(f"the sample of step {step}", lambda: task.show(step, network, run.sample_path(step)))
+        exported = run.written(f"the model of step {step}", lambda: task.export(step, network))
+        # Last: a run that is killed before will write them when it is resumed, as one that could not.
+        run.record(step=step, **measures, **({} if shown and exported else {WRITTEN: False}))
 
 
 def train(session: Session[Any], task: Task[Any]) -> None:
@@ -239,8 +240,9 @@ def snapshots(engine: Engine, run: Run) -> None:
         for length in engine.optim.ema_lengths:
             weights = engine.averaged_weights(length)
             if run.is_main:
-                with run.logged_if_not_written(f"the snapshot of step {engine.step}"):
-                    write_snapshot(weights, run.config.path, Snapshot(engine.step, length))
+                snapshot = Snapshot(engine.step, length)
+                write = partial(write_snapshot, weights, run.config.path, snapshot)
+                run.written(f"the snapshot of step {engine.step}", write)
 
 
 @contextmanager

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.errors import USER_ERROR, exit_code
 from ldm.files.atomic import Taken, lock_folder, write_atomically
 from ldm.files.checkpoints import Checkpoints
 from ldm.files.messages import one_line
 from ldm.files.strict_json import json_lines
+from ldm.files.writing import writing
 from ldm.training.time_left import TimeLeft
 
 DATA_WAIT = "data_wait"  # fraction of the time that training spent waiting for data
 MIN_LOGGED_WAIT = 0.02
+WRITTEN = "written"  # of a record: whether the drawings and the model of its step were
 SAMPLE, SAVE, SNAPSHOT = "sample", "save", "snapshot"  # the work between the steps
 ALLOWABLE = ("optim", "engine", "data")  # sections whose settings run.allow may name, and further settings:
 ALLOWABLE_KEYS = ("model.vae", "model.text", "model.objective.prediction")
@@ -90,11 +93,15 @@ class Run:
         after this step are removed, since they will be written again."""
         if not self.is_main:
             return
-        (self.config.path / "samples").mkdir(parents=True, exist_ok=True)
-        self.lock()
-        (self.config.path / "config.yaml").write_text(self.config_text)
-        kept = [] if step is None else [record for record in self._records() if record["step"] <= step]
-        write_atomically(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        path = self.config.path / "config.yaml"
+        if step is None and path.exists() and not self.metrics_path.exists():
+            raise ValueError(f"{path} is not a run's, and would be overwritten: move it, or give another run.name")
+        with writing(self.config.path):
+            (self.config.path / "samples").mkdir(parents=True, exist_ok=True)
+            self.lock()
+            kept = [] if step is None else [record for record in self._records() if record["step"] <= step]
+            write_atomically(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+            write_atomically(path, self.config_text.encode())  # after metrics.jsonl, by which a run's is known
         self.checkpoints.clear()
 
     def lock(self) -> None:
@@ -112,8 +119,9 @@ class Run:
         self._locked = True
 
     def has_sample(self, step: int) -> bool:
-        """Return whether the sample of this step has been recorded: by a line without a training loss."""
-        return any(record["step"] == step and "loss" not in record for record in self._records())
+        """Return whether the sample of this step has been recorded, by a line without a training loss, and written."""
+        found = [record for record in self._records() if record["step"] == step and "loss" not in record]
+        return any(record.get(WRITTEN, True) for record in found)
 
     def _records(self) -> list[dict[str, Any]]:
         """Read the complete lines of metrics.jsonl."""
@@ -179,13 +187,20 @@ class Run:
         self._append(path, {"step": step, "batch": position, "fault": fault, "samples": list(keys)})
         return path
 
-    @contextlib.contextmanager
-    def logged_if_not_written(self, what: str) -> Iterator[None]:
-        """Context manager for writing what training can do without: an OSError is logged, not raised."""
+    def written(self, what: str, write: Callable[[], object]) -> bool:
+        """Write what training can do without, such as drawings. Returns whether it succeeded: an error is logged.
+
+        Errors of the data, of another rank, and of weights that are not finite concern training itself, and pass.
+        """
         try:
-            yield
-        except OSError as error:
-            self.log(f"{what} could not be written ({one_line(error)})")
+            write()
+        except Exception as error:
+            if exit_code(error) not in (None, USER_ERROR):
+                raise
+            kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+            self.log(f"{what} could not be written ({kind}{one_line(error, 300)}): training goes on without")
+            return False
+        return True
 
     def log(self, line: str) -> None:
         if self.is_main:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from data.config import DataConfig, HeldOutConfig
 from data.readers import ImageCaptionReader, Reader
 from ldm.files.messages import unknown_name
+from ldm.interop.ownership import inherited
+from ldm.model.ownership import PublishConfig
 from ldm.training.engine.config import EngineConfig, OptimConfig
 from ldm.training.optim.optimizers import ParameterGroup
 from ldm.training.run import RunConfig
@@ -37,6 +39,7 @@ class TrainingConfig:
     validation: HeldOutConfig
     optim: OptimConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
 
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -59,6 +62,11 @@ class Task(ABC, Generic[Config]):
     def reader(cls, config: Config) -> Reader:
         """Return the reader that decodes samples in the loader's threads."""
         return ImageCaptionReader(config.data, seed=config.run.seed)
+
+    @classmethod
+    def begins_with(cls, config: Config) -> tuple[Path | None, tuple[Path, ...]]:
+        """Return the model whose weights are trained on, if any, and those of which frozen parts are used."""
+        return None, ()
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -173,5 +181,7 @@ def run_task(args: Namespace, *, default: str) -> None:
         check_command(tree, default=default, source=args.config)
     kind = task_of(tree.setdefault("kind", default))
     config = parse(kind.config_class, tree, source=args.config)
+    start, parts = kind.begins_with(config)
+    config = replace(config, publish=inherited(config.publish, start=start, parts=parts))
     session = open_session(config, stop, reader=kind.reader(config))
     train(session, kind(session))

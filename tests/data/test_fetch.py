@@ -126,10 +126,14 @@ def test_a_temporary_folder_is_removed_at_the_end(site: Site):
 
 
 def test_what_killed_processes_left_is_removed_but_not_what_is_being_written(tmp_path: Path):
-    for name, age in (("old.partial", 7200), ("new.partial", 60), ("old.txt", 7200)):
+    def being_written(letter: str) -> str:
+        return f".{letter * 64}.shard.{'0' * 32}.partial"
+
+    others = ["film.mkv.partial", "old.txt"]  # of the folder's owner
+    for name, age in ((being_written("a"), 7200), (being_written("b"), 60), *((name, 7200) for name in others)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age, time.time() - age))
-    assert files(Cache(tmp_path, most=1, keep=1)) == ["new.partial", "old.txt"]
+    assert files(Cache(tmp_path, most=1, keep=1)) == [being_written("b"), *others]
 
 
 def test_a_pipe_is_what_its_command_writes(cache: Cache, tmp_path: Path):

@@ -30,7 +30,7 @@ def test_urls_and_pipes_have_brace_ranges_in_the_order_given():
 @pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "{pipe:cat x,y}.tar"])
 def test_a_command_is_run_only_where_that_is_allowed(pattern: str):
     """However it is written: a brace may make one."""
-    with pytest.raises(ValueError, match=r"'pipe:cat x.*' runs a shell command: set data.allow_pipe=true"):
+    with pytest.raises(ValueError, match=r"a pipe \(x.tar\) runs a shell command: set data.allow_pipe=true"):
         expand(pattern)
 
 
@@ -62,7 +62,8 @@ def test_a_question_mark_on_the_web_begins_the_query():
             "https://x.org:8/d/0.tar",
             "https://me:secret@x.org:8/d/m?key=secret",
         ),
-        ("pipe:cat /d/0.tar", "pipe:cat /d/0.tar", "pipe:cat /d/0.tar", None),
+        ("pipe:cat /d/0.tar", "pipe:cat /d/0.tar", "a pipe (0.tar)", None),
+        ("pipe:ssh -i secret host", "pipe:ssh -i secret host", "a pipe", None),
     ],
 )
 def test_names_neighbours_and_what_is_shown(location: str, name: str, shown: str, beside: str | None):

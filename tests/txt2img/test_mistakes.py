@@ -13,6 +13,9 @@ from helpers.painting import pngs
 from ldm.denoisers import DiTConfig
 from ldm.diffusion import RectifiedFlowPath, ScaledLinearBetaPath
 from ldm.files.strict_json import write_json
+from ldm.files.writing import WriteError
+from ldm.inference.pictures import NumberedFiles
+from ldm.inference.recipe import read_recipes
 from ldm.interop.diffusers_layout.denoiser import layout_of
 from ldm.interop.diffusers_layout.layout import Surroundings
 from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
@@ -171,9 +174,38 @@ def test_debug_shows_the_traceback(command):
 
 
 def test_an_interrupted_run_keeps_what_it_drew(command):
-    code, _, err = command("--prompt", "x", "--prompt", "interrupt", "--n-samples", "2")
+    """Its contact sheet, too."""
+    code, out, err = command("--prompt", "x", "--prompt", "interrupt", "--n-samples", "2")
     assert (code, err) == (130, "error: interrupted\n")
+    assert pngs() == ["grid-0000.png", "samples/00000.png", "samples/00001.png"]
+    assert [recipe.seed for recipe in read_recipes(Path("outputs/grid-0000.png"))] == [
+        read_recipes(Path(f"outputs/samples/0000{i}.png"))[0].seed for i in range(2)
+    ]
+    assert out.endswith("sheet outputs/grid-0000.png\n")
+
+
+def test_one_that_is_interrupted_before_its_first_picture_writes_no_sheet(command):
+    assert command("--prompt", "interrupt")[0] == 130
+    assert pngs() == []
+
+
+@pytest.mark.parametrize("rows", ["of one size", "of two sizes"])
+def test_a_sheet_that_cannot_be_written_ends_nothing(command, monkeypatch, rows):
+    """The pictures are there; without them, the sheet is what was asked for."""
+    write, full = NumberedFiles.write, WriteError(28, "No space left on device", "grid-0000.png")
+
+    def on_a_full_disk(self, content):
+        if self.prefix:
+            raise full
+        return write(self, content)
+
+    monkeypatch.setattr(NumberedFiles, "write", on_a_full_disk)
+    Path("prompts.txt").write_text("x\ny --w 32 --h 32\n" if rows == "of two sizes" else "x\ny\n")
+    code, _, err = command("--from-file", "prompts.txt", "--n-samples", "1")
+    said = "grid-0000.png cannot be written (No space left on device): free disk space, or write elsewhere\n"
+    assert (code, err) == (0, f"warning: a contact sheet is left out: {said}" * (1 + (rows == "of two sizes")))
     assert pngs() == ["samples/00000.png", "samples/00001.png"]
+    assert command("--from-file", "prompts.txt", "--skip-save")[0::2] == (2, f"error: {said}")
 
 
 def test_a_disk_error_is_one_line(command, monkeypatch):

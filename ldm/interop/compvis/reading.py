@@ -115,7 +115,7 @@ def read_single_file(
         config=plan.config,
         sample_size=side,
         notes=weights.metadata.get("foundry.notes", ""),
-        origin=Origin(files=weights.files, precision=describe(weights.tensors), remarks=remarks),
+        origin=Origin(files=weights.files, precision=describe(weights.tensors), remarks=remarks, places=(path,)),
         scheduler=sampling.stock,
         unfollowed=sampling.unfollowed,
     )

@@ -34,6 +34,8 @@ from ldm.interop.diffusers_layout.scheduler import scheduler_config_json
 from ldm.interop.diffusers_layout.vae import folded, scale_of, vae_config_json
 from ldm.interop.identify import CONDITIONER, DENOISER, FIRST_STAGE
 from ldm.interop.network_files import write_weights
+from ldm.interop.ownership import ownership, section
+from ldm.interop.published import published
 from ldm.interop.weight_reader import open_weights
 from ldm.model.components import ModelComponents
 from text.conversion import prefixed_weights, text_encoder_config_json, transformers_to_open_clip
@@ -54,11 +56,12 @@ def write_single_file(
     Raises ValueError for a model that the layout, or the programs that read it, do not support.
     """
     check_target_file(path)
+    title, path = path.stem, path.resolve()  # a link stays
     check_writable(parts)
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in single_file_tensors(parts).items()}
     config = ldm_config(parts)
     with atomic_file(path) as partial:
-        write_weights(tensors, partial, header(parts, tensors, title=path.stem))
+        write_weights(tensors, partial, header(parts, tensors, title=title))
         if check is not None:
             check(partial)
     write_yaml(config, path.with_suffix(".yaml"))
@@ -141,6 +144,7 @@ def header(parts: ModelComponents, tensors: Mapping[str, Tensor], *, title: str)
     model, width = parts.model, parts.model.conditioner.width
     side = parts.sample_size * model.vae.config.factor
     text = parts.model.conditioner.towers[0].encoder
+    whose = ownership(parts).publish
     own = {
         "unet": UNetLayout().to_json(parts.config, Surroundings.of(parts.as_loaded)),
         "vae": vae_config_json(folded(model.vae).config),
@@ -151,7 +155,9 @@ def header(parts: ModelComponents, tensors: Mapping[str, Tensor], *, title: str)
     inpainting = "/inpainting" * parts.for_inpainting
     return {
         OWN_KEY: json.dumps(own),
-        "foundry.notes": parts.notes,
+        "foundry.notes": published(parts.notes, section(whose)),
+        **({"foundry.credits": "\n\n".join(whose.credits)} if whose.credits else {}),
+        **({"modelspec.license": whose.license} if whose.license else {}),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": ARCHITECTURES.get(kind, "stable-diffusion-v1") + inpainting,
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",

@@ -11,8 +11,8 @@ import torch
 
 from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import PathConfig, Prediction, ScaledLinearBetaPath
-from ldm.files.atomic import atomic_folder
 from ldm.files.strict_json import write_json
+from ldm.files.writing import writing
 from ldm.interop.compvis.prediction import find_prediction
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, open_denoiser, save_denoiser
 from ldm.interop.diffusers_layout.layout import OWN, VERSION, DenoiserLayout
@@ -25,11 +25,22 @@ from ldm.interop.diffusers_layout.scheduler import (
     warn_of,
 )
 from ldm.interop.diffusers_layout.vae import folded, open_vae, save_vae, vae_weights
+from ldm.interop.export_files import (
+    INDEX,
+    NOTES,
+    Listing,
+    check_listing,
+    check_target,
+    replaced_files,
+    write_listing,
+)
 from ldm.interop.extra_tensors import extra_tensors, warn_of_extras
 from ldm.interop.given_parts import NONE_GIVEN, GivenParts
 from ldm.interop.hub_cache import is_own_file
 from ldm.interop.identify import without_wrapping
 from ldm.interop.network_files import TEXT_STEM, described_by, fill, find_weights, read_config
+from ldm.interop.ownership import ownership, section
+from ldm.interop.published import published
 from ldm.interop.weight_reader import Weights, describe
 from ldm.model.components import LoadedDenoiser, ModelComponents, Origin, check_components_fit
 from ldm.model.conditioner import Conditioner, TextTower
@@ -40,9 +51,7 @@ from text.encoder import TextEncoderConfig
 from text.tokenizer import Tokenizer
 from vae.autoencoder import AutoencoderKL
 
-NOTES = "foundry.yaml"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
-INDEX = "model_index.json"
 MAX_NOTES_BYTES = 2**20
 # Allowed in a model_index.json: diffusers' own pipelines, and known classes for the parts that are read.
 PIPELINES = {
@@ -67,6 +76,8 @@ def read_folder(
     denoiser's folder alone is a model. Raises ValueError or FileNotFoundError, naming the file, if a file is missing,
     truncated or of another kind.
     """
+    listing = Listing.parse(own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES).decode(errors="replace"))
+    remark = check_listing(folder, listing)
     check_index(folder)
     # Read all configs before any weights, so that an unsuitable folder fails at once and not after a minute.
     loaded = open_denoiser(part := _denoiser_part(folder))
@@ -83,15 +94,14 @@ def read_folder(
         unet, inpainting = isinstance(loaded.network, UNet), loaded.network.concat_channels > 0
         sampling = read_sampling(place, path, predicted, unet=unet, inpainting=inpainting)
         warn_of(sampling, source=place / SCHEDULER, path=path)
-    notes = own_file(folder, folder / NOTES, most=MAX_NOTES_BYTES).decode(errors="replace")
-    precision = _precision([weights, *further])
+    precision, remarks = _precision([weights, *further]), (() if stated else remarks) + remark
     return ModelComponents(
         model=LatentDiffusion(vae=vae, conditioner=conditioner, path=path, prediction=predicted),
         denoiser=loaded.network,
         config=loaded.config,
         sample_size=loaded.sample_size,
-        notes=notes,
-        origin=Origin(files=weights.files, precision=precision, remarks=() if stated else remarks),
+        notes=listing.notes,
+        origin=Origin(files=weights.files, precision=precision, remarks=remarks, places=(folder,)),
         scheduler=sampling.stock,
         unfollowed=sampling.unfollowed,
     )
@@ -211,18 +221,20 @@ def write_folder(
     beside: Mapping[str, bytes] | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write a model to a folder. It replaces an older export there once it is complete.
+    """Write a model to a folder. Its files replace those of an older export there once all are complete; others stay.
 
-    beside: additional files, such as a model card, by their path in the folder. check: called with the complete folder
-    before it takes its name; if it raises, nothing is replaced. Raises ValueError if the folder exists and is not an
-    export: nothing else is ever deleted.
+    beside: additional files, such as a model card, by their path in the folder; the licence files of the model follow
+    by themselves. check: called with the complete new files before any is replaced; if it raises, none is. Raises
+    ValueError if the folder exists and is not an export; WriteError for a full disk and the like.
     """
     check_target(folder)
-    with atomic_folder(folder) as partial:
+    whose = ownership(parts)
+    with writing(folder), replaced_files(folder) as partial:
         write_parts(parts, partial, dtype=dtype)
-        for name, content in (beside or {}).items():
+        for name, content in (whose.files | dict(beside or {})).items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
+        write_listing(partial, published(parts.notes, section(whose.publish)))
         if check is not None:
             check(partial)
 
@@ -241,14 +253,6 @@ def write_parts(parts: ModelComponents, folder: Path, *, dtype: torch.dtype) -> 
         layout, text_encoders=kinds, for_inpainting=parts.for_inpainting, scheduler=scheduler_class(parts.scheduler)
     )
     write_json(index, folder / INDEX)
-    (folder / NOTES).write_text(parts.notes, encoding="utf-8")
-
-
-def check_target(folder: Path) -> None:
-    """Raise ValueError if the folder exists and is not an export of ours: nothing else is ever replaced."""
-    exported = (folder / INDEX).exists() and (folder / NOTES).exists()
-    if folder.exists() and not exported and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an export of this program: give a new folder, or an older export")
 
 
 def scheduler_class(scheduler: StockScheduler | None) -> str:

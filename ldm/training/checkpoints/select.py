@@ -11,6 +11,7 @@ from typing import Any
 
 from data.config import ReadingConfig
 from data.loader import CaptionedImages
+from data.sources import shown
 from ldm.config import dump, parse, read_tree
 from ldm.errors import CheckpointError
 from ldm.files.checkpoints import NAME, Checkpoints, fault, step_of
@@ -70,7 +71,9 @@ def settle_lanes(run: Run, config: Any, images: CaptionedImages, then: str | Non
             deal_as_before(config, images, before)
         kept = images.order.lanes == before
         run.log(f"data.lanes is {images.order.lanes}{', as when this run began' if kept else ' by default'}")
-    run.config_text = dump(replace(config, data=replace(config.data, lanes=images.order.lanes)))
+    pictures = config.publish.pictures or len(images)
+    data, publish = replace(config.data, lanes=images.order.lanes), replace(config.publish, pictures=pictures)
+    run.config_text = dump(replace(config, data=data, publish=publish))
 
 
 def deal_as_before(config: Any, images: CaptionedImages, lanes: int) -> None:
@@ -246,9 +249,10 @@ def check_continues(then: str, now: Any, *, same_shards: bool = False) -> list[s
         if key not in now.run.allow or unknown:
             can = f", allow it with run.allow=[{key}]" if is_allowable(key) and not unknown else ""
             begin = f" with model.start={now.run.path}, which keeps the weights" if _keeps_weights(key, now) else ""
+            was, now_is = (shown(leaves.get(key)) for leaves in (before, after))
             raise ValueError(
-                f"{key} was {before[key]!r} when this run began and is {after.get(key)!r} now: set it back{can}, or "
-                f"begin anew under another run.name{begin}"
+                f"{key} was {was!r} when this run began and is {now_is!r} now: set it back{can}, or begin anew under "
+                f"another run.name{begin}"
             )
     anew = {"optim.optimizer": ", its moments begin anew"}
     return [
@@ -265,7 +269,7 @@ def _keeps_weights(key: str, config: Any) -> bool:
 
 def _is_free(key: str) -> bool:
     """Whether a setting may differ on resume without being asked for by name."""
-    if key != "run.seed" and key.split(".")[0] in ("run", "preview", "validation"):
+    if key != "run.seed" and key.split(".")[0] in ("run", "preview", "validation", "publish"):
         return True
     if key in ("data.prefetch", "model.keep_latents") or key.removeprefix("data.") in READING:
         return True

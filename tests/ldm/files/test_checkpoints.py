@@ -230,9 +230,10 @@ def test_clearing_takes_away_what_was_cut_off_and_nothing_else(checkpoints: Chec
     outside.mkdir()
     (outside / "file").touch()
     partial_folder(checkpoints, 2)
-    (checkpoints.folder / "latest.partial").touch()
+    (checkpoints.folder / f".latest.{'a' * 32}.partial").touch()
+    (checkpoints.folder / "thesis.partial").mkdir()
     (checkpoints.folder / "step_0000003.partial").symlink_to(outside)
     checkpoints.clear()
-    assert {path.name for path in checkpoints.folder.iterdir()} == {"step_0000001", "latest"}
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"step_0000001", "latest", "thesis.partial"}
     assert (outside / "file").exists()
     Checkpoints(tmp_path / "none yet", keep=2).clear()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ldm.errors import DataError, NonFiniteError, Stopped
 from ldm.files.checkpoints import Digest
 from ldm.training.run import Run, RunConfig, duration
 
@@ -259,3 +262,46 @@ def test_duration(seconds: float, expected: str):
 def test_a_config_that_cannot_be_is_refused(tmp_path: Path, settings: dict[str, Any], told: str):
     with pytest.raises(ValueError, match=told):
         config(tmp_path, **settings)
+
+
+def test_a_configuration_of_the_users_in_the_runs_folder_is_not_overwritten(tmp_path: Path):
+    run = make_run(tmp_path)
+    (tmp_path / "trial").mkdir()
+    mine = tmp_path / "trial" / "config.yaml"
+    mine.write_text("# my comments\n")
+    with pytest.raises(ValueError, match=r"trial/config.yaml is not a run's, and would be overwritten: move"):
+        run.begin(None)
+    assert [path.name for path in (tmp_path / "trial").iterdir()] == ["config.yaml"]
+    mine.rename(tmp_path / "mine.yaml")
+    run.begin(None)
+    run.begin(None)  # it had begun, and was killed before its first checkpoint
+    assert mine.read_text() == "run: {}\n"
+
+
+def test_what_is_for_show_ends_nothing_and_what_is_not_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = make_run(tmp_path)
+
+    def fail_by(error: BaseException) -> None:
+        raise error
+
+    for error, said in (
+        (OSError(errno.EIO, "Input/output error"), "[Errno 5] Input/output error"),
+        (OverflowError("too large"), "OverflowError: too large"),
+        (struct.error("odd"), "error: odd"),
+        (zipfile.BadZipFile("File is not a zip file"), "BadZipFile: File is not a zip file"),
+        (RuntimeError("out of memory"), "RuntimeError: out of memory"),
+    ):
+        assert run.written("the sheet", lambda error=error: fail_by(error)) is False
+        assert capsys.readouterr().out == f"the sheet could not be written ({said}): training goes on without\n"
+    for error in (NonFiniteError("x"), DataError("x"), Stopped(), RuntimeError("[gloo] connection closed by peer")):
+        with pytest.raises(type(error)):
+            run.written("the sheet", lambda error=error: fail_by(error))
+    assert run.written("the sheet", lambda: None) is True
+
+
+def test_a_sample_counts_only_if_it_was_written(tmp_path: Path):
+    run = make_run(tmp_path)
+    run.begin(None)
+    run.record(step=2, held_out_loss=1.0, written=False)
+    run.record(step=4, held_out_loss=1.0)
+    assert [run.has_sample(step) for step in (2, 4)] == [False, True]

@@ -17,7 +17,15 @@ from data.loader import CaptionedImages
 from ldm.config import dump, load_config, read_tree
 from ldm.errors import NonFiniteError
 from ldm.files.checkpoints import Digest, fault, step_of
-from ldm.training.checkpoints.select import changed_schedule, check_state, choose, rewound_to, settle_lanes
+from ldm.model.ownership import PublishConfig
+from ldm.training.checkpoints.select import (
+    changed_schedule,
+    check_continues,
+    check_state,
+    choose,
+    rewound_to,
+    settle_lanes,
+)
 from ldm.training.checkpoints.train_state import CheckpointError, TrainState
 from ldm.training.denoiser_config import TrainConfig
 from ldm.training.engine.distributed import Ranks
@@ -354,3 +362,12 @@ def config_of_a_run(*words: str) -> TrainConfig:
 def state_of_a_run(**changes: Any) -> TrainState:
     known = {"config": dump(config_of_a_run()), "data": {}, "step": 10, "position": 10, "precision": "fp32", "ranks": 1}
     return TrainState(**known | changes)
+
+
+def test_what_is_published_may_change_and_no_credential_is_said():
+    urls = (f"https://me:SECRET@host/a.tar?key={word}" for word in ("SECRET1", "SECRET2"))
+    began, now = (config_of_a_run(f"data.shards=['{url}']") for url in urls)
+    assert check_continues(then=dump(began), now=replace(began, publish=PublishConfig(license="mit"))) == []
+    with pytest.raises(ValueError, match=r"data.shards was \['https://host/a.tar'\] when") as caught:
+        check_continues(then=dump(began), now=now)
+    assert "SECRET" not in str(caught.value)
