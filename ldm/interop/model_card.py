@@ -105,7 +105,7 @@ def model_card(
     dtype: of the weights as written. length: of the average, if it is not the run's own.
     """
     config = _training_config(parts.notes)
-    prompts = config["preview"]["prompts"] if config else ("a red apple",)
+    prompts = config["preview"]["prompts"] if config and config.get("preview") else ("a red apple",)
     size = parts.sample_size * parts.model.vae.config.factor
     layout = layout_of(parts.config)
     common = {
@@ -133,7 +133,7 @@ def model_card(
 def _training_config(notes: str) -> dict[str, Any] | None:
     """Parse the configuration of a run of ldm/train.py; None for empty notes, or those of another program."""
     tree = read_tree(notes)
-    sections = [tree.get(name) for name in ("run", "data", "validation", "model", "optim", "preview")]
+    sections = [tree.get(name) for name in ("run", "data", "model", "optim")]  # the others may be left out
     return tree if all(isinstance(section, dict) for section in sections) else None
 
 
@@ -150,7 +150,7 @@ def _what(parts: ModelComponents, size: int) -> str:
 
 
 def _sheet(config: dict[str, Any] | None) -> str:
-    if config is None:
+    if config is None or not config.get("preview"):
         return f"![Drawings of the model]({SHEET})\n\n"
     preview = config["preview"]
     rows = "".join(f"- {prompt}\n" for prompt in preview["prompts"])
@@ -179,7 +179,8 @@ def _training(config: dict[str, Any], records: list[dict[str, Any]], length: flo
     text = f"## Training\n\n| | |\n|---|---|\n{table}\n\nThe complete configuration is in `{NOTES}`.\n\n"
     measured = [record for record in records if "held_out_loss" in record]
     if measured:
-        first, last, shards = measured[0], measured[-1], ", ".join(_listed(config["validation"]["shards"]))
+        first, last, held_out = measured[0], measured[-1], config.get("validation") or {}
+        shards = ", ".join(_listed(held_out.get("shards", ())))
         text += (
             f"The error on held-out images ({shards}) was {last['held_out_loss']:.4f} at step "
             f"{last['step']}, {first['held_out_loss']:.4f} at step {first['step']}: the mean of the objective over "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from data.loader import Batch
 from ldm.denoisers import Denoiser
+from ldm.files.paths import user_path
 from ldm.interop.diffusers_layout.denoiser import layout_of, load_denoiser
 from ldm.interop.diffusers_layout.folder import open_text_parts
 from ldm.interop.diffusers_layout.vae import load_vae
@@ -21,8 +20,8 @@ from vae.autoencoder import AutoencoderKL, DiagonalGaussian
 
 def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
     """Load the frozen autoencoder and text encoder from the folders named in the configuration."""
-    towers = [part.read(torch.float32) for part in open_text_parts(Path(config.model.text))]
-    vae = load_vae(Path(config.model.vae) / "vae")
+    towers = [part.read(torch.float32) for part in open_text_parts(user_path(config.model.text))]
+    vae = load_vae(user_path(config.model.vae) / "vae")
     for network in (vae, *(tower.encoder for tower in towers)):
         network.eval().requires_grad_(False).to(device)
     return LatentDiffusion(
@@ -35,7 +34,7 @@ def frozen_half(config: TrainConfig, device: torch.device) -> LatentDiffusion:
 
 def start_from(denoiser: Denoiser, config: TrainConfig, folder: str) -> None:
     """Load the weights of a model or run into a fresh denoiser. Raises ValueError if they are of another network."""
-    source = model_folder(Path(folder)) / layout_of(config.model.denoiser).folder
+    source = model_folder(user_path(folder)) / layout_of(config.model.denoiser).folder
     load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)
 
 

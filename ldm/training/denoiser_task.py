@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
+from data.remarks import CutCaptions
 from ldm.denoisers import Denoiser, choose_attention, describe_attention
 from ldm.diffusion.importance import LossHistory
 from ldm.diffusion.objective import by_quantile, draw_times
@@ -56,6 +57,8 @@ class DenoiserTask(Task[TrainConfig]):
             start_from(self.network, config, config.model.start)
         sampled, bf16 = config.model.latents == "sample", self.dtype == torch.bfloat16
         self.encode = LatentEncoder(self.model.vae, keep=config.model.keep_latents, bf16=bf16, sample=sampled)
+        length = self.model.conditioner.context_length
+        session.images.cut_captions = CutCaptions(self.model.conditioner.cut_off, tokens=length)
         self.history = LossHistory() if config.model.objective.time_sampling == "importance" else None
 
     def build(self) -> Denoiser:
@@ -128,6 +131,8 @@ class DenoiserTask(Task[TrainConfig]):
     def show(self, step: int, network: Denoiser, path: Path) -> None:
         """Write a contact sheet of the preview's prompts, one row each, from the same noise at every step."""
         preview = self.config.preview
+        if preview is None:
+            return
         pipe = TextToImage(self._components(network), name=self.config.run.name, weights_hash=f"step {step}")
         rows = [pipe.draw(preview.request(prompt), n=preview.pictures) for prompt in preview.prompts]
         images = [drawing.image for row in rows for drawing in row]

@@ -18,7 +18,7 @@ from ldm.training.engine.engine import Engine, Update
 from ldm.training.faults.watchdog import Watchdog
 from ldm.training.optim.averages import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
-from ldm.training.run import DATA_WAIT, Run
+from ldm.training.run import CAPTIONS_CUT, DATA_WAIT, Run
 from ldm.training.session import Session
 from ldm.training.task import Task
 
@@ -35,6 +35,7 @@ class Training:
         self._since: list[dict[str, Tensor]] = []  # other values returned by losses() since the last progress line
         self._waited = 0.0  # seconds spent waiting for data since then
         self._failed_saves = 0
+        self._said_cut = False
         self._saved_step = engine.step if engine.resumed else -1  # last step saved, or being saved
 
     def go(self) -> None:
@@ -87,8 +88,18 @@ class Training:
         together = {name: torch.cat([parts[name].flatten() for parts in self._since]) for name in names}
         fraction = self._waited / max(self.run.seconds_since_logged, 1e-9)
         self._since, self._waited = [], 0.0
-        bad, waited = self.world.all_reduce([len(self.images.bad_samples), fraction])
+        cut = self.images.cut_captions
+        measured = [0, 0] if cut is None else [cut.measured, cut.cut]
+        bad, waited, measured, cut_off = self.world.all_reduce([len(self.images.bad_samples), fraction, *measured])
         shares = {DATA_WAIT: waited / self.world.ranks}
+        if cut is not None and cut_off:
+            shares[CAPTIONS_CUT] = cut_off / measured
+            if not self._said_cut:
+                self.run.log(
+                    f"{cut_off:,.0f} of the first {measured:,.0f} captions are longer than the text encoder's "
+                    f"{cut.tokens} tokens: their ends are not used"
+                )
+            self._said_cut = True
         return self.world.mean(together) | shares | ({"bad_samples": round(bad)} if bad else {})
 
     def _log_skip(self, update: Update, batch: Batch) -> None:
@@ -159,7 +170,7 @@ class Training:
         step = self.engine.step
         with self.session.watch.elsewhere(), untouched_generators():
             network = self.task.averaged_network(self.engine.averaged_weights(everywhere=True))
-            measures = self.task.evaluate(network)
+            measures = self.task.evaluate(network) if self.session.validation is not None else {}
             abandoned = self.world.any_rank(self.session.stop.requested)
             if self.world.is_main and not abandoned:
                 self.session.stop.interruptible(lambda: self._show(step, network, measures))
@@ -168,7 +179,8 @@ class Training:
     def _show(self, step: int, network: nn.Module, measures: Mapping[str, float]) -> None:
         run = self.run
         with run.logged_if_not_written(f"the sample of step {step}"):
-            run.log(f"step {step}: {self.task.summarize(measures)}")
+            if measures:
+                run.log(f"step {step}: {self.task.summarize(measures)}")
             self.task.show(step, network, run.sample_path(step))
             self.task.export(step, network)
             run.record(step=step, **measures)  # last: a recorded step has been shown and exported
@@ -184,6 +196,8 @@ def train(session: Session[Any], task: Task[Any]) -> None:
     engine = session.engine(task)
     for line in task.describe():
         run.log(line)
+    if session.validation is None:
+        run.log("the configuration has no section validation: nothing is measured on held-out pictures")
     state = resume(run, engine, world, config=session.config, images=session.images)
     if state is not None and state.state:
         task.load_state_dict(state.state)

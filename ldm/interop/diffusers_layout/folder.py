@@ -12,6 +12,7 @@ import torch
 from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import PathConfig, Prediction, ScaledLinearBetaPath
 from ldm.files.atomic import atomic_folder
+from ldm.files.paths import contents
 from ldm.files.strict_json import write_json
 from ldm.interop.compvis.prediction import find_prediction
 from ldm.interop.diffusers_layout.denoiser import ALL_LAYOUTS, layout_of, open_denoiser, save_denoiser
@@ -194,8 +195,8 @@ def _denoiser_part(folder: Path) -> Path:
     if not parts and (folder / "config.json").exists():
         return folder
     if len(parts) != 1:
-        found = sorted(entry.name for entry in folder.iterdir())[:8]
-        raise ValueError(f"{folder} holds {found}, expected unet/ or transformer/: this is not a text-to-image model")
+        held = " and ".join(f"{part}/" for part in parts) or contents(folder)
+        raise ValueError(f"{folder} holds {held}, expected unet/ or transformer/: this is not a text-to-image model")
     return folder / parts[0]
 
 

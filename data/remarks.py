@@ -1,0 +1,52 @@
+"""What is said of samples that are used: parts of them that are not, and captions that are too long."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from data.bad_samples import BadSample, Quarantine
+
+MOST_LISTED = 1000  # samples with remarks in the file
+MOST_MEASURED = 10_000  # captions: measuring costs as much as tokenizing
+
+
+class Remarks:
+    """Reports what of a usable sample is not used: the first of each kind of reason, and up to 1,000 in a file."""
+
+    def __init__(self, listing: Quarantine | None, say: Callable[[str], None]) -> None:
+        self.listing, self.say = listing, say
+        self._kinds: set[str] = set()
+        self._listed: set[tuple[str, str, str]] = set()
+        self._lock = threading.Lock()
+
+    def add(self, remark: BadSample) -> None:
+        kind, line = remark.reason.partition(" (")[0], (remark.shard, remark.key, remark.reason)
+        with self._lock:
+            first, listed = kind not in self._kinds, line not in self._listed and len(self._listed) < MOST_LISTED
+            self._kinds.add(kind)
+            if listed:
+                self._listed.add(line)
+        if first:
+            where = "" if self.listing is None else f"; {self.listing.path} lists others"
+            self.say(f"{remark}: the rest of the sample is used{where}")
+        if listed and self.listing is not None:
+            self.listing.add(remark)
+
+
+class CutCaptions:
+    """Counts captions that are longer than a text encoder reads, among the first 10,000 of this process."""
+
+    def __init__(self, cut_off: Callable[[str], str], *, tokens: int) -> None:
+        """cut_off: returns the end of a caption that does not fit, or ""; tokens: of the encoder's context."""
+        self.cut_off, self.tokens = cut_off, tokens
+        self.measured = self.cut = 0
+        self._lock = threading.Lock()
+
+    def measure(self, captions: Sequence[str]) -> None:
+        if self.measured >= MOST_MEASURED:
+            return
+        cut = sum(bool(self.cut_off(caption)) for caption in captions)
+        with self._lock:
+            self.measured += len(captions)
+            self.cut += cut
