@@ -136,7 +136,11 @@ class CaptionedImages:
         self._missing: set[tuple[int, int]] = set()  # the bad samples that are absent from their shards
         self._bad_fraction = BadShare()
         self.remarks = Remarks(remarks, say=lambda line: print(f"remark: {line}", flush=True))
-        self.cut_captions: CutCaptions | None = None  # set by a training that has a text encoder
+        self.cut_captions: CutCaptions | None = None
+
+    def count_cut(self, cut_off: Callable[[str], str], *, tokens: int) -> None:
+        """Count from now on, in `cut_captions`, those that are longer than a text encoder reads: see CutCaptions."""
+        self.cut_captions = CutCaptions(cut_off, tokens=tokens, most=max(len(self) // self.ranks, 1))
 
     def _default_lanes(self) -> int:
         """Return the number of lanes that the smallest set can serve, by shards that hold samples."""

@@ -37,16 +37,19 @@ class Remarks:
 class CutCaptions:
     """Counts captions that are longer than a text encoder reads, among the first 10,000 of this process."""
 
-    def __init__(self, cut_off: Callable[[str], str], *, tokens: int) -> None:
-        """cut_off: returns the end of a caption that does not fit, or ""; tokens: of the encoder's context."""
+    def __init__(self, cut_off: Callable[[str], str], *, tokens: int, most: int = MOST_MEASURED) -> None:
+        """cut_off: returns the end of a caption that does not fit, or ""; tokens: of the encoder's context; most: how
+        many captions there are, if fewer."""
         self.cut_off, self.tokens = cut_off, tokens
         self.measured = self.cut = 0
+        self._room = min(most, MOST_MEASURED)
         self._lock = threading.Lock()
 
     def measure(self, captions: Sequence[str]) -> None:
-        if self.measured >= MOST_MEASURED:
-            return
-        cut = sum(bool(self.cut_off(caption)) for caption in captions)
         with self._lock:
-            self.measured += len(captions)
+            own = captions[: self._room]
+            self._room -= len(own)
+        cut = sum(bool(self.cut_off(caption)) for caption in own)
+        with self._lock:
+            self.measured += len(own)
             self.cut += cut

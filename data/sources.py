@@ -82,6 +82,8 @@ class Source:
             return None
         if self.is_local:
             return Source(str(Path(self.location).parent / name))
+        if self.protocol not in WEB:
+            return Source(f"{self.location.rpartition('/')[0]}/{name}")
         parts = urlsplit(self.location)
         folder = self._url_path.rpartition("/")[0]
         return Source(urlunsplit((parts.scheme, parts.netloc, f"{folder}/{name}", parts.query, "")))
@@ -144,7 +146,9 @@ def _existing_folder(path: str) -> str:
 
 
 def local_glob(pattern: str) -> list[str]:
-    """List what a pattern matches, sorted; a folder in it that exists as it is written is that folder."""
+    """List what a pattern matches, sorted; what exists in it as it is written is that file or folder."""
+    if os.path.exists(pattern):
+        return [pattern]
     head = _existing_folder(pattern)
     return sorted(glob.glob(glob.escape(head) + pattern[len(head) :]) or glob.glob(pattern))
 
@@ -169,7 +173,8 @@ def _matching(name: str, *, allow_pipe: bool, counted: Callable[[str], Sequence[
         found = [files.unstrip_protocol(one) for one in sorted(files.glob(path))]
     except Exception as error:  # each protocol raises its own errors
         raise DataError(f"{source.shown} cannot be listed ({short(error)}): give a brace range instead") from error
-    return _with_absent(found, counted(name))
+    present = {Source(one).name for one in found}  # a protocol may write the rest of a location in another way
+    return _with_absent(found, [one for one in counted(name) if Source(one).name not in present])
 
 
 def _with_absent(found: Sequence[str], counted: Sequence[str]) -> list[Source]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from data.loader import Batch
 from data.readers import ImageCaptionReader
-from data.remarks import CutCaptions
 from ldm.diffusion.randomness import keyed_uniform
 from ldm.files.atomic import atomic_folder
 from ldm.files.strict_json import write_json
@@ -61,7 +60,7 @@ class CLIPTask(Task[TextTrainConfig]):
         self.network = self.build()
         rank, ranks = session.world.rank, session.world.ranks
         tokenizer = Tokenizer(session.config.text.tokenizer)
-        session.images.cut_captions = CutCaptions(tokenizer.cut_off, tokens=tokenizer.config.context_length)
+        session.images.count_cut(tokenizer.cut_off, tokens=tokenizer.config.context_length)
         self.loss_function = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=ranks)
 
     @classmethod

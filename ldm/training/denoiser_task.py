@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
-from data.remarks import CutCaptions
 from ldm.denoisers import Denoiser, choose_attention, describe_attention
 from ldm.diffusion.importance import LossHistory
 from ldm.diffusion.objective import by_quantile, draw_times
@@ -58,7 +57,7 @@ class DenoiserTask(Task[TrainConfig]):
         sampled, bf16 = config.model.latents == "sample", self.dtype == torch.bfloat16
         self.encode = LatentEncoder(self.model.vae, keep=config.model.keep_latents, bf16=bf16, sample=sampled)
         length = self.model.conditioner.context_length
-        session.images.cut_captions = CutCaptions(self.model.conditioner.cut_off, tokens=length)
+        session.images.count_cut(self.model.conditioner.cut_off, tokens=length)
         self.history = LossHistory() if config.model.objective.time_sampling == "importance" else None
 
     def build(self) -> Denoiser:
