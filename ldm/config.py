@@ -122,7 +122,7 @@ def _nearest(error: Any) -> str:
 def _known_instead(kind: type, place: Sequence[str]) -> str:
     """Suggest a key in place of an unknown one: of its own section or, for one without a section, of any."""
     *sections, key = place
-    kinds = _dataclasses(kind)
+    kinds, elsewhere = _dataclasses(kind), list[str]()
     for section in sections:  # numbers of a list's items, and the kinds of a union, are no sections
         inner = [get_type_hints(one)[section] for one in kinds if section in _keys_of([one])]
         kinds = [found for hint in inner for found in _dataclasses(hint)] or kinds
@@ -132,7 +132,9 @@ def _known_instead(kind: type, place: Sequence[str]) -> str:
     for section in () if sections else sorted(known):
         hints = [get_type_hints(one)[section] for one in kinds if section in _keys_of([one])]
         if key in _keys_of([found for hint in hints for found in _dataclasses(hint)]):
-            return f"did you mean {section}.{key}?"
+            elsewhere.append(f"{section}.{key}")
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
     return f"known keys{' of ' + '.'.join(sections) if sections else ''}: {', '.join(sorted(known))}"
 
 

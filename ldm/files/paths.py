@@ -10,10 +10,12 @@ KINDS_SHOWN = 4
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
-    """Make a path of what a user wrote: ~ and ~NAME at its beginning are home folders, as in a shell.
+    """Make a path of what a user wrote: ~ and ~NAME at its beginning are home folders, as in a shell; ./~ is a name.
 
     Raises ValueError for a user without a home folder.
     """
+    if str(text).startswith("./~"):
+        return Path(text).absolute()  # Path drops the ./
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
