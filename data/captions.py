@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from data.config import SampleConfig
 from data.shards import BadSampleError, RawSample, caption_place
@@ -77,12 +77,11 @@ def _captions_under(name: str, raw: RawSample, documents: dict[str, Any], config
         yield error
         return
     if isinstance(value, dict):
-        keys, key = some(map(str, value)), ".".join((ending, *path))
-        yield _Unusable(
-            f"its {key} is an object ({keys}: name one in data.caption_keys, as {key}.{next(iter(value), 'en')})"
-        )
+        keys, key = list(cast(dict[str, Any], value)), ".".join((ending, *path))
+        example = f"{key}.{keys[0] if keys else 'en'}"
+        yield _Unusable(f"its {key} is an object ({some(keys)}: name one in data.caption_keys, as {example})")
     else:
-        yield from value if isinstance(value, list) else [value]
+        yield from cast(list[Any], value) if isinstance(value, list) else [value]
 
 
 def _is_json(ending: str) -> bool:
@@ -104,12 +103,12 @@ def _parsed(raw: RawSample, ending: str) -> Any:
     if ending not in raw.members:
         return None
     try:
-        found = json.loads(text)
+        found: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _Unusable(f"its {ending} does not parse ({error})") from error
-    if not isinstance(found, dict):
+    if type(found) is not dict:
         raise _Unusable(f"its {ending} does not parse (expected an object, found a {type(found).__name__})")
-    return found
+    return cast(dict[str, Any], found)
 
 
 def _under(value: Any, path: Sequence[str]) -> Any:
@@ -117,13 +116,14 @@ def _under(value: Any, path: Sequence[str]) -> Any:
     if not path or value is None:
         return value
     if isinstance(value, list):
-        found = [_under(item, path) for item in value]
-        return [one for item in found for one in (item if isinstance(item, list) else [item])]
+        found = [_under(item, path) for item in cast(list[Any], value)]
+        return [one for item in found for one in (cast(list[Any], item) if isinstance(item, list) else [item])]
     if not isinstance(value, dict):
         return None
-    if (key := ".".join(path)) in value:  # a key may have dots itself
-        return value[key]
-    return _under(value.get(path[0]), path[1:])
+    record = cast(dict[str, Any], value)
+    if (key := ".".join(path)) in record:  # a key may have dots itself
+        return record[key]
+    return _under(record.get(path[0]), path[1:])
 
 
 def _what_there_is(raw: RawSample, documents: dict[str, Any], config: SampleConfig) -> str:

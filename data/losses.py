@@ -39,9 +39,11 @@ def lost_shards(store: ShardStore, config: ReadingConfig, *, section: str, say: 
         named = [f"{store.sources[number].shown} with {_number(store.sizes[number])}" for number in absent[:SHOWN]]
         listed = "; ".join(named + ["..."] * (len(absent) > SHOWN))
         setting, enough = f"{section}.max_missing_shards", math.ceil(100 * len(absent) / total) / 100
+        counted = all(store.sources[number].absent == "counted" for number in absent)
         raise DataError(
             f"{len(absent)} of {total} shards are missing ({listed}), more than {setting} "
-            f"({config.max_missing_shards:g}) allows: restore them, or set {setting}={enough:g}"
+            f"({config.max_missing_shards:g}) allows: restore them, "
+            f"{'write the manifest again if they are gone for good, ' * counted}or set {setting}={enough:g}"
         )
     if not any(store.sizes[number] for number in range(total) if number not in absent):
         raise DataError(f"none of the shards of {section}.shards holds a sample: give others")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from ldm.errors import DataError
@@ -38,7 +38,7 @@ class Source:
     """The location of a shard: a path, a URL, or pipe:COMMAND."""
 
     location: str
-    absent: bool = False  # whether it is known not to exist
+    absent: Literal["", "named", "counted"] = ""  # known not to exist, and by what: a path, or a manifest and a glob
 
     @property
     def is_pipe(self) -> bool:
@@ -162,7 +162,7 @@ def _matching(name: str, *, allow_pipe: bool, counted: Callable[[str], Sequence[
     if source.is_local and os.path.exists(name):
         return [source]
     if source.is_local and not glob.has_magic(name[len(_existing_folder(name)) :]):
-        return [Source(name, absent=True)]
+        return [Source(name, absent="named")]
     if source.is_local:
         return _with_absent(local_glob(name), counted(name))
     wild = r"[*\[]" if source.protocol in WEB else r"[*?\[]"  # in HTTP URLs ? begins the query
@@ -179,7 +179,7 @@ def _matching(name: str, *, allow_pipe: bool, counted: Callable[[str], Sequence[
 
 def _with_absent(found: Sequence[str], counted: Sequence[str]) -> list[Source]:
     absent = set(counted) - set(found)
-    return [Source(location, absent=location in absent) for location in sorted({*found, *absent})]
+    return [Source(location, "counted" if location in absent else "") for location in sorted({*found, *absent})]
 
 
 def _what_to_give(name: str) -> str:

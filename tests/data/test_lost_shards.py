@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -40,7 +41,7 @@ def sizes_json(folder: Path) -> None:
     (folder / "sizes.json").write_text(json.dumps(counts))
 
 
-def remedy(error: pytest.ExceptionInfo[DataError]) -> dict[str, float]:
+def remedy(error: pytest.ExceptionInfo[DataError]) -> dict[str, Any]:
     """The setting that an error advises."""
     found = re.search(r"set data\.(max_missing_shards)=([\d.]+)$", str(error.value))
     assert found is not None, error.value
@@ -179,9 +180,17 @@ def test_the_manifest_is_written_beside_a_gap_and_tells_of_it(folder: Path, caps
 def test_a_manifest_that_is_written_again_tells_what_it_no_longer_counts(
     counted: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """That is the other remedy for a shard that is gone for good."""
-    (counted / "00001.tar").unlink()
+    """That is the other remedy for a shard that is gone for good, and runs that began without it go on."""
+    (counted / "00001.tar").rename(counted / "gone")
+    manifest = (counted / "manifest.json").read_text()
+    entries = {name: entry for name, entry in json.loads(manifest).items() if name != "00001.tar"}
+    (counted / "manifest.json").write_text(json.dumps(entries))
+    before = images(f"{counted}/*.tar", lanes=1)
+    (counted / "manifest.json").write_text(manifest)
+    with pytest.raises(DataError, match="restore them, write the manifest again if they are gone for good, or set"):
+        images(f"{counted}/*.tar", lanes=1)
     assert write_manifest([str(counted)]) == 0
+    assert images(f"{counted}/*.tar", lanes=1).fingerprint == before.fingerprint
     assert "00001.tar is missing, and had 5 samples by the manifest until now" in capsys.readouterr().err
     assert len(images(f"{counted}/*.tar", lanes=1)) == 9
 

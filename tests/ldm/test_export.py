@@ -243,7 +243,7 @@ def test_the_card_is_made_of_the_runs_own_configuration_measures_and_drawings(ru
     assert (front["library_name"], front["pipeline_tag"]) == ("diffusers", "text-to-image")
     assert "text-to-image" in front["tags"] and card.split("---\n")[2].startswith("\n# my-model\n")
     assert "a DiT of 2 blocks" in card and "predicts velocity on path rectified_flow" in card
-    assert all(prompt in card for prompt in config.preview.prompts)
+    assert config.preview is not None and all(prompt in card for prompt in config.preview.prompts)
     assert f"100 of {config.data.batch_size} pictures: {100 * config.data.batch_size:,} pictures seen" in card
     assert "was 0.7123 at step 100, 1.9000 at step 0" in card
     assert "TODO" not in card and "None" not in card and "$" not in card
