@@ -17,10 +17,12 @@ USUAL = SampleConfig()
 
 
 class Captions(NamedTuple):
-    """The captions of a sample, best first and each once, and what of the sample cannot be used, and why."""
+    """The captions of a sample, best first and each once; what of the sample cannot be used, and why; and the names of
+    config.caption_keys under which there is something."""
 
     texts: list[str]
     unused: list[str]
+    names: set[str]
 
 
 class _Unusable(Exception):
@@ -42,8 +44,11 @@ def find_captions(raw: RawSample, config: SampleConfig = USUAL) -> Captions:
     documents: dict[str, Any] = {}  # the parsed json members
     texts: dict[str, None] = {}
     unused: dict[str, None] = {}
+    names: set[str] = set()
     for name in config.caption_keys:
         for caption in _captions_under(name, raw, documents, config):
+            if caption not in (None, ""):
+                names.add(name)
             try:
                 if isinstance(caption, _Unusable):
                     raise caption
@@ -52,13 +57,13 @@ def find_captions(raw: RawSample, config: SampleConfig = USUAL) -> Captions:
             except _Unusable as error:
                 unused[str(error)] = None
     if texts:
-        return Captions(list(texts), list(unused))
+        return Captions(list(texts), list(unused), names)
     if unused:
         raise BadSampleError(next(iter(unused)))
     reason = f"no caption ({_what_there_is(raw, documents, config)})"
     if config.missing_caption == "reject":
         raise BadSampleError(reason)
-    return Captions([""], [f"{reason}: it gets an empty one"])
+    return Captions([""], [f"{reason}: it gets an empty one"], names)
 
 
 def _captions_under(name: str, raw: RawSample, documents: dict[str, Any], config: SampleConfig) -> Iterator[Any]:

@@ -21,7 +21,7 @@ from data.bad_samples import FEWEST_BAD, LONGEST, BadSample, BadShare, Quarantin
 from data.config import DataConfig, HeldOutConfig, SampleConfig
 from data.losses import find_shards, lost_shards
 from data.order import SampleOrder, SetSpan, Visit, default_lanes
-from data.readers import UNUSED, Column, ImageCaptionReader, Reader
+from data.readers import NAMES, UNUSED, Column, ImageCaptionReader, Reader
 from data.remarks import CutCaptions, Remarks
 from data.shards import USUAL, BadSampleError, MissingSampleError
 from data.store import ShardStore
@@ -135,7 +135,8 @@ class CaptionedImages:
         self.bad_samples: dict[tuple[int, int], BadSample] = {}
         self._missing: set[tuple[int, int]] = set()  # the bad samples that are absent from their shards
         self._bad_fraction = BadShare()
-        self.remarks = Remarks(remarks, say=lambda line: print(f"remark: {line}", flush=True))
+        asked = {*config.image_keys, *config.caption_keys} - {*USUAL.caption_keys}
+        self.remarks = Remarks(remarks, lambda line: print(f"remark: {line}", flush=True), asked=asked, most=len(self))
         self.cut_captions: CutCaptions | None = None
 
     def count_cut(self, cut_off: Callable[[str], str], *, tokens: int) -> None:
@@ -298,6 +299,7 @@ class CaptionedImages:
             sample = Sample((shard, index), raw.key, self.reader.read(raw))
             for reason in sample.columns.get(UNUSED, ()):
                 self.remarks.add(BadSample(self.store.sources[shard].shown, raw.key, reason))
+            self.remarks.find(sample.columns.get(NAMES, ()))
             return sample
         except (BadSampleError, DataError) as error:
             bad = BadSample(self.store.sources[shard].shown, self.store.key(shard, index), str(error))

@@ -20,7 +20,7 @@ from data.shards import BadSampleError, RawSample
 
 IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
 MOST_PIXELS = 64_000_000
-UNUSED = "unused"
+UNUSED, NAMES = "unused", "names"
 
 Tokenize = Callable[[list[str]], Tensor]
 Column = Tensor | list[Any]  # B x ..., or B values
@@ -32,7 +32,8 @@ class Reader(Protocol):
     def read(self, raw: RawSample) -> Mapping[str, Any]:
         """Decode one sample. Raises BadSampleError if it cannot be used.
 
-        Under UNUSED, it may list what of a usable sample cannot be used; the loader reports that.
+        Under UNUSED, it may list what of a usable sample cannot be used, and under NAMES those of config.image_keys and
+        config.caption_keys that the sample has; the loader reports the one, and names that no sample has.
         """
         ...
 
@@ -52,8 +53,9 @@ class ImageCaptionReader:
         self.seed, self.tokenize = seed, tokenize
 
     def read(self, raw: RawSample) -> dict[str, Any]:
-        captions = find_captions(raw, self.config)
-        return {"pixels": decode_pixels(raw, self.image_size), "captions": captions.texts, UNUSED: captions.unused}
+        texts, unused, names = find_captions(raw, self.config)
+        names |= {key for key in self.config.image_keys if key.strip(".").lower() in raw.endings}
+        return {"pixels": decode_pixels(raw, self.image_size), "captions": texts, UNUSED: unused, NAMES: names}
 
     def collate(self, samples: Sequence[Mapping[str, Any]], positions: Sequence[int] | None) -> dict[str, Column]:
         captions = [self._caption(sample["captions"], row, positions) for row, sample in enumerate(samples)]

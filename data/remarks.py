@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from data.bad_samples import BadSample, Quarantine
 
@@ -14,11 +14,29 @@ MOST_MEASURED = 10_000  # captions: measuring costs as much as tokenizing
 class Remarks:
     """Reports what of a usable sample is not used: the first of each kind of reason, and up to 1,000 in a file."""
 
-    def __init__(self, listing: Quarantine | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, listing: Quarantine | None, say: Callable[[str], None], *, asked: Iterable[str] = (), most: int = 1
+    ) -> None:
+        """asked: names of members that somebody gave, of which each should be found within `most` samples."""
         self.listing, self.say = listing, say
+        self._asked, self._most, self._seen = set(asked), min(most, MOST_LISTED), 0
         self._kinds: set[str] = set()
         self._listed: set[tuple[str, str, str]] = set()
         self._lock = threading.Lock()
+
+    def find(self, names: Collection[str]) -> None:
+        """Record the names that one more sample has; report those that none of the first samples has."""
+        if not self._asked or self._seen >= self._most:
+            return
+        with self._lock:
+            self._seen += 1
+            self._asked -= set(names)
+            last = self._seen == self._most and bool(self._asked)
+        if last:
+            self.say(
+                f"none of the first {self._most:,} samples has {', '.join(sorted(self._asked))}, which data.image_keys or "
+                "data.caption_keys names: look for a misspelling, or leave it out"
+            )
 
     def add(self, remark: BadSample) -> None:
         kind, line = remark.reason.partition(" (")[0], (remark.shard, remark.key, remark.reason)

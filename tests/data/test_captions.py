@@ -75,6 +75,18 @@ def test_each_kind_of_remark_is_told(capsys: pytest.CaptureFixture[str], tmp_pat
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == MOST_LISTED
 
 
+def test_a_name_that_no_sample_has_is_told_once(shard: Callable[..., str], capsys: pytest.CaptureFixture[str]):
+    """It is no silent choice of the next one."""
+    path = shard(txt=b"a cat", json=b'{"caption_de": "Katze"}')
+    keys = {"caption_keys": ("json.caption_ed", "json.caption_de", "txt"), "image_keys": ("jgp", ".JPG")}
+    loader = images(path, lanes=1, **keys)
+    first(loader, 3)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("remark: none of the first 8 samples has jgp, json.caption_ed, which data.image_keys or ")
+    first(images(path, lanes=1, caption_keys=("json.caption_de", "txt", "json.caption")), 3)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("keys", [(), ("",), (".",), ("a/b",)])
 def test_keys_are_names(keys: tuple[str, ...]):
     with pytest.raises(ValueError, match=r"data\.caption_keys"):
