@@ -25,6 +25,28 @@ class ShardSet:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Which members of a shard make a sample, and which of its texts are captions."""
+
+    # Endings of the picture's file, in order of preference, as [input.jpg]. Empty: those of data.shards.
+    image_keys: tuple[str, ...] = ()
+    # Where captions are, best first: the ending of a member (txt, outputs.txt); a key of the .json (json.caption), or
+    # of an object in it (json.captions.en); a name that no member has is looked up in the .json.
+    caption_keys: tuple[str, ...] = ("txt", "json.caption", "json.captions")
+    caption_lines: Literal["joined", "separate"] = "joined"  # lines of a .txt: one caption, or one each
+    missing_caption: Literal["reject", "empty"] = "reject"  # a picture without a caption: a bad sample, or captioned ""
+
+    def __post_init__(self) -> None:
+        for name in ("image_keys", "caption_keys"):
+            if not all(key.strip(".") and "/" not in key for key in getattr(self, name)):
+                raise ValueError(f"data.{name} holds {getattr(self, name)}, expected endings of names, as [input.jpg]")
+        if not self.caption_keys:
+            raise ValueError(
+                "data.caption_keys is empty: name where captions are, as [txt, json.caption], or leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReadingConfig:
     """How shards are accessed, and how many bad samples are tolerated."""
 
@@ -33,8 +55,11 @@ class ReadingConfig:
     cache: str | None = None  # folder for copies of remote shards; None: a temporary one, removed at the end
     cache_gb: float = 16.0  # size limit of the cache; two shards per lane are always kept
     max_bad_fraction: float = 0.01  # fraction of bad samples above which it is an error
+    max_missing_shards: float = 0.0  # fraction of the shards that may be missing at the start: their samples are lost
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_missing_shards <= 1:
+            raise ValueError(f"max_missing_shards ({self.max_missing_shards}) must be a fraction from 0 to 1")
         if not 0 <= self.max_bad_fraction <= 1 or not self.cache_gb > 0:
             raise ValueError(
                 f"max_bad_fraction ({self.max_bad_fraction}) must be a fraction from 0 to 1, "
@@ -43,19 +68,20 @@ class ReadingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(ReadingConfig):
-    shards: Patterns = ()  # .tar files: brace ranges, globs, URLs, pipe:COMMAND
+class DataConfig(ReadingConfig, SampleConfig):
+    shards: Patterns = ()  # .tar files: paths, brace ranges, globs, URLs, pipe:COMMAND
     sets: tuple[ShardSet, ...] = ()  # instead of shards: several sets, mixed by weight
     image_size: int = 64  # pixels per side
     batch_size: int = 64  # over all ranks
-    # Shards read in parallel: more mix better. A multiple of the ranks, at most the shards (of a set). None: the
-    # largest divisor of batch_size up to 32 that the shards can serve.
+    # Streams of samples read in parallel: more mix better. Beyond the number of shards (of a set), several lanes share
+    # a shard. None: the largest divisor of batch_size up to 32, and up to the number of shards.
     lanes: int | None = None
     captions: Literal["best", "any"] = "any"  # of several: the first, or a random one at each visit
     prefetch: int = 2  # batches decoded ahead, in threads
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ReadingConfig.__post_init__(self)
+        SampleConfig.__post_init__(self)
         if bool(self.shards) == bool(self.sets):
             raise ValueError("give either data.shards or, to mix several sets, data.sets")
         names = [one.name for one in self.sets]

@@ -18,11 +18,12 @@ from PIL import ImageFile
 from torch import Tensor
 
 from data.bad_samples import FEWEST_BAD, LONGEST, BadSample, BadShare, Quarantine
-from data.config import DataConfig, HeldOutConfig
+from data.config import DataConfig, HeldOutConfig, SampleConfig
+from data.losses import find_shards, lost_shards
 from data.order import SampleOrder, SetSpan, Visit, default_lanes
-from data.readers import Column, ImageCaptionReader, Reader
-from data.shards import BadSampleError, MissingSampleError
-from data.sources import expand
+from data.readers import NAMES, UNUSED, Column, ImageCaptionReader, Reader
+from data.remarks import CutCaptions, Remarks
+from data.shards import USUAL, BadSampleError, MissingSampleError
 from data.store import ShardStore
 from ldm.errors import DataError
 from ldm.files.messages import printable
@@ -87,11 +88,12 @@ class CaptionedImages:
     """An endless stream of batches, whose position is one integer: the number of the global batch.
 
     A sample that cannot be used is recorded once in `bad_samples`, reported through `on_bad` and listed in the
-    `quarantine`. The next good sample of its shard replaces it or, if the shard has none, one of the next shards of
-    its lane; the order of all other samples is unchanged.
+    `quarantine`; what of a usable one cannot be used, in `remarks`. The next good sample of its shard replaces it or,
+    if the shard has none, one of the next shards of its lane; the order of all other samples is unchanged.
 
     Raises DataError if shards cannot be counted, if no substitute is found, or if the fraction of bad samples among
-    the last 10,000 visits, or of missing ones among all, exceeds config.max_bad_fraction. Raises ValueError if lanes,
+    the last 10,000 visits, or of missing ones among all, exceeds config.max_bad_fraction; and if more shards are absent
+    at the start than config.max_missing_shards allows, whose samples then do not count. Raises ValueError if lanes,
     batch size and ranks do not divide, if a pipe is not allowed, or if a package is missing.
     """
 
@@ -105,13 +107,15 @@ class CaptionedImages:
         ranks: int = 1,
         on_bad: Callable[[BadSample], None] = lambda bad: print(f"bad sample: {bad}", flush=True),
         quarantine: Quarantine | None = None,
+        remarks: Quarantine | None = None,
+        section: str = "data",
     ) -> None:
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: truncated images would pass; leave it False")
         self.config, self.seed, self.rank, self.ranks = config, seed, rank, ranks
         self.reader = reader if reader is not None else ImageCaptionReader(config, seed=seed)
         self.on_bad, self.quarantine = on_bad, quarantine
-        found = [expand(patterns, allow_pipe=config.allow_pipe) for patterns in config.patterns]
+        found = find_shards(config)
         self._spans = [  # with the weights as written: 0.1 is exactly a tenth
             SetSpan(one.name, Fraction(str(one.weight)), len(own)) for one, own in zip(config.sets, found, strict=False)
         ]
@@ -121,28 +125,42 @@ class CaptionedImages:
         self.store = ShardStore(
             [source for own in found for source in own],
             config,
-            keep=-(-open_at_once // ranks) + 2,
+            keep=-(-open_at_once // ranks) + 2 * len(found),
             keep_copies=open_at_once,
             on_damage=lambda line: print(f"damaged: {line}", flush=True),
+            samples=config,
         )
-        self.deal(lanes)
+        self._lost = lost_shards(self.store, config, section=section, say=rank == 0)
+        self.deal(config.lanes if config.lanes is not None else self._default_lanes())
         self.bad_samples: dict[tuple[int, int], BadSample] = {}
         self._missing: set[tuple[int, int]] = set()  # the bad samples that are absent from their shards
         self._bad_fraction = BadShare()
+        asked = {*config.image_keys, *config.caption_keys} - {*USUAL.caption_keys}
+        self.remarks = Remarks(remarks, lambda line: print(f"remark: {line}", flush=True), asked=asked, most=len(self))
+        self.cut_captions: CutCaptions | None = None
+
+    def count_cut(self, cut_off: Callable[[str], str], *, tokens: int) -> None:
+        """Count from now on, in `cut_captions`, those that are longer than a text encoder reads: see CutCaptions."""
+        self.cut_captions = CutCaptions(cut_off, tokens=tokens, most=max(len(self) // self.ranks, 1))
+
+    def _default_lanes(self) -> int:
+        """Return the number of lanes that the smallest set can serve, by shards that hold samples."""
+        spans, sizes = [span.shards for span in self._spans] or [len(self.store.sizes)], iter(self.store.sizes)
+        return default_lanes(self.config.batch_size, min(sum(map(bool, islice(sizes, span))) for span in spans))
 
     def deal(self, lanes: int) -> None:
         """Deal the shards to this number of lanes, before the first batch: a resumed run keeps its number."""
         self.order = SampleOrder(
             self.store.sizes, batch_size=self.config.batch_size, lanes=lanes, seed=self.seed, sets=self._spans
         )
-        # Fail here, not in a thread, if the ranks do not divide the lanes.
+        # Fail here, not in a thread, if the ranks do not divide the batch.
         self.order.batch(0, rank=self.rank, ranks=self.ranks)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Identify the data: the digest of the shard sizes, on which the order of samples depends in addition to the
         configuration, and `contents`, the digest of the shards themselves if manifests give it."""
-        sizes = self.store.sizes
+        sizes = [size for size in self.store.sizes if size]
         digest = hashlib.sha256(json.dumps(list(sizes)).encode()).hexdigest()
         return {"shards": len(sizes), "samples": sum(sizes), "sha256": digest, "contents": self.store.contents}
 
@@ -153,6 +171,7 @@ class CaptionedImages:
     def stream(self, position: int = 0) -> Generator[Batch]:
         """Yield global batches `position`, `position` + 1, ..., decoded ahead by `prefetch` threads."""
         self._bad_fraction = BadShare()
+        self._list_lost()
         with closing(self._ahead(position)) as assembled:
             for visits, batch in assembled:
                 self._account(visits, batch.samples)
@@ -168,12 +187,13 @@ class CaptionedImages:
         Batch.positions number the samples in that order. part: of `parts`, each of which yields every parts-th batch.
         Raises DataError if all samples are bad.
         """
+        self._list_lost()
         everything = [(shard, index) for shard, size in enumerate(self.store.sizes) for index in range(size)]
         for start in range(part * batch_size, len(everything), parts * batch_size):
             places = everything[start : start + batch_size]
             loaded = {start + row: sample for row, place in enumerate(places) if (sample := self._try_load(*place))}
             for place in places:
-                if place not in self._missing:
+                if self._counts(place):
                     self._bad_fraction.record(place, is_bad=place in self.bad_samples)
             self._check_fractions()
             if loaded:
@@ -200,9 +220,19 @@ class CaptionedImages:
     def _account(self, visits: Sequence[Visit], samples: Sequence[tuple[int, int]]) -> None:
         for visit, sample in zip(visits, samples, strict=True):
             asked = (visit.shard, visit.index)
-            if asked not in self._missing:
+            if self._counts(asked):
                 self._bad_fraction.record(asked, is_bad=sample != asked)
         self._check_fractions()
+
+    def _counts(self, place: tuple[int, int]) -> bool:
+        """Whether a sample counts among the recent ones: missing ones are compared with all."""
+        return place[0] not in self.store.absent and place not in self._missing
+
+    def _list_lost(self) -> None:
+        """List the shards that are left out, once the run's folder exists."""
+        if self.quarantine is not None and self.rank == 0:
+            for lost in self._lost:
+                self.quarantine.add(lost)
 
     def _check_fractions(self) -> None:
         most, own = self.config.max_bad_fraction, len(self) / self.ranks
@@ -232,8 +262,11 @@ class CaptionedImages:
         return visits, self._batch(samples, [visit.position for visit in visits], in_a_run=True)
 
     def _batch(self, samples: list[Sample], positions: list[int], *, in_a_run: bool) -> Batch:
+        columns = self.reader.collate([sample.columns for sample in samples], positions if in_a_run else None)
+        if in_a_run and self.cut_captions is not None:
+            self.cut_captions.measure([str(caption) for caption in columns["captions"]])
         return Batch(
-            self.reader.collate([sample.columns for sample in samples], positions if in_a_run else None),
+            columns,
             positions,
             [sample.place for sample in samples],
             [printable(f"{self.store.sources[sample.place[0]].name}:{sample.key}", LONGEST) for sample in samples],
@@ -263,9 +296,16 @@ class CaptionedImages:
             return None
         try:
             raw = self.store.read(shard, index)
-            return Sample((shard, index), raw.key, self.reader.read(raw))
+            sample = Sample((shard, index), raw.key, self.reader.read(raw))
+            for reason in sample.columns.get(UNUSED, ()):
+                self.remarks.add(BadSample(self.store.sources[shard].shown, raw.key, reason))
+            self.remarks.find(sample.columns.get(NAMES, ()))
+            return sample
         except (BadSampleError, DataError) as error:
             bad = BadSample(self.store.sources[shard].shown, self.store.key(shard, index), str(error))
+            if shard in self.store.absent:
+                self.bad_samples[shard, index] = bad  # reported as a shard, and allowed
+                return None
             self._report((shard, index), bad)
             if isinstance(error, (MissingSampleError, DataError)):
                 self._missing.add((shard, index))
@@ -279,8 +319,18 @@ class CaptionedImages:
                 self.on_bad(bad)
 
 
-def held_out(config: HeldOutConfig, *, image_size: int, reader: Reader | None = None) -> CaptionedImages:
-    """Open the held-out images, for `once(config.batch_size)`. Raises the same errors as CaptionedImages."""
+def held_out(
+    config: HeldOutConfig,
+    *,
+    image_size: int,
+    reader: Reader | None = None,
+    samples: SampleConfig = USUAL,
+) -> CaptionedImages:
+    """Open the held-out images, for `once(config.batch_size)`. Raises the same errors as CaptionedImages.
+
+    samples: which members make a sample, as in training.
+    """
     reading = {entry.name: getattr(config, entry.name) for entry in fields(HeldOutConfig)}
-    in_order = DataConfig(**reading, image_size=image_size, lanes=1, captions="best")
-    return CaptionedImages(in_order, seed=0, reader=reader)
+    kinds = {entry.name: getattr(samples, entry.name) for entry in fields(SampleConfig)}
+    in_order = DataConfig(**reading, **kinds, image_size=image_size, lanes=1, captions="best")
+    return CaptionedImages(in_order, seed=0, reader=reader, section="validation")

@@ -14,20 +14,21 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from data.fetch import PATIENCE, Absent, Cache, Patience, read_text
+from data.not_shards import SUFFIXES, in_place_of_a_folder
 from data.shards import Shard
-from data.sources import Source, expand, short
+from data.sources import Source, expand, local_glob, short
 from ldm.errors import DataError
 from ldm.files.atomic import write_atomically
 from ldm.files.digest import sha256_of
+from ldm.files.paths import user_path
 
 NAME = "manifest.json"
 SIZES = "sizes.json"
-SUFFIXES = ("*.tar", "*.tar.gz", "*.tgz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +64,63 @@ def entries_for(
 
     Raises DataError for a manifest that does not parse or cannot be reached, or if `manifest` does not exist.
     """
-    named = None if manifest is None else _read(Source(manifest), patience)
-    if manifest is not None and named is None:
-        shown = Source(manifest).shown
-        raise DataError(f"data.manifest: {shown} is missing: write it with python -m data.manifest")
+    counts = Counts(manifest, patience)
+    return [counts.entry(source) for source in sources]
 
-    @cache  # each folder's files are read once
-    def adjacent(sizes: Source | None, manifest: Source | None) -> dict[str, Entry]:
-        found = [_read(place, patience) or {} for place in (sizes, manifest) if place is not None]
-        return {name: entry for own in found for name, entry in own.items()}
 
-    return [
-        (named or {}).get(source.location) or adjacent(source.beside(SIZES), source.beside(NAME)).get(source.name)
-        for source in sources
-    ]
+class Counts:
+    """What manifests say: one that is named, and those next to shards. Each is read once.
+
+    rewriting: they are about to be replaced, so those that do not parse say nothing. Raises the same errors as
+    entries_for.
+    """
+
+    def __init__(self, manifest: str | None, patience: Patience = PATIENCE, *, rewriting: bool = False) -> None:
+        self._patience, self._rewriting, self._named = patience, rewriting, dict[str, Entry]()
+        self._folders: dict[Source | None, dict[str, Entry]] = {None: {}}
+        if manifest is not None:
+            source = Source(str(user_path(manifest)) if Source(manifest).is_local else manifest)
+            named = _read(source, patience)
+            if named is None:
+                raise DataError(f"data.manifest: {source.shown} is missing: write it with python -m data.manifest")
+            self._named = named
+
+    def entry(self, source: Source) -> Entry | None:
+        return self._named.get(source.location) or self._beside(source).get(source.name)
+
+    def matching(self, pattern: str) -> list[str]:
+        """List the locations of shards that are counted and that a path or a glob matches."""
+        found = [location for location in self._named if _matches(location, pattern)]
+        folder, slash, name = pattern.rpartition("/")
+        folders = (local_glob(folder) if folder else [""]) if Source(pattern).is_local else [folder]
+        for one in folders:
+            start = f"{one}{slash}"
+            found += [start + known for known in self._beside(Source(start + name)) if _matches(known, name)]
+        return found
+
+    def _beside(self, source: Source) -> dict[str, Entry]:
+        """Read the files in a shard's folder: manifest.json and, for what it does not count, sizes.json."""
+        place = source.beside(NAME)
+        if place not in self._folders:
+            found = [self._read(one) for one in (source.beside(SIZES), place) if one is not None]
+            self._folders[place] = {name: entry for own in found for name, entry in own.items()}
+        return self._folders[place]
+
+    def _read(self, place: Source) -> dict[str, Entry]:
+        try:
+            return _read(place, self._patience) or {}
+        except DataError:
+            if self._rewriting:
+                return {}
+            raise
+
+
+def _matches(location: str, pattern: str) -> bool:
+    """Whether a glob matches, part by part of a path: * matches no slash."""
+    parts, patterns = location.split("/"), pattern.split("/")
+    return location == pattern or (
+        len(parts) == len(patterns) and all(fnmatchcase(part, own) for part, own in zip(parts, patterns, strict=True))
+    )
 
 
 def _read(source: Source, patience: Patience) -> dict[str, Entry] | None:
@@ -99,17 +143,29 @@ def _parsed(value: Any) -> Entry:
     return entry
 
 
-def write(sources: Iterable[Source], out: Path | None) -> list[str]:
-    """Write the manifests of these shards; returns an error line for each invalid one, which is left out."""
+def write(sources: Iterable[Source], out: Path | None, before: Counts) -> list[str]:
+    """Write the manifests of these shards; returns an error line for each invalid one, which is left out.
+
+    Absent shards, among them those that the manifests until now (before) count, are left out with a warning; empty
+    ones are counted with 0 samples.
+    """
     from tqdm import tqdm
 
     entries: dict[Path, dict[str, Entry]] = {}
     failed: list[str] = []
     with tqdm(list(sources), unit="shard", disable=None) as progress:
         for source in progress:
+            place = out or _adjacent(source)
+            if source.absent:
+                entry = before.entry(source)
+                lost = "" if entry is None else f", and had {entry.count:,} samples by the manifest until now"
+                print(f"warning: {source.shown} is missing{lost}: it is left out", file=sys.stderr)
+                continue
             try:
-                place = out or _adjacent(source)
-                entries.setdefault(place, {})[source.location if out else source.name] = _entry_at(source)
+                entry = _entry_at(source)
+                entries.setdefault(place, {})[source.location if out else source.name] = entry
+                if not entry.count:
+                    print(f"warning: {source.shown} holds no samples", file=sys.stderr)
             except (DataError, Absent) as error:
                 failed.append(short(error))
     for place, own in entries.items():
@@ -131,8 +187,19 @@ def _entry_at(source: Source) -> Entry:
     return entry_of(copies.get(source))
 
 
-def _suffixes(folder: Path) -> list[str]:
-    return [suffix for suffix in SUFFIXES if any(folder.glob(suffix))] or [SUFFIXES[0]]  # the pattern for the error
+def _named(shards: Sequence[str], counts: Counts) -> list[Source]:
+    """List the shards in folders, and those that patterns name, also if they are absent."""
+    found: list[Source] = []
+    for pattern in shards:
+        folder = user_path(pattern)
+        if folder.is_dir() and Source(pattern).is_local:
+            suffixes = [suffix for suffix in SUFFIXES if any(folder.glob(suffix))]
+            if not suffixes:
+                raise DataError(f"{folder} {in_place_of_a_folder(folder)}")
+            found += expand([f"{folder}/{suffix}" for suffix in suffixes], counted=counts.matching)
+        else:  # a command typed here is intended
+            found += expand(pattern, allow_pipe=True, counted=counts.matching, gaps=True)
+    return found
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -143,13 +210,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="one file for all of them, with full locations as names")
     args = parser.parse_args(words)
     try:
-        sources: list[Source] = []
-        for pattern in args.shards:
-            if Path(pattern).is_dir():
-                sources += expand([str(Path(pattern) / suffix) for suffix in _suffixes(Path(pattern))])
-            else:
-                sources += expand(pattern, allow_pipe=True)  # a command typed here is intended
-        failed = write(sources, args.out)
+        before = Counts(None, rewriting=True)
+        failed = write(_named(args.shards, before), None if args.out is None else user_path(args.out), before)
     except (ValueError, OSError, DataError) as error:
         print(f"error: {short(error)}", file=sys.stderr)
         return 3 if isinstance(error, DataError) else 2

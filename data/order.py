@@ -1,11 +1,13 @@
 """Define the order of samples as a pure function of the configuration, so that one integer resumes it.
 
 Shards are permuted by (seed, epoch) and dealt to a fixed number of *lanes*. A lane is an endless, deterministic
-stream of samples. Every global batch takes the same number of samples from each lane, and each lane belongs to one
-rank. So the content of global batch b does not depend on the number of ranks or workers, or on where the run was
-stopped. With several shard sets, each set has its own streams, which a lane mixes by `Mixture`. All random draws are
-computed from keys, not from a generator whose state could be lost. WebDataset's own shuffling is not used, because it
-repeats one shard order every epoch and loses its buffer when a run stops.
+stream of samples. Every global batch takes the same number of samples from each lane, and each rank an equal,
+consecutive part of the batch. So the content of global batch b does not depend on the number of ranks or workers, or on
+where the run was stopped. If there are more lanes than shards, each shard is split into *parts*, by sample, which are
+permuted and dealt in place of the shards; empty shards are left out. With several shard sets, each set has its own
+streams, which a lane mixes by `Mixture`. All random draws are computed from keys, not from a generator whose state
+could be lost. WebDataset's own shuffling is not used, because it repeats one shard order every epoch and loses its
+buffer when a run stops.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def default_lanes(batch_size: int, shards: int) -> int:
 
     shards: of the smallest set. The number of ranks has no part in it: it may change when a run is resumed.
     """
-    return max(lanes for lanes in range(1, min(MOST_LANES, shards) + 1) if batch_size % lanes == 0)
+    most = max(min(MOST_LANES, shards), 1)
+    return max(lanes for lanes in range(1, most + 1) if batch_size % lanes == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Visit:
     shard: int  # counted over all sets
     index: int  # of the sample in its shard's own (unshuffled) order
     lane: int
-    before: int  # samples of the shard visited earlier in this epoch
+    before: int  # samples of the shard (or of its part that the lane reads) visited earlier in this epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class SampleOrder:
     """Computes which samples global batch b contains, from the shards' sizes alone.
 
     sets: the shards and the weight of each set; empty: all shards are one set.
-    Raises ValueError if a set has fewer shards than there are lanes (some lanes would be empty), or if the batch size
+    Raises ValueError if a set has fewer samples than there are lanes (some lanes would be empty), or if the batch size
     is not a multiple of the lanes.
     """
 
@@ -94,30 +97,22 @@ class SampleOrder:
 
     def batch(self, number: int, *, rank: int = 0, ranks: int = 1) -> list[Visit]:
         """List this rank's visits of global batch `number`, ordered by position."""
-        if self.lanes % ranks:
+        if self.batch_size % ranks:
+            fitting = lcm(self.lanes, ranks)
             raise ValueError(
-                f"data.lanes is {self.lanes}, expected a multiple of the {ranks} ranks: {self._lanes_for(ranks)}"
+                f"data.batch_size is {self.batch_size}, expected a multiple of the {ranks} ranks: give "
+                f"data.batch_size={-(-self.batch_size // fitting) * fitting}"
             )
-        own = self.lanes // ranks
+        own = self.batch_size // ranks
         return [
             self._visit(lane, number * self.per_lane + place, number * self.batch_size + lane * self.per_lane + place)
-            for lane in range(rank * own, (rank + 1) * own)
-            for place in range(self.per_lane)
+            for lane, place in (divmod(row, self.per_lane) for row in range(rank * own, (rank + 1) * own))
         ]
 
     def shards_from(self, visit: Visit) -> Iterator[int]:
         """Yield, endlessly, the shards that the visit's lane reads in its set, beginning with the visited one."""
-        own = next(own for own in self._sets if visit.shard < own.first + len(own.sizes))
+        own = next(own for own in self._sets if visit.shard < own.first + own.shards)
         return own.shards_from(visit)
-
-    def _lanes_for(self, ranks: int) -> str:
-        """Say what to change so that every rank gets as many lanes."""
-        shards = min(len(own.sizes) for own in self._sets)
-        if shards < ranks:
-            return f"split the data into at least {ranks} shards, or start fewer ranks"
-        if fitting := [lanes for lanes in range(ranks, shards + 1, ranks) if self.batch_size % lanes == 0]:
-            return f"give data.lanes={max(fitting)}"
-        return f"give data.lanes={ranks} and data.batch_size={-(-self.batch_size // ranks) * ranks}"
 
     def _visit(self, lane: int, lane_position: int, position: int) -> Visit:
         which, set_position = self._mixture.place(lane, lane_position)
@@ -128,15 +123,20 @@ class SetOrder:
     """The lanes' streams through one shard set. first: the number of its first shard among all."""
 
     def __init__(self, sizes: Sequence[int], *, lanes: int, seed: int, first: int = 0, name: str | None = None) -> None:
-        if not 1 <= lanes <= len(sizes):
-            of = "" if name is None else f" in set {name}"
+        of = "" if name is None else f" in set {name}"
+        if not any(sizes):
+            raise ValueError(f"there are no samples{of}: give shards that hold some")
+        if not 1 <= lanes <= sum(sizes):
             raise ValueError(
-                f"data.lanes is {lanes} but there are {len(sizes)} shards{of}: leave data.lanes out, or give 1 to "
-                f"{len(sizes)}"
+                f"data.lanes is {lanes} but there are {sum(sizes)} samples{of}: leave data.lanes out, or give 1 to "
+                f"{sum(sizes)}"
             )
-        if min(sizes) < 1:
-            raise ValueError("a shard is empty: remove it from the list of shards")
-        self.sizes, self.lanes, self.first = tuple(sizes), lanes, first
+        self.shards, self.lanes, self.first = len(sizes), lanes, first
+        # The fewest parts per shard of which no lane is without one: 1 if there are as many shards as lanes.
+        self.per_shard = next(parts for parts in itertools.count(1) if sum(min(size, parts) for size in sizes) >= lanes)
+        self._parts = [(shard, part) for shard, size in enumerate(sizes) for part in range(min(size, self.per_shard))]
+        self._numbers = {part: number for number, part in enumerate(self._parts)}
+        self.sizes = tuple(len(range(part, sizes[shard], self.per_shard)) for shard, part in self._parts)
         # A set's random draws do not depend on other sets, so adding a set does not change them.
         self._key = (seed,) if name is None else (seed, name)
         self._epoch_starts = [[0] for _ in range(lanes)]  # per lane: its position at which each epoch begins
@@ -147,28 +147,33 @@ class SetOrder:
         """Locate a lane's sample `set_position` of this set. position: of the visit in the run's global order."""
         epoch = self._epoch_at(lane, set_position)
         offset = set_position - self._epoch_starts[lane][epoch]
-        shards, ends = self._table(lane, epoch)
+        numbers, ends = self._table(lane, epoch)
         which = bisect.bisect_right(ends, offset)
-        shard = shards[which]
-        before = offset - (ends[which] - self.sizes[shard])
-        order = permutation(self.sizes[shard], "samples", *self._key, epoch, shard)
-        return Visit(position, epoch, self.first + shard, order[before], lane, before)
+        number = numbers[which]
+        before = offset - (ends[which] - self.sizes[number])
+        order = permutation(self.sizes[number], "samples", *self._key, epoch, number)
+        shard, part = self._parts[number]
+        return Visit(position, epoch, self.first + shard, part + order[before] * self.per_shard, lane, before)
 
     def shards_from(self, visit: Visit) -> Iterator[int]:
-        own = self._lane_shards(visit.lane, visit.epoch)
-        yield from (self.first + shard for shard in own[own.index(visit.shard - self.first) :])
+        visited = self._numbers[visit.shard - self.first, visit.index % self.per_shard]
+        own = self._lane_parts(visit.lane, visit.epoch)
+        yield from (self._shard(number) for number in own[own.index(visited) :])
         for epoch in itertools.count(visit.epoch + 1):
-            yield from (self.first + shard for shard in self._lane_shards(visit.lane, epoch))
+            yield from (self._shard(number) for number in self._lane_parts(visit.lane, epoch))
+
+    def _shard(self, number: int) -> int:
+        return self.first + self._parts[number][0]
 
     def _table(self, lane: int, epoch: int) -> tuple[Sequence[int], list[int]]:
-        """Return the lane's shards in an epoch and the offset at which each one ends; the last table is cached."""
+        """Return the lane's parts in an epoch and the offset at which each one ends; the last table is cached."""
         kept = self._tables.get(lane)
         if kept is None or kept[0] != epoch:
-            shards = self._lane_shards(lane, epoch)
-            kept = self._tables[lane] = (epoch, shards, list(itertools.accumulate(self.sizes[one] for one in shards)))
+            parts = self._lane_parts(lane, epoch)
+            kept = self._tables[lane] = (epoch, parts, list(itertools.accumulate(self.sizes[one] for one in parts)))
         return kept[1], kept[2]
 
-    def _lane_shards(self, lane: int, epoch: int) -> Sequence[int]:
+    def _lane_parts(self, lane: int, epoch: int) -> Sequence[int]:
         return permutation(len(self.sizes), "shards", *self._key, epoch)[lane :: self.lanes]
 
     def _epoch_at(self, lane: int, set_position: int) -> int:
@@ -176,11 +181,11 @@ class SetOrder:
         starts = self._epoch_starts[lane]
         with self._growing:
             while starts[-1] <= set_position:
-                starts.append(starts[-1] + self._length(self._lane_shards(lane, len(starts) - 1)))
+                starts.append(starts[-1] + self._length(self._lane_parts(lane, len(starts) - 1)))
         return bisect.bisect_right(starts, set_position) - 1
 
-    def _length(self, shards: Iterable[int]) -> int:
-        return sum(self.sizes[shard] for shard in shards)
+    def _length(self, parts: Iterable[int]) -> int:
+        return sum(self.sizes[part] for part in parts)
 
 
 class Mixture:

@@ -6,8 +6,6 @@ To add a column (precomputed latents, a hint, sizes): a reader that returns it. 
 from __future__ import annotations
 
 import io
-import json
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,14 +13,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from data.captions import find_captions
 from data.config import DataConfig
 from data.order import keyed_hash
-from data.shards import IMAGE_EXTENSIONS, BadSampleError, RawSample
+from data.shards import BadSampleError, RawSample
 
 IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
 MOST_PIXELS = 64_000_000
-LONGEST_CAPTION = 64 << 10  # bytes of UTF-8
-CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), " ")  # Unicode's category Cc
+UNUSED, NAMES = "unused", "names"
 
 Tokenize = Callable[[list[str]], Tensor]
 Column = Tensor | list[Any]  # B x ..., or B values
@@ -32,7 +30,11 @@ class Reader(Protocol):
     """Pure functions, called by several threads at once."""
 
     def read(self, raw: RawSample) -> Mapping[str, Any]:
-        """Decode one sample. Raises BadSampleError if it cannot be used."""
+        """Decode one sample. Raises BadSampleError if it cannot be used.
+
+        Under UNUSED, it may list what of a usable sample cannot be used, and under NAMES those of config.image_keys and
+        config.caption_keys that the sample has; the loader reports the one, and names that no sample has.
+        """
         ...
 
     def collate(self, samples: Sequence[Mapping[str, Any]], positions: Sequence[int] | None) -> dict[str, Column]:
@@ -47,11 +49,13 @@ class ImageCaptionReader:
     """Columns pixels, B x 3 x S x S float32 in [-1, 1]; captions, B strings; and tokens, B x L, with a tokenizer."""
 
     def __init__(self, config: DataConfig, *, seed: int, tokenize: Tokenize | None = None) -> None:
-        self.image_size, self.any_caption = config.image_size, config.captions == "any"
+        self.config, self.image_size, self.any_caption = config, config.image_size, config.captions == "any"
         self.seed, self.tokenize = seed, tokenize
 
     def read(self, raw: RawSample) -> dict[str, Any]:
-        return {"pixels": decode_pixels(raw, self.image_size), "captions": read_captions(raw)}
+        texts, unused, names = find_captions(raw, self.config)
+        names |= {key for key in self.config.image_keys if key.strip(".").lower() in raw.endings}
+        return {"pixels": decode_pixels(raw, self.image_size), "captions": texts, UNUSED: unused, NAMES: names}
 
     def collate(self, samples: Sequence[Mapping[str, Any]], positions: Sequence[int] | None) -> dict[str, Column]:
         captions = [self._caption(sample["captions"], row, positions) for row, sample in enumerate(samples)]
@@ -71,9 +75,7 @@ def decode_pixels(raw: RawSample, image_size: int) -> Tensor:
 
     Raises BadSampleError if there is no image or it does not decode.
     """
-    data = next((raw.members[extension] for extension in IMAGE_EXTENSIONS if extension in raw.members), None)
-    if data is None:
-        raise BadSampleError(f"no image among its members {sorted(raw.members)}")
+    data = raw.picture
     try:
         # Only these formats: Pillow would pass others, such as EPS, to external programs.
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
@@ -117,37 +119,3 @@ def square(image: Image.Image, size: int) -> Image.Image:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
-
-
-def read_captions(raw: RawSample) -> list[str]:
-    """Read all captions, best first: the .txt, then json["caption"] and json["captions"], each once.
-
-    Captions are normalised to NFC, and control characters become spaces. Raises BadSampleError for a caption that is
-    not UTF-8, not text or above 64 KiB, or if all are empty: those would teach that the prompt means nothing.
-    """
-    found: list[Any] = []
-    try:
-        if "txt" in raw.members:
-            found.append(raw.members["txt"].decode("utf-8-sig"))  # without a byte-order mark
-        if "json" in raw.members:
-            record = json.loads(raw.members["json"].decode("utf-8-sig"))
-            more: Any = record.get("captions") or []
-            found += [record.get("caption") or "", *(more if isinstance(more, list) else [more])]
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise BadSampleError(f"its caption or json does not parse ({error})") from error
-    captions = list(dict.fromkeys(text for caption in found if (text := _clean(caption))))
-    if not captions:
-        raise BadSampleError("no caption (neither in .txt nor in .json)")
-    return captions
-
-
-def _clean(caption: Any) -> str:
-    if not isinstance(caption, str):
-        raise BadSampleError("a caption is not text")
-    if caption.isascii() and caption.isprintable() and len(caption) <= LONGEST_CAPTION:  # nearly all: nothing to clean
-        return caption.strip()
-    if unpaired := next((character for character in caption if "\ud800" <= character <= "\udfff"), None):
-        raise BadSampleError(f"a caption contains an unpaired surrogate ({unpaired!r}), which no tokenizer can read")
-    if len(caption.encode()) > LONGEST_CAPTION:
-        raise BadSampleError(f"a caption has {len(caption.encode()):,} bytes, more than {LONGEST_CAPTION:,}")
-    return unicodedata.normalize("NFC", caption.translate(CONTROLS)).strip()

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from data.config import ReadingConfig
+from data.config import ReadingConfig, SampleConfig
 from data.fetch import PATIENCE, Absent, Cache, Patience
 from data.manifest import Entry, entries_for, mismatch
-from data.shards import RawSample, Shard
+from data.shards import USUAL, RawSample, Shard
 from data.sources import Source, short
 from ldm.errors import DataError
+from ldm.files.paths import user_path
 
 AHEAD = 2  # shards made ready at once in the background
 
@@ -27,7 +28,8 @@ class ShardStore:
     unreadable one raises DataError at each use, until `keep` others have been opened.
 
     keep: how many are kept open; keep_copies: the minimum number of copies of remote shards to keep. on_damage(line):
-    called once for each shard that differs from its manifest.
+    called once for each shard that differs from its manifest. samples: what makes a sample. Absent and empty shards
+    that nothing counts have size 0.
     Raises DataError for a remote shard that no manifest counts, and if counting fails.
     """
 
@@ -40,8 +42,11 @@ class ShardStore:
         keep_copies: int,
         on_damage: Callable[[str], None],
         patience: Patience = PATIENCE,
+        samples: SampleConfig = USUAL,
     ) -> None:
+        self._samples = samples
         self.sources, self.keep, self.on_damage = list(sources), keep, on_damage
+        self.absent = {number for number, source in enumerate(self.sources) if source.absent}  # at the start
         self._open: OrderedDict[int, Future[Shard]] = OrderedDict()  # most recently used last
         self._begun: set[int] = set()  # prepared, or being prepared, until dropped
         self._verified: set[int] = set()
@@ -51,15 +56,19 @@ class ShardStore:
         self._tries = patience.tries
         entries = entries_for(self.sources, manifest=config.manifest, patience=patience)
         if not all(source.is_local for source in self.sources):
-            folder = Path(config.cache) if config.cache is not None else None
+            folder = user_path(config.cache) if config.cache is not None else None
             self._cache = Cache(folder, most=int(config.cache_gb * 1e9), keep=keep_copies, patience=patience)
+        self.empty: dict[int, str] = {}  # shards without samples, and what they are
         self._entries = [entry or self._counted(number) for number, entry in enumerate(entries)]
         self.sizes = [entry.count for entry in self._entries]
+        for number, source in enumerate(self.sources):
+            if not self.sizes[number] and not source.absent:
+                self.empty.setdefault(number, "holds no samples, as its manifest says")
 
     @property
     def contents(self) -> str | None:
-        """Digest of the SHA-256s of all shards from their manifests; None if any is missing."""
-        digests = [entry.sha256 for entry in self._entries]
+        """Digest of the SHA-256s of all shards with samples from their manifests; None if any is missing."""
+        digests = [entry.sha256 for entry in self._entries if entry.count]
         return None if None in digests else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     def __getitem__(self, number: int) -> Shard:
@@ -144,7 +153,7 @@ class ShardStore:
     def _opened(self, source: Source, number: int) -> Shard:
         entry = self._entries[number]
         path, problem = self._verified_path(source, number, entry)
-        shard = Shard(path, expected=entry.count, name=source.shown)
+        shard = Shard(path, expected=entry.count, name=source.shown, samples=self._samples)
         # Once per process, even if the shard is opened again.
         if (problem or shard.damage) and number not in self._verified:
             self.on_damage(f"shard {shard.name}: {'; '.join(filter(None, (problem, shard.damage)))}")
@@ -169,12 +178,17 @@ class ShardStore:
 
     def _counted(self, number: int) -> Entry:
         source = self.sources[number]
+        if source.absent:
+            return Entry(0)
         if not source.is_local:
             raise DataError(
                 f"the number of samples in {source.shown} is unknown: run python -m data.manifest SHARDS --out "
                 "manifest.json, with all shards of this kind as configured, and set data.manifest=manifest.json"
             )
-        shard = Shard(Path(source.location))
+        shard = Shard(Path(source.location), samples=self._samples)
+        if not len(shard):
+            self.empty[number] = shard.emptiness
+            return Entry(0)
         self._reserve(number)[0].set_result(shard)
         self._verified.add(number)
         return Entry(len(shard))

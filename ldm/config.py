@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from ldm.files.messages import did_you_mean, one_line
+from ldm.files.paths import user_path
 
 Config = TypeVar("Config")
 BY_KIND: Any = Field(discriminator="kind")  # for unions of dataclasses: Annotated[A | B, BY_KIND]
@@ -32,7 +33,7 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
 def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain values of a YAML file, `section.key=value` words applied. Raises ValueError as load_config does."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        tree = yaml.safe_load(user_path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"config {path} cannot be read ({error.strerror}): see the files in configs/") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -108,10 +109,7 @@ def _first_error(error: ValidationError, kind: type, tree: Any) -> str:
     place = _keys(first["loc"][1:], tree)
     where = ".".join(place)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(kind)
-        near = did_you_mean(place[-1], known)
-        hint = f"did you mean {near}?" if near else f"known keys: {', '.join(sorted(known))}"
-        return f"unknown key {where}; {hint}"
+        return f"unknown key {where}; {_known_instead(kind, place)}"
     message = first["msg"].removeprefix("Value error, ")
     given = "" if first["type"] in ("missing", "value_error") else f" (given {reprlib.repr(first['input'])})"
     return (f"{where}: {message}{given}" if where else message) + _nearest(first)
@@ -137,14 +135,31 @@ def _nearest(error: Any) -> str:
     return f"; did you mean {near}?" if near else ""
 
 
-def _known_keys(kind: Any) -> set[str]:
-    """Collect the field names of a dataclass and of the dataclasses nested in it."""
-    found: set[str] = set()
-    if dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
-        for entry in dataclasses.fields(kind):
-            found |= {entry.name} | _known_keys(hints[entry.name])
-    else:
-        for inner in get_args(kind):
-            found |= _known_keys(inner)
-    return found
+def _known_instead(kind: type, place: Sequence[str]) -> str:
+    """Suggest a key in place of an unknown one: of its own section or, for one without a section, of any."""
+    *sections, key = place
+    kinds, elsewhere = _dataclasses(kind), list[str]()
+    for section in sections:  # numbers of a list's items, and the kinds of a union, are no sections
+        inner = [get_type_hints(one)[section] for one in kinds if section in _keys_of([one])]
+        kinds = [found for hint in inner for found in _dataclasses(hint)] or kinds
+    known = _keys_of(kinds)
+    if near := did_you_mean(key, known):
+        return f"did you mean {near}?"
+    for section in () if sections else sorted(known):
+        hints = [get_type_hints(one)[section] for one in kinds if section in _keys_of([one])]
+        if key in _keys_of([found for hint in hints for found in _dataclasses(hint)]):
+            elsewhere.append(f"{section}.{key}")
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"known keys{' of ' + '.'.join(sections) if sections else ''}: {', '.join(sorted(known))}"
+
+
+def _keys_of(kinds: Sequence[Any]) -> set[str]:
+    return {entry.name for kind in kinds for entry in dataclasses.fields(kind)}
+
+
+def _dataclasses(hint: Any) -> list[Any]:
+    """List the dataclasses of a type: itself, or those of a union or a collection."""
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return [found for inner in get_args(hint) for found in _dataclasses(inner)]

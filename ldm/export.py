@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import OneLineParser, run_command
+from ldm.files.paths import user_path
 from ldm.inference.flags import precision_argument
 from ldm.inference.options import FORMATS
 from ldm.interop.hub_cache import model_path
@@ -109,7 +110,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.prog = "python -m ldm.export"
     add = parser.add_argument
     add("source", type=model_path, help="a run, as runs/NAME; a model's folder; or a single file")
-    add("target", type=Path, help="what to write; an older export there is replaced")
+    add("target", type=user_path, help="what to write; an older export there is replaced")
     add("--format", choices=FORMATS, default="diffusers", help="a folder (default), or one file and its .yaml")
     add("--dtype", type=precision_argument, metavar="NAME", help="of the weights: fp32 (default), bf16 or fp16")
     add("--fp16", action="store_true", help="half the size; the same as --dtype fp16")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.launching import DIT, IMAGE, TEXT, UNET, VAE, denoiser_config, losses, start, write_config
+from helpers.shard_zoo import packed
 from safetensors.torch import load_file
 
 from data.shards import Shard
@@ -225,6 +226,54 @@ def test_a_broken_picture_is_named_and_counted(workshop, few_emoji, write_tar):
     assert "bad sample: 000000000 in" in finished.stdout and "the image does not decode" in finished.stdout
     lines = (workshop / "runs/broken/metrics.jsonl").read_text().splitlines()
     assert [record for record in map(json.loads, lines) if "loss" in record][-1]["bad_samples"] == 1
+
+
+@pytest.fixture(scope="module")
+def odd_shards(workshop: Path, few_emoji: str) -> str:
+    """Shards as people have them, in a folder with brackets, named from the home folder: of three one is lost and one
+    is empty; captions are too long, and one json is broken."""
+    folder = workshop / "my set [v2]"
+    folder.mkdir()
+    raw = [Shard(path)[index] for path in sorted(Path(few_emoji).parent.glob("*.tar.gz")) for index in range(8)]
+    members: list[tuple[str, bytes]] = []
+    for number, one in enumerate(raw):
+        members += [(f"{number}.webp", one.picture), (f"{number}.txt", b"many things, " * 20 + str(number).encode())]
+    (folder / "00000.tar").write_bytes(packed(*members, ("3.json", b"{broken")))
+    (folder / "00001.tar").touch()
+    return f"~/{os.path.relpath(folder, Path.home())}/{{00000..00002}}.tar"
+
+
+def test_one_shard_trains_two_ranks_without_validation_or_preview(workshop, odd_shards):
+    """From ~, with a gap that is allowed; and it is as on one rank. What is lost or cut is said and recorded."""
+    runs = f"~/{os.path.relpath(workshop, Path.home())}/runs"
+    sections = ["validation=null", "preview=null", f"model.vae={runs}/vae", f"model.text={runs}/clip", "data.lanes=1"]
+    words = ["ldm/train.py", "--config", str(workshop / "dit.yaml"), f"run.folder={runs}", f"data.shards={odd_shards}"]
+    refused = start([*words, *sections, "run.name=refused"])
+    assert refused.returncode == 3 and "set data.max_missing_shards=0.34" in refused.stderr
+    for name, launcher in (("shared", "torchrun"), ("alone", "python")):
+        done = start([*words, *sections, f"run.name={name}", "data.max_missing_shards=0.34"], launcher=launcher)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for told in ("00002.tar: it is missing, with an unknown", "00001.tar: it holds no samples", "no section valid"):
+            assert done.stdout.count(told) == 1, done.stdout
+        assert done.stdout.count("16 of the first 16 captions are longer than the text encoder's 32 tokens") == 1
+        assert 1 <= done.stdout.count("remark: 3 in ") <= (1 if launcher == "python" else 2)  # each rank, once
+        assert "its json does not parse" in done.stdout
+    assert losses(workshop, "shared") == pytest.approx(losses(workshop, "alone"), abs=1e-4)
+    run = workshop / "runs" / "shared"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {record["captions_cut"] for record in records if "loss" in record} == {1.0}
+    assert {record["step"] for record in records if "loss" not in record} == {0, 5, 10}
+    listed = "".join((run / "bad_samples.jsonl").read_text().splitlines())
+    assert "00002.tar" in listed and "00001.tar" in listed
+    assert (run / "model" / "model_index.json").exists() and not list((run / "samples").iterdir())
+
+
+def test_an_autoencoder_trains_without_validation(workshop, odd_shards):
+    words = ["vae/train.py", "--config", str(workshop / "vae.yaml"), "run.steps=2", "run.name=unmeasured"]
+    done = start([*words, "validation=null", f"data.shards={odd_shards}", "data.max_missing_shards=0.34"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "validation PSNR" not in done.stdout
+    assert (workshop / "runs" / "unmeasured" / "vae" / "config.json").exists()
 
 
 @pytest.mark.parametrize(("launcher", "stage"), [("deepspeed", 2), ("torchrun", 3)])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ldm.files.paths import user_path
 from ldm.inference.options import DrawOptions, parse_embedding_argument, parse_lora_argument
 from ldm.inference.parameter import Range, parameters
 from ldm.inference.pictures import read_picture
@@ -28,12 +29,12 @@ def add_options(parser: ArgumentParser, *, weights: Path) -> None:
     add("--ckpt", "--model", type=model_path, default=weights, metavar="PATH",
         help="model: a run, a folder in diffusers' layout, or Stable Diffusion 1 or 2 in a single file, "
         ".safetensors or .ckpt; or the name of one in the Hub's cache (default: weights/emoji64 next to this file)")
-    add("--from-file", "--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
+    add("--from-file", "--prompts", type=user_path, metavar="FILE", help="text file with one prompt per line")
     add("--n-samples", "--batch-size", type=int, default=4, metavar="N",
         help="pictures per prompt (default: %(default)s)")
     add("--n-iter", "--images-per-prompt", type=int, default=1, metavar="N",
         help="how often to draw n-samples pictures of each prompt (default: %(default)s)")
-    add("--outdir", "--output", type=Path, default=Path("outputs"), metavar="DIR", help="(default: %(default)s)")
+    add("--outdir", "--output", type=user_path, default=Path("outputs"), metavar="DIR", help="(default: %(default)s)")
     add("--precision", "--dtype", type=precision_or_auto, default="auto", metavar="NAME",
         help="fp32 (or float32, full), bf16 (bfloat16, autocast), or on a GPU fp16 (float16, half), which leaves the "
         "autoencoder in fp32 (default: auto: bf16 on a GPU that has it, fp16 on another, fp32 on a CPU)")
@@ -59,7 +60,7 @@ def add_model_options(parser: ArgumentParser) -> None:
         "a model that has one, in a folder or a file")
     add("--lora", action="append", default=[], metavar="PATH[:X]",
         help="LoRA, and its strength (default: 1); may be repeated")
-    add("--lora-folder", type=Path, action="append", default=[], metavar="DIR",
+    add("--lora-folder", type=user_path, action="append", default=[], metavar="DIR",
         help="folder of the LoRAs that prompts name, as in <lora:style:0.8>; may be repeated")
     add("--embedding", "--embeddings", action="append", default=[], metavar="PATH",
         help="textual inversion, used by its name in a prompt: a file, NAME=FILE, or a folder; may be repeated")
@@ -92,7 +93,7 @@ def add_parameters(parser: ArgumentParser) -> None:
                 *about.flags,
                 dest=name,
                 action="append" if name == "prompt" else "store",
-                type=Path if name in PICTURES else about.kind,
+                type=user_path if name in PICTURES else about.kind,
                 nargs=len(about.metavar) if isinstance(about.metavar, tuple) else None,
                 choices=about.choices or None,
                 metavar=about.metavar,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.files.messages import unknown_name
+from ldm.files.paths import user_path
 from ldm.inference.parameter import Range, check_ranges, keys_of, parameter
 
 WEIGHTINGS = ("none", "a1111")  # of words in a prompt
@@ -120,7 +121,7 @@ def parse_embedding_argument(text: str) -> tuple[Path, str]:
         name, path = "", text
     if not path.strip() or (equals and path != text and not name.strip()):
         raise ValueError(f"the embedding is {text!r}, expected a file or a folder, or NAME=FILE")
-    return Path(path), name.strip()
+    return user_path(path), name.strip()
 
 
 def parse_lora_argument(text: str) -> tuple[Path, float]:
@@ -142,4 +143,4 @@ def parse_lora_argument(text: str) -> tuple[Path, float]:
         raise ValueError(
             f"the strength of LoRA {path} is {number}, expected -{MAX_LORA_STRENGTH} to {MAX_LORA_STRENGTH}"
         )
-    return Path(path), strength
+    return user_path(path), strength

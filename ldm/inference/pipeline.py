@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.denoisers import Condition, Denoiser, choose_attention, describe_attention
 from ldm.diffusion import Prediction
+from ldm.files.paths import user_path
 from ldm.inference.contact_sheet import to_images
 from ldm.inference.course import Course, course_of
 from ldm.inference.guiding import guided
@@ -146,8 +147,8 @@ class TextToImage:
         precision = choose_precision(dtype, place)
         options = LoadOptions(
             vae=None if vae is None else model_path(vae), text=None if text is None else model_path(text),
-            lora=[(Path(file), strength) for file, strength in lora], ema=ema, prediction=prediction,
-            lora_folders=[Path(folder) for folder in lora_folders],
+            lora=[(user_path(file), strength) for file, strength in lora], ema=ema, prediction=prediction,
+            lora_folders=[user_path(folder) for folder in lora_folders],
             embeddings=[embedding_source(given) for given in embeddings],
         )  # fmt: skip
         of_vae = dtype_of(of_autoencoder(precision))
@@ -163,6 +164,7 @@ class TextToImage:
         An older export is replaced once the new one is complete. Raises ValueError if the format cannot hold the model,
         and for another precision of a model that was loaded in bf16: its weights are already rounded.
         """
+        path = user_path(path)
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, expected {' or '.join(FORMATS)}")
         wanted = self.precision if dtype is None else precision_named(dtype)
@@ -175,10 +177,10 @@ class TextToImage:
         if format == "diffusers":
             from ldm.interop.model_card import CARD, model_card  # imports PyYAML, which drawing does not need
 
-            card = model_card(self.parts, name=Path(path).resolve().name, dtype=stored)
-            write_folder(self.parts, Path(path), dtype=stored, beside={CARD: card.encode()})
+            card = model_card(self.parts, name=path.resolve().name, dtype=stored)
+            write_folder(self.parts, path, dtype=stored, beside={CARD: card.encode()})
         else:
-            write_single_file(self.parts, Path(path), dtype=stored)
+            write_single_file(self.parts, path, dtype=stored)
 
     def __call__(
         self, prompt: str, *, n: int = 1, progress: Progress | None = None, **settings: Any

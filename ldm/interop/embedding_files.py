@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.files.paths import user_path
 from ldm.interop.pickles import TENSORS, is_pickle, load_plain
 from ldm.interop.weight_reader import FLOATS, is_finite, open_weights
 from ldm.model.conditioner import Conditioner
@@ -39,7 +40,7 @@ class EmbeddingSource:
 def embedding_source(given: str | Path | tuple[str | Path, str]) -> EmbeddingSource:
     """Create a source of a path, or of a file and a name for it."""
     path, name = given if isinstance(given, tuple) else (given, "")
-    return EmbeddingSource(path=Path(path), name=name)
+    return EmbeddingSource(path=user_path(path), name=name)
 
 
 def with_embeddings(conditioner: Conditioner, sources: Sequence[EmbeddingSource]) -> Conditioner:

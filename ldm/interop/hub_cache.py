@@ -11,6 +11,8 @@ import os
 import re
 from pathlib import Path
 
+from ldm.files.paths import user_path
+
 MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BLOB = re.compile(r"[0-9a-f]+")  # git's or SHA-256's digits
 SNAPSHOTS, BLOBS, PREFIX = "snapshots", "blobs", "models--"
@@ -19,7 +21,7 @@ SNAPSHOTS, BLOBS, PREFIX = "snapshots", "blobs", "models--"
 def model_path(given: str | Path) -> Path:
     """Return the path itself if it exists, or is no name of a model on the Hub; otherwise its folder in the cache, if
     that has one."""
-    path = Path(given)
+    path = user_path(given)
     return path if path.exists() else _newest_snapshot(path) or path
 
 

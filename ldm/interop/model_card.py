@@ -129,7 +129,7 @@ def model_card(
     dtype: of the weights as written. length: of the average, if it is not the run's own. files: of licences beside it.
     """
     config, whose = _training_config(published(parts.notes)), ownership(parts)
-    prompts = config["preview"]["prompts"] if config else ("a red apple",)
+    prompts = config["preview"]["prompts"] if config and config.get("preview") else ("a red apple",)
     size = parts.sample_size * parts.model.vae.config.factor
     layout = layout_of(parts.config)
     common = {
@@ -182,7 +182,7 @@ def _sources(publish: PublishConfig, files: Sequence[str]) -> str:
 def _training_config(notes: str) -> dict[str, Any] | None:
     """Parse the configuration of a run of ldm/train.py; None for empty notes, or those of another program."""
     tree = read_tree(notes)
-    sections = [tree.get(name) for name in ("run", "data", "validation", "model", "optim", "preview")]
+    sections = [tree.get(name) for name in ("run", "data", "model", "optim")]  # the others may be left out
     return tree if all(isinstance(section, dict) for section in sections) else None
 
 
@@ -199,7 +199,7 @@ def _what(parts: ModelComponents, size: int) -> str:
 
 
 def _sheet(config: dict[str, Any] | None, step: int | None) -> str:
-    if config is None:
+    if config is None or not config.get("preview"):
         return f"![Drawings of the model]({SHEET})\n\n"
     preview = config["preview"]
     rows = "".join(f"- {prompt}\n" for prompt in preview["prompts"])
@@ -241,7 +241,8 @@ def _training(
 
 def _held_out(config: dict[str, Any], measured: list[dict[str, Any]], steps: int) -> str:
     """Write what was measured on held-out images; of other weights than these, it is said."""
-    first, last, shards = measured[0], measured[-1], ", ".join(_listed(config["validation"]["shards"]))
+    first, last = measured[0], measured[-1]
+    shards = ", ".join(_listed((config.get("validation") or {}).get("shards", ())))
     text = (
         f"The error on held-out images ({shards}) was {last['held_out_loss']:.4f} at step "
         f"{last['step']}, {first['held_out_loss']:.4f} at step {first['step']}: the mean of the objective over "

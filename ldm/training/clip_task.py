@@ -59,6 +59,8 @@ class CLIPTask(Task[TextTrainConfig]):
         session.seed()
         self.network = self.build()
         rank, ranks = session.world.rank, session.world.ranks
+        tokenizer = Tokenizer(session.config.text.tokenizer)
+        session.images.count_cut(tokenizer.cut_off, tokens=tokenizer.config.context_length)
         self.loss_function = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=ranks)
 
     @classmethod

@@ -84,14 +84,15 @@ class PreviewConfig:
 class TrainConfig(TrainingConfig):
     kind: Literal["denoiser"] = "denoiser"
     model: ModelConfig
-    preview: PreviewConfig
+    preview: PreviewConfig | None = None  # None: nothing is drawn during training
 
     def __post_init__(self) -> None:
-        try:
-            facts = ModelFacts(path=self.model.path, learned_variance=self.model.objective.learned_variance)
-            self.preview.request(self.preview.prompts[0]).check(facts)
-        except ValueError as error:
-            raise ValueError(f"preview: {error}") from error
+        if self.preview is not None:
+            try:
+                facts = ModelFacts(path=self.model.path, learned_variance=self.model.objective.learned_variance)
+                self.preview.request(self.preview.prompts[0]).check(facts)
+            except ValueError as error:
+                raise ValueError(f"preview: {error}") from error
         if self.model.objective.time_sampling == "importance" and self.engine.accumulation > 1:
             raise ValueError(
                 f"engine.accumulation is {self.engine.accumulation}, but importance sampling learns from each full "

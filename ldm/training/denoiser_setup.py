@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.loader import Batch
+from ldm.files.paths import user_path
 from ldm.interop.read_model import read_text, read_vae
 from ldm.model.conditioner import Conditioner
 from ldm.model.latent_diffusion import LatentDiffusion
@@ -20,8 +20,8 @@ def frozen_half(config: TrainConfig, device: torch.device, log: Callable[[str], 
     """Load the frozen autoencoder and text encoder that the configuration names. log: gets the steps of runs."""
     places = config.model.vae, config.model.text
     of_vae, of_text = (lambda words, place=place: log(f"{place}: {words}") for place in places)
-    towers = read_text(Path(config.model.text), dtype=torch.float32, report=of_text)
-    vae = read_vae(Path(config.model.vae), dtype=torch.float32, in_place_of=None, report=of_vae)
+    towers = read_text(user_path(config.model.text), dtype=torch.float32, report=of_text)
+    vae = read_vae(user_path(config.model.vae), dtype=torch.float32, in_place_of=None, report=of_vae)
     for network in (vae, *(tower.encoder for tower in towers)):
         network.eval().requires_grad_(False).to(device)
     return LatentDiffusion(

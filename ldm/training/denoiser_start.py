@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.denoisers import Denoiser
+from ldm.files.paths import user_path
 from ldm.interop.diffusers_layout.denoiser import layout_of, load_denoiser
 from ldm.interop.diffusers_layout.folder import SCHEDULER, TEXT_FOLDERS
 from ldm.interop.diffusers_layout.scheduler import read_scheduler
@@ -35,7 +36,7 @@ def start_from(
     model: what it is trained for. log: gets the step of a run. Raises ValueError if the weights are of another network,
     or were trained with another autoencoder, text encoder or prediction, unless run.allow names that.
     """
-    path = Path(folder)
+    path = user_path(folder)
     trained = trained_weights(path)
     if trained is not None and trained.kind != "denoiser":
         raise ValueError(f"model.start is {folder}, a training of kind {trained.kind}: give a run of ldm/train.py")
@@ -77,8 +78,8 @@ def others(model: LatentDiffusion, path: Path, trained: TrainedWeights | None) -
     """
     folder = model_folder(path)
     named = trained.tree["model"] if trained is not None and folder == path else None
-    vae = Path(named["vae"]) if named else folder / "vae"
-    text = Path(named["text"]) if named else folder / TEXT_FOLDERS[0][0]
+    vae = user_path(named["vae"]) if named else folder / "vae"
+    text = user_path(named["text"]) if named else folder / TEXT_FOLDERS[0][0]
     if vae.exists() and not same_latents(model.vae, read_vae(vae, dtype=torch.float32, in_place_of=None)):
         yield "vae"
     if text.exists():

@@ -60,6 +60,8 @@ class DenoiserTask(Task[TrainConfig]):
             start_from(self.network, config, self.model, config.model.start, session.run.log)
         sampled, bf16 = config.model.latents == "sample", self.dtype == torch.bfloat16
         self.encode = LatentEncoder(self.model.vae, keep=config.model.keep_latents, bf16=bf16, sample=sampled)
+        length = self.model.conditioner.context_length
+        session.images.count_cut(self.model.conditioner.cut_off, tokens=length)
         self.history = LossHistory() if config.model.objective.time_sampling == "importance" else None
 
     @classmethod
@@ -137,6 +139,8 @@ class DenoiserTask(Task[TrainConfig]):
     def show(self, step: int, network: Denoiser, path: Path) -> None:
         """Write a contact sheet of the preview's prompts, one row each, from the same noise at every step."""
         preview = self.config.preview
+        if preview is None:
+            return
         pipe = TextToImage(self._components(network), name=self.config.run.name, weights_hash=f"step {step}")
         rows = [pipe.draw(preview.request(prompt), n=preview.pictures) for prompt in preview.prompts]
         images = [drawing.image for row in rows for drawing in row]

@@ -19,7 +19,7 @@ from ldm.training.engine.engine import Engine, Update
 from ldm.training.faults.watchdog import Watchdog
 from ldm.training.optim.averages import Snapshot
 from ldm.training.optim.snapshot_files import write_snapshot
-from ldm.training.run import DATA_WAIT, SAMPLE, SAVE, SNAPSHOT, WRITTEN, Run, duration
+from ldm.training.run import CAPTIONS_CUT, DATA_WAIT, SAMPLE, SAVE, SNAPSHOT, WRITTEN, Run, duration
 from ldm.training.session import Session
 from ldm.training.task import Task
 
@@ -38,6 +38,7 @@ class Training:
         self._waited = 0.0  # seconds spent waiting for data since then
         self._failed_saves = 0
         self._seen_before = samples_seen - engine.position * self.batch_size  # 0 unless the batch size has changed
+        self._said_cut = False
         self._saved_step = engine.step if engine.resumed else -1  # last step saved, or being saved
 
     def go(self) -> None:
@@ -100,8 +101,18 @@ class Training:
         together = {name: torch.cat([parts[name].flatten() for parts in self._since]) for name in names}
         fraction = self._waited / max(self.run.seconds_since_logged, 1e-9)
         self._since, self._waited = [], 0.0
-        bad, waited = self.world.all_reduce([len(self.images.bad_samples), fraction])
+        cut = self.images.cut_captions
+        measured = [0, 0] if cut is None else [cut.measured, cut.cut]
+        bad, waited, measured, cut_off = self.world.all_reduce([len(self.images.bad_samples), fraction, *measured])
         shares = {DATA_WAIT: waited / self.world.ranks}
+        if cut is not None and cut_off:
+            shares[CAPTIONS_CUT] = cut_off / measured
+            if not self._said_cut:
+                self.run.log(
+                    f"{cut_off:,.0f} of the first {measured:,.0f} captions are longer than the text encoder's "
+                    f"{cut.tokens} tokens: their ends are not used"
+                )
+            self._said_cut = True
         return self.world.mean(together) | shares | ({"bad_samples": round(bad)} if bad else {})
 
     def _log_skip(self, update: Update, batch: Batch) -> None:
@@ -180,14 +191,15 @@ class Training:
             self.run.log(f"step {step}: evaluating and drawing{about}")
         with self.session.watch.elsewhere(), untouched_generators(), self.run.between_steps(SAMPLE):
             network = self._averaged_network()
-            measures = self.task.evaluate(network)
+            measures = self.task.evaluate(network) if self.session.validation is not None else {}
             abandoned = self.world.any_rank(self.session.stop.requested)
             if self.world.is_main and not abandoned:
                 self.session.stop.interruptible(lambda: self._show(step, network, measures))
 
     def _show(self, step: int, network: nn.Module, measures: Mapping[str, float]) -> None:
         run, task = self.run, self.task
-        run.log(f"step {step}: {task.summarize(measures)}")
+        if measures:
+            run.log(f"step {step}: {task.summarize(measures)}")
         shown = run.written(f"the sample of step {step}", lambda: task.show(step, network, run.sample_path(step)))
         exported = run.written(f"the model of step {step}", lambda: task.export(step, network))
         # Last: a run that is killed before will write them when it is resumed, as one that could not.
@@ -204,6 +216,8 @@ def train(session: Session[Any], task: Task[Any]) -> None:
     engine = session.engine(task)
     for line in (*task.describe(), "docs/training.md explains what the lines below say"):
         run.log(line)
+    if session.validation is None:
+        run.log("the configuration has no section validation: nothing is measured on held-out pictures")
     state = resume(run, engine, world, config=session.config, images=session.images)
     if state is not None and state.state:
         task.load_state_dict(state.state)

@@ -14,13 +14,16 @@ from ldm.errors import USER_ERROR, exit_code
 from ldm.files.atomic import Taken, lock_folder, write_atomically
 from ldm.files.checkpoints import Checkpoints
 from ldm.files.messages import one_line
+from ldm.files.paths import user_path
 from ldm.files.strict_json import json_lines
 from ldm.files.writing import writing
 from ldm.training.time_left import TimeLeft
 
 DATA_WAIT = "data_wait"  # fraction of the time that training spent waiting for data
+CAPTIONS_CUT = "captions_cut"  # fraction of the first captions that are longer than the text encoder reads
 MIN_LOGGED_WAIT = 0.02
 WRITTEN = "written"  # of a record: whether the drawings and the model of its step were
+UNSHOWN = (DATA_WAIT, CAPTIONS_CUT)  # measures that are recorded, and are not part of the progress line
 SAMPLE, SAVE, SNAPSHOT = "sample", "save", "snapshot"  # the work between the steps
 ALLOWABLE = ("optim", "engine", "data")  # sections whose settings run.allow may name, and further settings:
 ALLOWABLE_KEYS = ("model.vae", "model.text", "model.objective.prediction")
@@ -63,7 +66,7 @@ class RunConfig:
 
     @property
     def path(self) -> Path:
-        return Path(self.folder) / self.name
+        return user_path(self.folder) / self.name
 
 
 class Run:
@@ -170,7 +173,7 @@ class Run:
         mean = sum(self._losses) / len(self._losses)
         self._losses = []
         self.restart_clock()
-        shown = "".join(f"  {name} {value:.4g}" for name, value in measures.items() if name != DATA_WAIT)
+        shown = "".join(f"  {name} {value:.4g}" for name, value in measures.items() if name not in UNSHOWN)
         waited = measures.get(DATA_WAIT, 0.0)
         shown += f"  waiting for data {waited:.0%}" if waited >= MIN_LOGGED_WAIT else ""
         line = f"step {step}/{self.config.steps}  loss {mean:.4f}{shown}  lr {lr:.2e}  {rate:.1f} images/s"

@@ -39,7 +39,7 @@ class Session(Generic[Config]):
     world: Ranks
     run: Run
     images: CaptionedImages
-    validation: CaptionedImages
+    validation: CaptionedImages | None  # None: the configuration has no section for it
     stop: StopSignal
     watch: Watchdog
 
@@ -67,7 +67,9 @@ class Session(Generic[Config]):
         )
 
     def held_out(self) -> Iterator[Batch]:
-        """Yield this rank's batches of the validation set; fewer if a stop signal arrives."""
+        """Yield this rank's batches of the validation set, if there is one; fewer if a stop signal arrives."""
+        if self.config.validation is None or self.validation is None:
+            return
         size = self.config.validation.batch_size
         for batch in self.validation.once(size, part=self.world.rank, parts=self.world.ranks):
             yield batch
@@ -113,6 +115,12 @@ def open_session(config: Config, stop: StopSignal, *, reader: Reader) -> Session
     run = Run(config.run, is_main=world.is_main)
     seed, rank, ranks = config.run.seed, world.rank, world.ranks
     quarantine = Quarantine(config.run.path / "bad_samples.jsonl", rank=rank)
-    images = CaptionedImages(config.data, seed=seed, reader=reader, rank=rank, ranks=ranks, quarantine=quarantine)
-    validation = held_out(config.validation, image_size=config.data.image_size, reader=reader)
+    remarks = Quarantine(config.run.path / "remarks.jsonl", rank=rank)
+    images = CaptionedImages(
+        config.data, seed=seed, reader=reader, rank=rank, ranks=ranks, quarantine=quarantine, remarks=remarks
+    )
+    validation = None
+    if config.validation is not None:
+        size = config.data.image_size
+        validation = held_out(config.validation, image_size=size, reader=reader, samples=config.data)
     return Session(config, world, run, images, validation, stop, watch)

@@ -36,7 +36,7 @@ class TrainingConfig:
 
     run: RunConfig
     data: DataConfig
-    validation: HeldOutConfig
+    validation: HeldOutConfig | None = None  # None: nothing is measured on held-out pictures
     optim: OptimConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)

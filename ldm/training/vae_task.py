@@ -77,11 +77,14 @@ class VAETask(Task[VAETrainConfig]):
         return {"validation_psnr": self.session.collect(found).mean().item()}
 
     def summarize(self, measures: Mapping[str, float]) -> str:
-        return f"validation PSNR {measures['validation_psnr']:.2f} dB over {len(self.session.validation)} pictures"
+        pictures = len(self.session.validation or ())
+        return f"validation PSNR {measures['validation_psnr']:.2f} dB over {pictures} pictures"
 
     @torch.no_grad()
     def show(self, step: int, network: AutoencoderKL, path: Path) -> None:
         """Write a contact sheet of validation images above their reconstructions."""
+        if self.session.validation is None or self.config.validation is None:
+            return
         batch = next(iter(self.session.validation.once(self.config.validation.batch_size)))
         pixels = batch.pixels.to(self.device)
         shown = (pixels[:GRID_PICTURES], reconstruct(network, pixels)[:GRID_PICTURES])

@@ -36,8 +36,8 @@ def test_sets_are_mixed_by_weight(tiny_shards: Callable[..., str]):
         assert sum(shard < 2 for shard, _ in batch.samples) == 6
     resumed = first(CaptionedImages(config, seed=1), 30, position=10)
     assert all(same(a, b) for a, b in zip(batches[10:], resumed, strict=True))
-    with pytest.raises(ValueError, match="data.lanes is 3 but there are 2 shards in set a"):
-        CaptionedImages(replace(config, lanes=3, batch_size=9), seed=1)
+    with pytest.raises(ValueError, match="data.lanes is 19 but there are 18 samples in set a"):
+        CaptionedImages(replace(config, lanes=19, batch_size=19), seed=1)
 
 
 # --- accounts ---

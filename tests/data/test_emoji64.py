@@ -28,8 +28,8 @@ from data.build_emoji64 import (
     phrase,
     read_emoji,
 )
+from data.captions import read_captions
 from data.manifest import entries_for, entry_of, manifest_text
-from data.readers import read_captions
 from data.shards import RawSample, Shard
 from data.sources import expand
 

@@ -212,8 +212,8 @@ def test_a_closed_stream_ends_its_threads(tiny_shards: Callable[..., str]):
 
 def test_what_does_not_fit_fails_at_once(tiny_shards: Callable[..., str]):
     shards = tiny_shards(SIZES)
-    with pytest.raises(ValueError, match="there are 4 shards"):
-        images(shards, lanes=8)
+    with pytest.raises(ValueError, match="there are 14 samples"):
+        images(shards, lanes=16, batch_size=16)
     with pytest.raises(ValueError, match="expected a multiple of data.lanes"):
         images(shards, batch_size=6)
     with pytest.raises(ValueError, match="expected a multiple of the 3 ranks"):

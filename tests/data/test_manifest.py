@@ -66,7 +66,7 @@ def test_a_shard_that_is_not_whole_is_named_and_left_out(folder: Path, capsys: p
 
 def test_a_folder_without_shards_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path)]) == 3
-    assert "no shard matches" in capsys.readouterr().err
+    assert "without .tar files (nothing)" in capsys.readouterr().err
 
 
 def test_a_sizes_json_counts_where_no_manifest_does(folder: Path):

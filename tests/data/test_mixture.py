@@ -60,7 +60,7 @@ def mixed(*, seed: int = 1, names: str = "abc", shards: tuple[int, ...] = (2, 3,
     return SampleOrder(sizes[: sum(shards[: len(names)])], batch_size=2 * lanes, lanes=lanes, seed=seed, sets=spans)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("lanes", [1, 2, 4])
 def test_every_set_is_visited_whole_each_of_its_epochs(lanes: int):
     order = mixed(lanes=lanes)
     visits: list[Visit] = [visit for number in range(300) for visit in order.batch(number)]
@@ -85,6 +85,6 @@ def test_sets_are_mixed_on_any_number_of_ranks_alike():
         assert list(itertools.chain(*shares)) == order.batch(number)
 
 
-def test_a_set_with_fewer_shards_than_lanes_is_named():
-    with pytest.raises(ValueError, match="data.lanes is 3 but there are 2 shards in set a"):
-        mixed(lanes=3)
+def test_a_set_with_fewer_samples_than_lanes_is_named():
+    with pytest.raises(ValueError, match=r"data.lanes is 5 but there are 4 samples in set a"):
+        mixed(lanes=5)

@@ -18,15 +18,20 @@ from data.order import SampleOrder, SetOrder, Visit, default_lanes, keyed_hash, 
 
 @st.composite
 def orders(draw: st.DrawFn) -> SampleOrder:
-    """Uneven shards, any number of lanes that they can fill, any number of samples a lane in a batch."""
-    sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=6))
-    lanes = draw(st.integers(1, len(sizes)))
+    """Uneven shards, some empty, any number of lanes that they can fill, any number of samples a lane in a batch."""
+    sizes = draw(st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any))
+    lanes = draw(st.integers(1, sum(sizes)))
     batch_size = lanes * draw(st.integers(1, 4))
     return SampleOrder(sizes, batch_size=batch_size, lanes=lanes, seed=draw(st.integers(0, 2**32)))
 
 
 def copy_of(order: SampleOrder) -> SampleOrder:
     return SampleOrder(order.shard_sizes, batch_size=order.batch_size, lanes=order.lanes, seed=order.seed)
+
+
+def part_of(order: SampleOrder, visit: Visit) -> tuple[int, int]:
+    """The part of a shard that a visit reads: the shard itself, if there are as many as lanes."""
+    return visit.shard, visit.index % order._sets[0].per_shard
 
 
 def lane_streams(order: SampleOrder, epochs: int) -> list[list[Visit]]:
@@ -51,11 +56,11 @@ def test_an_epoch_of_all_lanes_is_every_sample_once(order: SampleOrder):
 
 
 @given(orders())
-def test_a_lane_finishes_its_epoch_and_each_shard_before_the_next(order: SampleOrder):
+def test_a_lane_finishes_its_epoch_and_each_part_of_a_shard_before_the_next(order: SampleOrder):
     for stream in lane_streams(order, epochs=2):
         epochs = [visit.epoch for visit in stream]
         assert epochs == sorted(epochs)
-        runs = [key for key, _ in itertools.groupby((visit.epoch, visit.shard) for visit in stream)]
+        runs = [key for key, _ in itertools.groupby((visit.epoch, part_of(order, visit)) for visit in stream)]
         assert len(runs) == len(set(runs))
 
 
@@ -111,12 +116,13 @@ def test_several_threads_see_the_order_of_one(monkeypatch: pytest.MonkeyPatch):
 
 @given(orders())
 def test_the_epochs_of_uneven_lanes_drift_apart_but_lose_nothing(order: SampleOrder):
-    """Lanes differ in length, so in epoch too; each still visits its own shards whole."""
+    """Lanes differ in length, so in epoch too; each still visits its own parts of shards whole."""
+    (parts,) = order._sets
     for lane, stream in enumerate(lane_streams(order, epochs=1)):
-        own = permutation(len(order.shard_sizes), "shards", order.seed, 0)[lane :: order.lanes]
+        own = permutation(len(parts.sizes), "shards", order.seed, 0)[lane :: order.lanes]
         first = [visit for visit in stream if visit.epoch == 0]
-        assert len(first) == sum(order.shard_sizes[shard] for shard in own)
-        assert {visit.shard for visit in first} == set(own)
+        assert len(first) == sum(parts.sizes[number] for number in own)
+        assert {part_of(order, visit) for visit in first} == {parts._parts[number] for number in own}
 
 
 def test_epochs_and_seeds_are_shuffled_differently():
@@ -158,11 +164,11 @@ def test_the_order_never_changes_between_versions():
 @pytest.mark.parametrize(
     ("sizes", "batch_size", "lanes", "told"),
     [
-        ([3, 3], 9, 3, "data.lanes is 3 but there are 2 shards"),
+        ([3, 3], 14, 7, "data.lanes is 7 but there are 6 samples: leave data.lanes out, or give 1 to 6"),
         ([3, 3], 4, 0, "data.lanes is 0"),
-        ([], 4, 1, "0 shards"),
+        ([], 4, 1, "there are no samples"),
+        ([0, 0], 4, 1, "there are no samples: give shards that hold some"),
         ([3, 3], 5, 2, r"data.batch_size is 5, expected a multiple of data.lanes \(2\)"),
-        ([3, 0], 4, 2, "a shard is empty"),
     ],
 )
 def test_what_cannot_be_dealt_is_refused(sizes: list[int], batch_size: int, lanes: int, told: str):
@@ -170,11 +176,22 @@ def test_what_cannot_be_dealt_is_refused(sizes: list[int], batch_size: int, lane
         SampleOrder(sizes, batch_size=batch_size, lanes=lanes, seed=0)
 
 
-@pytest.mark.parametrize("ranks", [3, 8])
-def test_ranks_that_do_not_divide_the_lanes_are_refused(ranks: int):
-    order = SampleOrder([2] * 4, batch_size=8, lanes=4, seed=0)
-    with pytest.raises(ValueError, match=f"data.lanes is 4, expected a multiple of the {ranks} ranks"):
-        order.batch(0, rank=0, ranks=ranks)
+@given(orders(), st.integers(0, 20), st.data())
+def test_ranks_share_a_batch_whether_or_not_they_divide_the_lanes(order: SampleOrder, number: int, data: st.DataObject):
+    """Of one lane, too: the content of a batch is no function of the ranks."""
+    ranks = data.draw(st.sampled_from([ranks for ranks in range(1, 9) if order.batch_size % ranks == 0]))
+    shares = [copy_of(order).batch(number, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert {len(share) for share in shares} == {order.batch_size // ranks}
+    assert [visit for share in shares for visit in share] == order.batch(number)
+
+
+def test_one_shard_is_dealt_to_several_lanes_by_sample():
+    order = SampleOrder([7], batch_size=6, lanes=3, seed=0)
+    read: list[set[int]] = [set(), set(), set()]
+    for visit in itertools.chain.from_iterable(order.batch(number) for number in range(2)):
+        if visit.epoch == 0:
+            read[visit.lane].add(visit.index)
+    assert sorted(map(sorted, read)) == [[0, 3, 6], [1, 4], [2, 5]]
 
 
 def test_the_order_of_one_set_is_that_of_earlier_versions():
@@ -191,15 +208,28 @@ def test_the_order_of_one_set_is_that_of_earlier_versions():
 def test_a_visit_knows_its_lane_and_how_much_of_its_shard_stands_before_it(order: SampleOrder, number: int):
     for place, visit in enumerate(order.batch(number)):
         assert visit.lane == place // order.per_lane
-        visited = permutation(order.shard_sizes[visit.shard], "samples", order.seed, visit.epoch, visit.shard)
-        assert visited[visit.before] == visit.index
+        own = order._sets[0]
+        number = own._numbers[part_of(order, visit)]
+        visited = permutation(own.sizes[number], "samples", order.seed, visit.epoch, number)
+        assert visited[visit.before] == visit.index // own.per_shard
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 9))
+def test_an_empty_shard_changes_nothing_for_the_others(sizes: list[int], place: int):
+    place = min(place, len(sizes))
+    plain = SampleOrder(sizes, batch_size=2, lanes=1, seed=5)
+    gapped = SampleOrder([*sizes[:place], 0, *sizes[place:]], batch_size=2, lanes=1, seed=5)
+    for number in range(9):
+        moved = [(visit.shard + (visit.shard >= place), visit.index) for visit in plain.batch(number)]
+        assert [(visit.shard, visit.index) for visit in gapped.batch(number)] == moved
 
 
 @given(orders())
 def test_the_shards_from_a_visit_on_are_those_that_its_lane_reads(order: SampleOrder):
     for stream in lane_streams(order, epochs=3):
         first = next(visit for visit in stream if visit.epoch == 1)
-        read = [shard for _, shard in dict.fromkeys((v.epoch, v.shard) for v in stream if v.epoch >= 1)]
+        parts = dict.fromkeys((v.epoch, part_of(order, v)) for v in stream if v.epoch >= 1)
+        read = [shard for _, (shard, _) in parts]
         assert list(itertools.islice(order.shards_from(first), len(read))) == read
 
 
@@ -213,19 +243,13 @@ def test_by_default_there_are_as_many_lanes_as_batch_and_shards_allow(batch_size
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "shards", "ranks", "remedy", "then"),
-    [
-        (48, 8, 3, "give data.lanes=6", (48, 6, 8, 3)),
-        (64, 8, 3, "give data.lanes=3 and data.batch_size=66", (66, 3, 8, 3)),
-        (64, 1, 2, "split the data into at least 2 shards, or start fewer ranks", (64, 2, 2, 2)),
-    ],
+    ("batch_size", "lanes", "ranks", "remedy"), [(64, 8, 3, 72), (64, 1, 3, 66), (9, 1, 2, 10), (8, 4, 16, 16)]
 )
-def test_what_ranks_are_told_to_change_lets_them_start(
-    batch_size: int, shards: int, ranks: int, remedy: str, then: tuple[int, int, int, int]
-):
-    def start(batch_size: int, lanes: int, shards: int, ranks: int) -> None:
-        SampleOrder([3] * shards, batch_size=batch_size, lanes=lanes, seed=0).batch(0, ranks=ranks)
+def test_what_ranks_are_told_to_change_lets_them_start(batch_size: int, lanes: int, ranks: int, remedy: int):
+    def start(batch_size: int) -> None:
+        SampleOrder([9] * 8, batch_size=batch_size, lanes=lanes, seed=0).batch(0, ranks=ranks)
 
-    with pytest.raises(ValueError, match=f"expected a multiple of the {ranks} ranks: {remedy}$"):
-        start(batch_size, default_lanes(batch_size, shards), shards, ranks)
-    start(*then)
+    told = f"data.batch_size is {batch_size}, expected a multiple of the {ranks} ranks: give data.batch_size={remedy}$"
+    with pytest.raises(ValueError, match=told):
+        start(batch_size)
+    start(remedy)

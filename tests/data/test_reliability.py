@@ -58,12 +58,12 @@ def test_a_plan_that_repeats_a_sample_is_found(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_plan_whose_epochs_lose_a_shard_is_found(monkeypatch: pytest.MonkeyPatch):
     """As if the shards were dealt anew in the middle of an epoch."""
-    dealt = SetOrder._lane_shards
+    dealt = SetOrder._lane_parts
 
     def loses(self: SetOrder, lane: int, epoch: int) -> Sequence[int]:
         return dealt(self, lane, epoch)[: -1 if len(self.sizes) > 2 * self.lanes else None]
 
-    monkeypatch.setattr(SetOrder, "_lane_shards", loses)
+    monkeypatch.setattr(SetOrder, "_lane_parts", loses)
     plans_fail("a shard is left out of an epoch")
 
 

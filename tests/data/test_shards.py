@@ -94,7 +94,7 @@ def test_a_tar_cut_anywhere_is_refused(tmp_path: Path, write_tar: Callable[..., 
     content = write_tar(tmp_path / "whole.tar", MEMBERS).read_bytes()
     end = content.rindex(b"{}") + 512  # behind it stand only the zeros of the end
     path = tmp_path / "cut.tar"
-    for length in range(0, end + 1, 128):
+    for length in range(128, end + 1, 128):
         path.write_bytes(content[:length])
         refused(path, "copy it again")
 
@@ -131,12 +131,19 @@ def test_what_is_no_tar_is_refused(tmp_path: Path, write_tar: Callable[..., Path
     (tmp_path / "text.tar.gz").write_bytes(b"<html>not found</html>" * 100)
     refused(tmp_path / "text.tar.gz", "cannot be read as a tar")
     refused(tmp_path / "missing.tar", "No such file")
-    refused(tmp_path, "not a plain file")
+    refused(tmp_path, rf"is a folder: give {tmp_path}/\*\.tar")
 
 
-def test_an_empty_tar_is_refused(tmp_path: Path, write_tar: Callable[..., Path]):
-    refused(write_tar(tmp_path / "none.tar", []), "holds no samples")
-    refused(write_tar(tmp_path / "readme.tar", [("README", b"hello")]), "holds no samples")
+def test_an_empty_tar_has_no_samples_and_says_what_it_has(tmp_path: Path, write_tar: Callable[..., Path]):
+    (tmp_path / "zero.tar").touch()
+    (tmp_path / "zero.tar.gz").write_bytes(gzip.compress(b""))
+    write_tar(tmp_path / "none.tar", [])
+    write_tar(tmp_path / "readme.tar", [("README", b"hello"), ("a/", b"")])
+    told = {"zero.tar": "", "zero.tar.gz": "", "none.tar": "", "readme.tar": " (its members are README, a/)"}
+    for name, held in told.items():
+        assert (len(Shard(tmp_path / name)), Shard(tmp_path / name).emptiness) == (0, f"holds no samples{held}")
+        with pytest.raises(DataError, match=f"{name}.* expected 2: copy it again|{name} cannot be read as a tar"):
+            Shard(tmp_path / name, expected=2)
 
 
 # --- with a count to hold it to ---
@@ -147,7 +154,8 @@ def read(shard: Shard) -> list[str]:
     found: list[str] = []
     for index in range(len(shard)):
         try:
-            found.append(shard[index].key)
+            raw = shard[index]
+            found.append("; ".join(raw.faults.values()) or raw.key)
         except BadSampleError as error:
             found.append(str(error))
     return found

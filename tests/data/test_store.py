@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.serving import served, until
@@ -35,9 +36,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     original = Shard.__init__
 
-    def init(self: Shard, path: Path, *, expected: int | None = None, name: str | None = None) -> None:
+    def init(self: Shard, path: Path, *, name: str | None = None, **more: Any) -> None:
         found.append((name or str(path)).rpartition("/")[2])
-        original(self, path, expected=expected, name=name)
+        original(self, path, name=name, **more)
 
     monkeypatch.setattr(Shard, "__init__", init)
     return found

@@ -18,7 +18,7 @@ def images(shards: str, *, tokenize: Tokenize | None = None, **settings: object)
     """A loader of the tiny shards; DataConfig's settings and the loader's own are told apart by name."""
     own = {
         name: settings.pop(name)
-        for name in ("seed", "rank", "ranks", "reader", "on_bad", "quarantine")
+        for name in ("seed", "rank", "ranks", "reader", "on_bad", "quarantine", "remarks")
         if name in settings
     }
     config = DataConfig(**{"shards": (shards,), "image_size": 8, "batch_size": 8, "lanes": 4} | settings)  # pyright: ignore[reportArgumentType]

@@ -32,6 +32,10 @@ def test_several_sets_are_parsed_and_come_back_equal():
         ),
         (["data.shards=[]", SETS.replace("weight: 3", "wieght: 3")], "data.sets.0.wieght; did you mean weight?"),
         (["data.shard=x"], "unknown key data.shard; did you mean shards?"),
+        (["data.folder=x"], "unknown key data.folder; known keys of data: allow_pipe, batch_size, cache, "),
+        (["lr=1"], "unknown key lr; did you mean optim.lr?"),
+        (["steps=1"], "unknown key steps; did you mean preview.steps or run.steps?"),
+        (["model.denoiser.batch_size=1"], "unknown key model.denoiser"),
         (["validation.max_bad_fraction=2"], "max_bad_fraction (2.0) must be a fraction from 0 to 1"),
     ],
 )
@@ -43,10 +47,44 @@ def test_a_mistake_is_named(words: list[str], message: str):
 
 @pytest.mark.parametrize(
     "word",
-    ["manifest=m.json", "allow_pipe=true", "cache=kept", "cache_gb=3", "max_bad_fraction=0.5"],
+    [
+        "manifest=m.json",
+        "allow_pipe=true",
+        "cache=kept",
+        "cache_gb=3",
+        "max_bad_fraction=0.5",
+        "max_missing_shards=0.5",
+    ],
 )
 def test_a_run_goes_on_however_its_shards_are_reached(word: str):
     check_continues(dump(load_config(TrainConfig, DIT)), load_config(TrainConfig, DIT, [f"data.{word}"]))
+
+
+def test_a_run_goes_on_with_and_without_validation_and_preview():
+    both = ["validation=null", "preview=null"]
+    with_them, without = (load_config(TrainConfig, DIT, words) for words in ([], both))
+    assert (without.validation, without.preview) == (None, None)
+    assert parse(TrainConfig, yaml.safe_load(dump(without)), source="dump") == without
+    check_continues(dump(with_them), without)
+    check_continues(dump(without), with_them)
+
+
+@pytest.mark.parametrize(
+    "word", ["caption_keys=[cap]", "image_keys=[png]", "caption_lines=separate", "missing_caption=empty"]
+)
+def test_a_run_does_not_go_on_with_other_samples(word: str):
+    began = dump(load_config(TrainConfig, DIT))
+    with pytest.raises(ValueError, match=f"data.{word.partition('=')[0]} was .* when this run began"):
+        check_continues(began, load_config(TrainConfig, DIT, [f"data.{word}"]))
+
+
+def test_a_run_of_before_these_settings_goes_on():
+    """They had their defaults then."""
+    tree = yaml.safe_load(dump(load_config(TrainConfig, DIT)))
+    for name in ("caption_keys", "image_keys", "caption_lines", "missing_caption", "max_missing_shards"):
+        del tree["data"][name]
+    del tree["validation"]["max_missing_shards"]
+    check_continues(yaml.safe_dump(tree), load_config(TrainConfig, DIT))
 
 
 def test_shards_that_are_known_to_be_the_same_may_lie_elsewhere_and_nothing_else_may_change():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -244,12 +245,22 @@ def test_the_card_is_made_of_the_runs_own_configuration_measures_and_drawings(ru
     assert (front["library_name"], front["pipeline_tag"]) == ("diffusers", "text-to-image")
     assert "text-to-image" in front["tags"] and card.split("---\n")[2].startswith("\n# my-model\n")
     assert "a DiT of 2 blocks" in card and "predicts velocity on path rectified_flow" in card
-    assert all(prompt in card for prompt in config.preview.prompts)
+    assert config.preview is not None and all(prompt in card for prompt in config.preview.prompts)
     assert f"100 of {config.data.batch_size} pictures: {100 * config.data.batch_size:,} pictures seen" in card
     assert "was 0.7123 at step 100, 1.9000 at step 0" in card
     assert "TODO" not in card and "None" not in card and "$" not in card
     assert (tmp_path / "my-model" / "assets" / "samples.png").read_bytes() == b"png of step 100"
     assert "![Drawings of the model](assets/samples.png)" in card
+
+
+def test_a_run_without_validation_and_preview_has_a_card(run, tmp_path):
+    config = load_config(TrainConfig, Path(__file__).parents[2] / "configs" / "demo.yaml")
+    (run / "model" / "foundry.yaml").write_text(dump(replace(config, validation=None, preview=None)))
+    assert export_command(str(run), str(tmp_path / "out")) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        f"100 of {config.data.batch_size} pictures" in card and "None" not in card and "not cherry-picked" not in card
+    )
 
 
 def test_what_the_card_says_of_diffusers_is_true(run, tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 from ldm.denoisers import UNet, UNetConfig
 from ldm.diffusion import PathConfig, Prediction, ScaledLinearBetaPath
+from ldm.files.paths import contents
 from ldm.files.strict_json import write_json
 from ldm.files.writing import writing
 from ldm.interop.compvis.prediction import find_prediction
@@ -204,8 +205,8 @@ def _denoiser_part(folder: Path) -> Path:
     if not parts and (folder / "config.json").exists():
         return folder
     if len(parts) != 1:
-        found = sorted(entry.name for entry in folder.iterdir())[:8]
-        raise ValueError(f"{folder} holds {found}, expected unet/ or transformer/: this is not a text-to-image model")
+        held = " and ".join(f"{part}/" for part in parts) or contents(folder)
+        raise ValueError(f"{folder} holds {held}, expected unet/ or transformer/: this is not a text-to-image model")
     return folder / parts[0]
 
 

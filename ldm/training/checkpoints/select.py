@@ -15,6 +15,7 @@ from data.sources import shown
 from ldm.config import dump, parse, read_tree
 from ldm.errors import CheckpointError
 from ldm.files.checkpoints import NAME, Checkpoints, fault, step_of
+from ldm.files.paths import user_path
 from ldm.training.checkpoints.train_state import TrainState, read_train_state
 from ldm.training.engine.config import OptimConfig
 from ldm.training.engine.distributed import Ranks
@@ -135,7 +136,7 @@ def choose(run: Run, world: Ranks) -> Path | None:
     own = listed(run.checkpoints, world)
     if run.config.resume in ("auto", "never"):
         return newest_good(run, run.checkpoints, world) if own else None
-    asked = Path(run.config.resume)
+    asked = user_path(run.config.resume)
     if asked.resolve().parent == run.checkpoints.folder.resolve():
         return rewound(run, run.checkpoints.folder / asked.name, world)
     if own:  # the same command was restarted after the run had begun
@@ -153,7 +154,7 @@ def choose(run: Run, world: Ranks) -> Path | None:
 
 def rewound_to(run: Run, chosen: Path, state: TrainState) -> str | None:
     """Return the checkpoint that this run was last rewound to, to be recorded in its later ones."""
-    asked = Path(run.config.resume)
+    asked = user_path(run.config.resume)
     rewinding = chosen.parent == run.checkpoints.folder and chosen.name == asked.name
     return asked.name if rewinding else state.rewound_to
 

@@ -138,6 +138,9 @@ def test_a_checkpoint_of_its_own_is_known_by_any_path(tmp_path: Path, monkeypatc
     monkeypatch.chdir(run.checkpoints.folder)
     assert choose(make_run(tmp_path, resume="step_0000010"), ALONE) == run.checkpoints.path(10)
     assert names(run) == {"step_0000010", "step_0000020.aside"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert choose(make_run(tmp_path, resume="~/trial/checkpoints/step_0000010"), ALONE) == run.checkpoints.path(10)
+    assert choose(make_run(tmp_path, name="other", resume="~/trial"), ALONE) == run.checkpoints.path(10)
 
 
 def test_the_same_command_again_does_not_go_back_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
