@@ -1,0 +1,140 @@
+"""Picture files -> upright images of 8 bits in sRGB: the one decoder of training, drawing, masks and Python.
+
+Whatever its file says of its pixels is followed here: orientation, ICC profile, transparency, palette, depth. Does not
+import torch.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from data.colour import srgb
+from data.orientation import turned
+
+# Only these: Pillow would pass others, such as EPS, to external programs. TGA has no mark to know it by: it is last.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA")
+READ = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PPM or TGA"  # for messages
+# Of a sample's files: the first of these is its picture.
+EXTENSIONS = (
+    "webp", "png", "jpg", "jpeg", "gif", "bmp", "tif", "tiff", "avif", "tga", "ppm", "pgm", "pbm", "pnm", "pfm",
+    "jp2", "j2k", "jpx", "jpf", "jfif", "jpe", "apng", "dib", "heic", "heif",
+)  # fmt: skip
+MOST_PIXELS = 64_000_000
+HEAD = 512  # bytes that tell what a file is
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands
+AVIF = (b"avif", b"avis")
+TO_PNG = "convert it to PNG"
+# First bytes -> what is not read, and what to do.
+OTHERS = {
+    b"%!PS": f"EPS or PostScript, which only a program can draw: {TO_PNG}",
+    b"\xc5\xd0\xd3\xc6": f"EPS, which only a program can draw: {TO_PNG}",
+    b"%PDF": f"PDF, which only a program can draw: {TO_PNG}",
+    b"<svg": f"SVG, which only a program can draw: {TO_PNG}",
+    b"\xd7\xcd\xc6\x9a": f"WMF, which only a program can draw: {TO_PNG}",
+    b"8BPS": f"Photoshop's PSD: {TO_PNG}",
+    b"gimp xcf": f"GIMP's XCF: {TO_PNG}",
+    b"\xff\x0a": f"JPEG XL: {TO_PNG}",
+    b"\0\0\0\x0cJXL ": f"JPEG XL: {TO_PNG}",
+    b"\0\0\1\0": f"an icon (ICO): {TO_PNG}",
+    b"v/1\1": f"OpenEXR: {TO_PNG}",
+    b"#?RADIANCE": f"Radiance HDR: {TO_PNG}",
+    b"<!doctype html": "a web page: download the picture itself",
+    b"<html": "a web page: download the picture itself",
+    b"PK\3\4": "a zip archive: unpack it",
+}
+
+
+def decode_picture(file: BinaryIO | bytes) -> Image.Image:
+    """Decode a picture to RGB, or to RGBA if parts are transparent; of an animation, or of several pages, the first.
+
+    It is upright, in sRGB and has 8 bits. Raises ValueError, saying what is wrong, for whatever cannot be decoded
+    completely or has more than 64 million pixels, which its header tells before any memory is used.
+    """
+    file = io.BytesIO(file) if isinstance(file, bytes) else file
+    head = file.read(HEAD)
+    file.seek(0)
+    try:
+        with Image.open(file, formats=_formats(head)) as image:
+            return normalized(image)
+    except ValueError:
+        raise
+    except UnidentifiedImageError as error:  # its own message contains a memory address
+        raise ValueError(_unread(head)) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"it has more than {MOST_PIXELS:,} pixels: make it smaller") from error
+    except Exception as error:  # Pillow raises many kinds of errors for malformed data
+        raise ValueError(first_line(error)) from error
+
+
+def normalized(image: Image.Image) -> Image.Image:
+    """Convert an image as `decode_picture` does; one that is nothing but RGB is returned as it is.
+
+    Raises ValueError, saying what is wrong, if it cannot be decoded completely.
+    """
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, expected at most {MOST_PIXELS:,} in all")
+    try:
+        return turned(srgb(image), image)
+    except Exception as error:
+        raise ValueError(first_line(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's words, or its name if it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def over_white(picture: Image.Image) -> Image.Image:
+    """Composite an RGB or RGBA image over white, as RGB."""
+    if picture.mode == "RGB":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def _formats(head: bytes) -> list[str]:
+    """List the formats to try; HEIC is read if the package pillow-heif is installed."""
+    if _brand(head) in HEIC:
+        try:
+            import pillow_heif  # pyright: ignore[reportMissingImports]
+
+            pillow_heif.register_heif_opener()
+            return ["HEIF"]
+        except ImportError:
+            pass
+    return _installed()
+
+
+@cache
+def _installed() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _brand(head: bytes) -> bytes:
+    """Return the brand of a file in MPEG 4's container, as HEIC and AVIF are; AVIF's if it is one of several."""
+    if head[4:8] != b"ftyp":
+        return b""
+    length = int.from_bytes(head[:4], "big")
+    brands = [head[8:12], *(head[start : start + 4] for start in range(16, min(length, len(head)), 4))]
+    return next((brand for brand in brands if brand in AVIF), brands[0])
+
+
+def _unread(head: bytes) -> str:
+    """Say what a file is that none of the formats fits."""
+    brand, text = _brand(head), head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not head:
+        return "it is empty"
+    if brand in HEIC:
+        return "it is HEIC, which Pillow reads with another package: pip install pillow-heif"
+    if brand in AVIF and "AVIF" not in _installed():
+        return "it is AVIF, which this Pillow does not read: pip install --upgrade pillow"
+    if b"<svg" in head:
+        return f"it is {OTHERS[b'<svg']}"
+    for mark, words in OTHERS.items():
+        if head.startswith(mark) or text[: len(mark)].lower() == mark:
+            return f"it is {words}"
+    return f"it is no {READ}, or is damaged where it begins"
