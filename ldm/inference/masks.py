@@ -50,7 +50,8 @@ def pasted(drawn: Tensor, original: Tensor, mask: Tensor | None, edge: int = 0) 
     if mask is None:
         return drawn
     weight, original = softened(mask, edge).to(drawn.device), original.to(drawn)
-    return torch.where(weight == 0, original, torch.where(weight == 1, drawn, original + weight * (drawn - original)))
+    blended = torch.lerp(original, drawn.clamp(-1, 1), weight)  # on the edge; elsewhere exactly the one or the other
+    return torch.where(weight == 0, original, torch.where(weight == 1, drawn, blended))
 
 
 def remarks_on_mask(mask: Image.Image, image: Image.Image, white: Tensor, cell: int) -> list[str]:

@@ -24,15 +24,13 @@ def read_picture(path: Path) -> Image.Image:
 
     Raises ValueError or OSError, naming the file, if that is not possible.
     """
-    from PIL import Image
-
     from data.pictures import READ, decode_picture
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture {path}: give a file, {READ}")
     try:
         with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error for large ones is below that
+            warnings.simplefilter("ignore")  # Pillow's, of odd metadata and of sizes that are an error here
             picture = decode_picture(file)
     except ValueError as error:
         raise ValueError(f"{path} is not a complete picture ({error}): give another") from error

@@ -80,8 +80,13 @@ def cmyk() -> bytes:
     return profile(b"CMYK", [(b"A2B0", table)], kind=b"prtr", pcs=b"Lab ")
 
 
+def encoded(light: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Linear light from 0 to 1 -> sRGB, uint8 (IEC 61966-2-1)."""
+    curved = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return np.rint(255 * curved).astype(np.uint8)
+
+
 def from_adobe_rgb(colours: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Adobe RGB -> sRGB, H x W x 3 uint8, clipped: through XYZ, by the curves of both (IEC 61966-2-1)."""
-    linear = np.linalg.solve(SRGB, ADOBE @ ((colours / 255.0) ** GAMMA).reshape(-1, 3).T).T.clip(0, 1)
-    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.rint(255 * encoded).astype(np.uint8).reshape(colours.shape)
+    """Adobe RGB -> sRGB, H x W x 3 uint8, clipped: through XYZ."""
+    light = np.linalg.solve(SRGB, ADOBE @ ((colours / 255.0) ** GAMMA).reshape(-1, 3).T).T.clip(0, 1)
+    return encoded(light).reshape(colours.shape)
