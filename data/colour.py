@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -18,17 +18,23 @@ KEPT = 32  # profiles
 MEANINGFUL = ("icc_profile", "exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "transparency")  # of an info
 
 
+class UnknownWhiteError(ValueError):
+    """Numbers of which it is not known which one is white."""
+
+
 def srgb(image: Image.Image) -> Image.Image:
     """Convert to RGB in sRGB, or to RGBA if a pixel is not opaque, without any further information.
 
     Profiles of RGB, grey, CMYK and Lab are followed, perceptually. One that does not parse, or is for other channels,
-    is ignored. Raises ValueError if it is not known which number is white, and whatever Pillow raises for damage.
+    is ignored. Raises UnknownWhiteError, and whatever Pillow raises for damage.
     """
     packing = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))  # known until it is loaded
     image.load()
     if not any(key in image.info for key in MEANINGFUL):
-        if image.mode == "RGB" or (image.mode == "RGBA" and image.getextrema()[3][0] < 255 and image.format is None):
+        if image.mode == "RGB":
             return image if type(image) is Image.Image else image.copy()
+        if image.mode == "RGBA" and type(image) is Image.Image and _alpha(image, None) is not None:
+            return image
     profile = image.info.get("icc_profile")
     levels = _keyed(image, packing) if image.mode in DEEP or "transparency" in image.info else image
     picture = _by_profile(levels, profile if isinstance(profile, bytes) else b"", image.mode)
@@ -43,7 +49,7 @@ def _alpha(levels: Image.Image, format: str | None) -> Image.Image | None:
     if not levels.has_transparency_data:
         return None
     alpha = (levels.convert("LA") if levels.mode == "La" else levels.convert("RGBA")).getchannel("A")
-    low, high = alpha.getextrema()
+    low, high = cast("tuple[int, int]", alpha.getextrema())
     without_meaning = high == 0 and format in ("TGA", "BMP")  # a fourth byte that is only padding
     return None if low == 255 or without_meaning else alpha
 
@@ -56,10 +62,7 @@ def _by_profile(levels: Image.Image, profile: bytes, mode: str) -> Image.Image:
         channels, transform = _to_srgb(_lab())
     if transform is None or channels not in fitting:
         return _plain(levels)
-    from PIL import ImageCms
-
-    colours = levels if levels.mode == channels else _plain(levels).convert(channels)
-    return ImageCms.applyTransform(colours, transform) or colours
+    return _cms().applyTransform(levels if levels.mode == channels else _plain(levels).convert(channels), transform)
 
 
 def _plain(levels: Image.Image) -> Image.Image:
@@ -74,17 +77,16 @@ def _plain(levels: Image.Image) -> Image.Image:
 @lru_cache(KEPT)
 def _to_srgb(profile: bytes) -> tuple[str, Any]:
     """Return the mode that a profile is for, "" if it does not parse; and the transform, None if it changes nothing."""
-    from PIL import ImageCms
-
+    cms = _cms()
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        source = cms.ImageCmsProfile(io.BytesIO(profile))
         mode = SPACES[source.profile.xcolor_space]
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        transform = cms.buildTransform(source, cms.createProfile("sRGB"), mode, "RGB")
         if mode in ("RGB", "L"):
             steps = np.arange(0, 256, 15 if mode == "RGB" else 1, dtype=np.uint8)
             colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3) if mode == "RGB" else steps[None]
             probe = Image.fromarray(colours)
-            moved = np.asarray(ImageCms.applyTransform(probe, transform)).astype(int) - np.asarray(probe.convert("RGB"))
+            moved = np.asarray(cms.applyTransform(probe, transform)).astype(int) - np.asarray(probe.convert("RGB"))
             transform = None if np.abs(moved).max() <= SAME else transform
     except Exception:  # for a malformed profile, of many kinds
         return "", None
@@ -93,9 +95,15 @@ def _to_srgb(profile: bytes) -> tuple[str, Any]:
 
 @cache
 def _lab() -> bytes:
+    cms = _cms()
+    return cms.ImageCmsProfile(cms.createProfile("LAB")).tobytes()
+
+
+def _cms() -> Any:
+    """Return Pillow's module for profiles, whose hints are incomplete. It is imported with the first profile."""
     from PIL import ImageCms
 
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    return ImageCms
 
 
 def _keyed(image: Image.Image, packing: str) -> Image.Image:
@@ -103,23 +111,23 @@ def _keyed(image: Image.Image, packing: str) -> Image.Image:
 
     packing: of its samples in the file, in Pillow's words, such as "L;4"; "" if it is not known.
     """
-    key = image.info.get("transparency")
+    key: Any = image.info.get("transparency")
     if image.mode in DEEP:
         values = np.asarray(image)
         grey = Image.fromarray(_levels(image, values, packing))
-        if isinstance(key, int):
+        if key is not None:
             grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
         return grey
     keyed = image.copy()
-    if isinstance(key, int) and image.mode == "L":  # a PNG's key is as deep as its samples, which Pillow has scaled
+    if image.mode == "L":  # a PNG's key is as deep as its samples, which Pillow has scaled
         keyed.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(packing, 1)
-    elif isinstance(key, tuple) and (";16" in packing or max(key) > 255):  # of which Pillow keeps the upper bytes
-        keyed.info["transparency"] = tuple(value >> 8 for value in key)
+    elif image.mode == "RGB" and (";16" in packing or max(key) > 255):  # of which Pillow keeps the upper bytes
+        keyed.info["transparency"] = tuple(level >> 8 for level in key)
     return keyed
 
 
 def _levels(image: Image.Image, values: np.ndarray[Any, Any], packing: str) -> np.ndarray[Any, Any]:
-    """Scale numbers H x W to uint8, H x W. Raises ValueError if it is not known which of them is white."""
+    """Scale numbers H x W to uint8, H x W. Raises UnknownWhiteError."""
     if image.mode == "F":
         levels = _from_float(values, in_file=image.format is not None)
     else:
@@ -138,7 +146,9 @@ def _surplus_bits(image: Image.Image, values: np.ndarray[Any, Any], packing: str
     signed, wide = "16S" in packing or "16BS" in packing, ";32" in packing
     if low < 0 or high > 65535 or wide:
         depth = "32 bits" if wide else "whole numbers"
-        raise ValueError(f"its grey is in {depth} from {low} to {high}, where white is unknown: convert it to 16 bits")
+        raise UnknownWhiteError(
+            f"its grey is in {depth} from {low} to {high}, where white is unknown: convert it to 16 bits"
+        )
     return 7 if signed else 8 if image.format is not None or high > 255 else 0
 
 
@@ -147,5 +157,5 @@ def _from_float(values: np.ndarray[Any, Any], *, in_file: bool) -> np.ndarray[An
     low, high = float(values.min()), float(values.max())
     white = 255 if high > 1 and not in_file else 1
     if not (np.isfinite(values).all() and (white == 255 or (low >= -1 and high <= 2))):
-        raise ValueError(f"its grey is in floating point from {low:g} to {high:g}, expected 0 to 1: scale it")
+        raise UnknownWhiteError(f"its grey is in floating point from {low:g} to {high:g}, expected 0 to 1: scale it")
     return np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -91,8 +91,9 @@ def _value(body: bytes, order: str, kind: int, length: int, place: int) -> Any:
 
 def _sound(value: Any) -> int:
     """Return an orientation of any type as a number from 1 to 8; 1 for nonsense."""
-    if isinstance(value, (tuple, list)):
-        value = value[0] if value else UPRIGHT
+    if isinstance(value, tuple):
+        values = cast("tuple[Any, ...]", value)
+        value = values[0] if values else UPRIGHT
     if isinstance(value, bytes):
         digits = value.strip(b"\0 ")
         value = digits[0] % 0x30 if len(digits) == 1 else digits.decode("latin-1")

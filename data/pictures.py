@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from data.colour import srgb
+from data.colour import UnknownWhiteError, srgb
 from data.orientation import turned
 
 # Only these: Pillow would pass others, such as EPS, to external programs. TGA has no mark to know it by: it is last.
@@ -58,16 +58,15 @@ def decode_picture(file: BinaryIO | bytes) -> Image.Image:
     head = file.read(HEAD)
     file.seek(0)
     try:
-        with Image.open(file, formats=_formats(head)) as image:
-            return normalized(image)
-    except ValueError:
-        raise
+        image = Image.open(file, formats=_formats(head))
     except UnidentifiedImageError as error:  # its own message contains a memory address
         raise ValueError(_unread(head)) from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"it has more than {MOST_PIXELS:,} pixels: make it smaller") from error
     except Exception as error:  # Pillow raises many kinds of errors for malformed data
-        raise ValueError(first_line(error)) from error
+        raise damage(error) from error
+    with image:
+        return normalized(image)
 
 
 def normalized(image: Image.Image) -> Image.Image:
@@ -76,16 +75,20 @@ def normalized(image: Image.Image) -> Image.Image:
     Raises ValueError, saying what is wrong, if it cannot be decoded completely.
     """
     if image.width * image.height > MOST_PIXELS:
-        raise ValueError(f"it has {image.width} x {image.height} pixels, expected at most {MOST_PIXELS:,} in all")
+        raise ValueError(
+            f"it has {image.width} x {image.height} pixels, expected at most {MOST_PIXELS:,}: make it smaller"
+        )
     try:
         return turned(srgb(image), image)
+    except UnknownWhiteError:
+        raise
     except Exception as error:
-        raise ValueError(first_line(error)) from error
+        raise damage(error) from error
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's words, or its name if it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+def damage(error: Exception) -> ValueError:
+    """Return the error for a file that breaks off or is damaged, with the first line of Pillow's words."""
+    return ValueError(f"it is damaged ({(str(error) or type(error).__name__).splitlines()[0]}): use an intact copy")
 
 
 def over_white(picture: Image.Image) -> Image.Image:
@@ -101,7 +104,7 @@ def _formats(head: bytes) -> list[str]:
         try:
             import pillow_heif  # pyright: ignore[reportMissingImports]
 
-            pillow_heif.register_heif_opener()
+            pillow_heif.register_heif_opener()  # pyright: ignore[reportUnknownMemberType]
             return ["HEIF"]
         except ImportError:
             pass
@@ -137,4 +140,4 @@ def _unread(head: bytes) -> str:
     for mark, words in OTHERS.items():
         if head.startswith(mark) or text[: len(mark)].lower() == mark:
             return f"it is {words}"
-    return f"it is no {READ}, or is damaged where it begins"
+    return f"it is no {READ}, or is damaged where it begins: {TO_PNG}"

@@ -33,7 +33,7 @@ def read_picture(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow's, of odd metadata and of sizes that are an error here
             picture = decode_picture(file)
     except ValueError as error:
-        raise ValueError(f"{path} is not a complete picture ({error}): give another") from error
+        raise ValueError(f"{path} cannot be used as a picture: {error}") from error
     picture.info[FILE_HASH] = short_hash([path])
     return picture
 

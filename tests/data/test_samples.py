@@ -314,7 +314,9 @@ def test_an_error_without_words_is_told_by_its_kind(image_bytes: Callable[..., b
         raise AssertionError
 
     monkeypatch.setattr("data.pictures.srgb", fails)
-    with pytest.raises(BadSampleError, match=r"does not decode \(AssertionError\)"):
+    with pytest.raises(
+        BadSampleError, match=r"does not decode \(it is damaged \(AssertionError\): use an intact copy\)"
+    ):
         decode_pixels(raw(png=image_bytes((1, 2, 3))), 8)
 
 
