@@ -14,7 +14,7 @@ GREY = ("1", "L", "LA", "La", *DEEP)
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF's
 SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}  # ICC's colour spaces -> modes
 SAME = 2  # levels: a profile that moves no colour further is sRGB, and its pictures stay as they are
-KEPT = 32  # profiles
+KEPT, LARGEST = 32, 8 << 20  # profiles, and bytes of one: those of presses have 3 MiB at most
 MEANINGFUL = ("icc_profile", "exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "transparency")  # of an info
 
 
@@ -56,7 +56,7 @@ def _alpha(levels: Image.Image, format: str | None) -> Image.Image | None:
 
 def _by_profile(levels: Image.Image, profile: bytes, mode: str) -> Image.Image:
     """Convert to RGB without alpha, by the profile if it is for these channels. mode: before the depth was reduced."""
-    channels, transform = _to_srgb(profile) if profile else ("", None)
+    channels, transform = _to_srgb(profile) if 0 < len(profile) <= LARGEST else ("", None)
     fitting = ("L", "RGB") if mode in GREY else (mode if mode in ("CMYK", "LAB") else "RGB",)
     if mode == "LAB" and channels != mode:
         channels, transform = _to_srgb(_lab())

@@ -7,11 +7,13 @@ import torch.
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from functools import cache
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from data.bare import bare
 from data.colour import UnknownWhiteError, srgb
 from data.orientation import turned
 
@@ -48,25 +50,35 @@ OTHERS = {
 }
 
 
+class TooLargeError(ValueError):
+    """A picture of more pixels than are decoded."""
+
+
 def decode_picture(file: BinaryIO | bytes) -> Image.Image:
     """Decode a picture to RGB, or to RGBA if parts are transparent; of an animation, or of several pages, the first.
 
     It is upright, in sRGB and has 8 bits. Raises ValueError, saying what is wrong, for whatever cannot be decoded
-    completely or has more than 64 million pixels, which its header tells before any memory is used.
+    completely or has more than 64 million pixels, which its header tells before any memory is used. Metadata that
+    cannot be read is no reason.
     """
     file = io.BytesIO(file) if isinstance(file, bytes) else file
     head = file.read(HEAD)
     file.seek(0)
     try:
-        image = Image.open(file, formats=_formats(head))
-    except UnidentifiedImageError as error:  # its own message contains a memory address
-        raise ValueError(_unread(head)) from error
+        with Image.open(file, formats=_formats(head)) as image:
+            return _decoded(image)
+    except (TooLargeError, UnknownWhiteError):
+        raise
     except Image.DecompressionBombError as error:
-        raise ValueError(f"it has more than {MOST_PIXELS:,} pixels: make it smaller") from error
+        raise TooLargeError(f"it has more than {MOST_PIXELS:,} pixels: make it smaller") from error
     except Exception as error:  # Pillow raises many kinds of errors for malformed data
-        raise damage(error) from error
-    with image:
-        return normalized(image)
+        file.seek(0)
+        for alone in bare(file.read()):
+            with suppress(Exception), Image.open(io.BytesIO(alone), formats=_installed()) as image:
+                return _decoded(image)
+        if isinstance(error, UnidentifiedImageError):  # its own message contains a memory address
+            raise ValueError(_unread(head)) from error
+        raise _damage(error) from error
 
 
 def normalized(image: Image.Image) -> Image.Image:
@@ -74,19 +86,22 @@ def normalized(image: Image.Image) -> Image.Image:
 
     Raises ValueError, saying what is wrong, if it cannot be decoded completely.
     """
-    if image.width * image.height > MOST_PIXELS:
-        raise ValueError(
-            f"it has {image.width} x {image.height} pixels, expected at most {MOST_PIXELS:,}: make it smaller"
-        )
     try:
-        return turned(srgb(image), image)
-    except UnknownWhiteError:
+        return _decoded(image)
+    except (TooLargeError, UnknownWhiteError):
         raise
     except Exception as error:
-        raise damage(error) from error
+        raise _damage(error) from error
 
 
-def damage(error: Exception) -> ValueError:
+def _decoded(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MOST_PIXELS:
+        has = f"it has {image.width} x {image.height} pixels"
+        raise TooLargeError(f"{has}, expected at most {MOST_PIXELS:,}: make it smaller")
+    return turned(srgb(image), image)
+
+
+def _damage(error: Exception) -> ValueError:
     """Return the error for a file that breaks off or is damaged, with the first line of Pillow's words."""
     return ValueError(f"it is damaged ({(str(error) or type(error).__name__).splitlines()[0]}): use an intact copy")
 

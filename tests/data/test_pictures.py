@@ -191,6 +191,15 @@ def test_a_profile_that_moves_nothing_costs_nothing():
     assert decode_picture(own.data).tobytes() == COLOURS.tobytes()
 
 
+def test_a_profile_of_absurd_size_is_ignored():
+    """They are kept, and a hostile shard may hold as many as it likes."""
+    image = Image.fromarray(COLOURS)
+    image.info["icc_profile"] = adobe_rgb() + bytes(10)
+    assert normalized(image).tobytes() != COLOURS.tobytes()
+    image.info["icc_profile"] = adobe_rgb() + bytes(9 << 20)
+    assert normalized(image).tobytes() == COLOURS.tobytes()
+
+
 def test_the_first_of_several_pictures_of_a_sample_is_used():
     red, blue = (saved(Image.new("RGB", (8, 8), colour), "PNG") for colour in ("red", "blue"))
     for first, second in (("webp", "png"), ("png", "jpg"), ("jpg", "jpeg"), ("jpeg", "gif"), ("gif", "heic")):

@@ -43,6 +43,7 @@ class Odd:
     within: int = 0  # levels that each value may differ
     lossy: bool = False  # so that only the middle of each block of CORNERS is compared
     reason: str = ""
+    opens: bool = True  # whether Pillow alone opens and loads it
 
     def differs(self, found: Levels, shows: Levels) -> float:
         """The largest difference of values H x W x C, where they can be seen."""
@@ -241,6 +242,35 @@ def pngs() -> Iterator[Odd]:
     for name, alpha in (("alpha", ALPHA), ("alpha that is opaque", 255), ("alpha that is empty", 0)):
         data = saved(Image.fromarray(rgba(COLOURS, alpha)), "PNG")
         yield Odd(name=f"PNG, {name}", data=data, shows=rgba(COLOURS, alpha))
+
+
+def odd_metadata() -> Iterator[Odd]:
+    """Sound pixels with metadata that Pillow cannot read."""
+    rows, upright = [row.tobytes() for row in COLOURS], rgba(COLOURS)
+    turn = exif((0x112, 3, 1, b"\6"))
+    chunks = {
+        "cHRM": b"\0\1", "pHYs": b"", "gAMA": b"a", "sRGB": b"", "iCCP": b"a", "zTXt": b"a\0", "fcTL": b"a", "acTL": b"",
+    }  # fmt: skip
+    for name, body in chunks.items():
+        data = png(WIDE, HIGH, 8, 2, rows, **{name: body})
+        yield Odd(name=f"PNG, odd {name}", data=data, shows=upright, opens=False)
+        data = png(WIDE, HIGH, 8, 2, rows, eXIf=turn[6:], **{name: body})
+        yield Odd(name=f"PNG, odd {name}, turned", data=data, shows=turned(upright, 6), opens=False)
+    spoilt = png(WIDE, HIGH, 8, 2, rows, tEXt=b"a\0bc").replace(b"a\0bc", b"a\0bd")
+    yield Odd(name="PNG, text with a wrong sum", data=spoilt, shows=upright, opens=False)
+    segments = {
+        "short JFIF": (0xE0, b"JFIF\0"), "short Adobe": (0xEE, b"Adobe\0"),
+        "short profile": (0xE2, b"ICC_PROFILE\0"),
+        "odd Photoshop": (0xED, b"Photoshop 3.0\0008BIM\4\4\1\1\1\1\1"), "odd MPF": (0xE2, b"MPF\0II*\0"),
+    }  # fmt: skip
+    plain = jpeg_with(turn)
+    for name, (marker, body) in segments.items():
+        data = plain[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + plain[2:]
+        shows = turned(rgba(CORNERS), 6)
+        yield Odd(name=f"JPEG, {name}", data=data, extension="jpg", shows=shows, within=6, opens=False)
+    for tag, kind, value in ((0x2BC, 4, 7), (0x8769, 6, 0xFF), (0x10E, 5, 0xFFFFFFFF), (0x8825, 6, 0xFF)):
+        data = tiff(COLOURS, 2, more={tag: (kind, value), 0x112: (3, 8)})
+        yield Odd(name=f"TIFF, odd tag {tag:#x}", data=data, extension="tif", shows=turned(upright, 8), opens=False)
 
 
 def profiles() -> Iterator[Odd]:
@@ -478,5 +508,5 @@ def no_pictures() -> Iterator[Odd]:
 @cache
 def zoo() -> tuple[Odd, ...]:
     """All of them, each with its own name."""
-    groups = (ways_up, odd_exif, pngs, profiles, tiffs, other_formats, netpbm, damaged, no_pictures)
+    groups = (ways_up, odd_exif, odd_metadata, pngs, profiles, tiffs, other_formats, netpbm, damaged, no_pictures)
     return tuple(odd for group in groups for odd in group())

@@ -80,8 +80,8 @@ def test_files_and_images_to_start_from_are_decoded_as_in_training(odd: Odd, tmp
     path.write_bytes(odd.data)
     read = read_picture(path)
     assert (read.mode, read.size, read.tobytes()) == (expected.mode, expected.size, expected.tobytes())
-    opened = Image.open(io.BytesIO(odd.data))
-    request = DrawRequest(image=opened, mask=Image.open(path), strength=0.5)
+    opened = [Image.open(io.BytesIO(odd.data)), Image.open(path)] if odd.opens else [read, read]
+    request = DrawRequest(image=opened[0], mask=opened[1], strength=0.5)
     for given in (request.image, request.mask):
         assert given is not None and (given.mode, given.tobytes()) == (expected.mode, expected.tobytes())
     white = read_mask(read, (read.height, read.width))[0, 0].numpy()
