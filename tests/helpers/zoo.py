@@ -249,7 +249,8 @@ def odd_metadata() -> Iterator[Odd]:
     rows, upright = [row.tobytes() for row in COLOURS], rgba(COLOURS)
     turn = exif((0x112, 3, 1, b"\6"))
     chunks = {
-        "cHRM": b"\0\1", "pHYs": b"", "gAMA": b"a", "sRGB": b"", "iCCP": b"a", "zTXt": b"a\0", "fcTL": b"a", "acTL": b"",
+        "cHRM": b"\0\1", "pHYs": b"", "gAMA": b"a", "sRGB": b"", "iCCP": b"a", "zTXt": b"a\0",
+        "fcTL": b"a", "acTL": b"",
     }  # fmt: skip
     for name, body in chunks.items():
         data = png(WIDE, HIGH, 8, 2, rows, **{name: body})
