@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from data.order import keyed_hash
-from data.readers import over_white
+from data.pictures import normalized, over_white
 from data.write import write_shards
 
 PACKAGES = {"emoji-datasource-google": "16.0.0", "emoji-datasource-twitter": "16.0.0", "emojibase-data": "17.0.0"}
@@ -129,7 +129,7 @@ def encode(one: Emoji, style: str, packages: Path) -> tuple[bytes, str, dict[str
     source = STYLES[style]
     relative = f"img/{source}/64/{one.image}"
     with Image.open(packages / f"emoji-datasource-{source}" / relative) as image:
-        picture = over_white(image)
+        picture = over_white(normalized(image))
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", lossless=True, quality=75, method=4)  # effort, not loss: 20 times faster than at most
     texts = captions(one, style)

@@ -5,21 +5,19 @@ To add a column (precomputed latents, a hint, sizes): a reader that returns it. 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from data.captions import find_captions
 from data.config import DataConfig
 from data.order import keyed_hash
+from data.pictures import decode_picture, over_white
 from data.shards import BadSampleError, RawSample
 
-IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
-MOST_PIXELS = 64_000_000
 UNUSED, NAMES = "unused", "names"
 
 Tokenize = Callable[[list[str]], Tensor]
@@ -77,18 +75,9 @@ def decode_pixels(raw: RawSample, image_size: int) -> Tensor:
     """
     data = raw.picture
     try:
-        # Only these formats: Pillow would pass others, such as EPS, to external programs.
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:  # checked in the header, before memory is allocated
-                raise BadSampleError(f"the image has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
-            picture = over_white(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError as error:  # its own message contains a memory address
-        raise BadSampleError(f"the image does not decode (no {', '.join(IMAGE_FORMATS)})") from error
-    except BadSampleError:
-        raise
-    except Exception as error:  # Pillow raises many kinds of errors for malformed data
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadSampleError(f"the image does not decode ({first})") from error
+        picture = over_white(decode_picture(data))
+    except ValueError as error:
+        raise BadSampleError(f"the image does not decode ({error})") from error
     return to_pixels(square(picture, image_size))
 
 
@@ -96,19 +85,6 @@ def to_pixels(image: Image.Image) -> Tensor:
     """Convert an RGB image to 3 x H x W, float32 in [-1, 1]."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
-
-
-def over_white(image: Image.Image) -> Image.Image:
-    """Convert to RGB, composited over white."""
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image.copy()
-    layer = eight_bits(image).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits, which Pillow would clip to 255; return any other image as it is."""
-    return image.point(lambda value: value * (1 / 256)).convert("L") if image.mode == "I;16" else image
 
 
 def square(image: Image.Image, size: int) -> Image.Image:

@@ -1,8 +1,8 @@
 """Index tar shards in img2dataset's layout for random access.
 
-A shard is a tar in which KEY.jpg (or png, webp), KEY.txt and KEY.json with the same KEY form a sample (or what
-SampleConfig names instead); other members are never read. A gzipped shard has no random access, so it is unpacked into
-memory: keep those small.
+A shard is a tar in which KEY.jpg (or another ending of data.pictures.EXTENSIONS), KEY.txt and KEY.json with the same
+KEY form a sample (or what SampleConfig names instead); other members are never read. A gzipped shard has no random
+access, so it is unpacked into memory: keep those small.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from data.config import SampleConfig
 from data.not_shards import COPY_AGAIN, described, unreadable
+from data.pictures import EXTENSIONS as IMAGE_EXTENSIONS
 from data.tar import Damage, Kind, Member, read_members
 from ldm.errors import DataError
 from ldm.files.messages import SHOWN, printable, some
@@ -26,7 +27,6 @@ from ldm.files.messages import SHOWN, printable, some
 # KEY.EXTENSION as webdataset splits it: folders belong to the key, all after the first dot of the file name to the
 # extension. Members with other names (a README, macOS's ._files) are not samples.
 MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
-IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 LARGEST_TEXT = 1 << 20  # bytes
 LARGEST_IMAGE = 64 << 20  # bytes
 LARGEST_UNPACKED = 4 << 30  # bytes of a gzipped shard

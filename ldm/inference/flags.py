@@ -121,9 +121,10 @@ def requests_of(args: Namespace) -> list[DrawRequest]:
 def defaults_of(args: Namespace) -> DrawRequest:
     """Create the request that all prompts start from; the lines of a prompt file may change it."""
     given = {name: value for name, value in vars(args).items() if value is not None and name != "prompt"}
-    for name in ("mask", "strength"):
+    for name in ("mask", "strength", "mask_edge", "transparency"):
         if name in given and "image" not in given:
-            raise ValueError(f"--{name} was given without --init-img, which it needs: give both")
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} was given without --init-img, which it needs: give both")
     of_request, of_options = (
         {name: given[name] for name in parameters(fields) if name in given} for fields in (DrawRequest, DrawOptions)
     )

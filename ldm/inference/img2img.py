@@ -5,6 +5,7 @@ B batch, C latent channels, H x W pixels, h x w latents. White (1) in a mask is 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data.readers import eight_bits, over_white, to_pixels
+from data.pictures import normalized, over_white
+from data.readers import to_pixels
 from ldm.diffusion import PathConfig, noise_sample
-from ldm.inference.request import steps_left
+from ldm.inference.masks import pasted, read_mask, remarks_on_mask
+from ldm.inference.request import DrawRequest, steps_left
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.samplers import Denoise, Generators
 from vae.autoencoder import DiagonalGaussian
@@ -27,6 +30,11 @@ class Canvas:
     pixels: Tensor  # 1 x 3 x H x W in [-1, 1]
     mask: Tensor | None  # 1 x 1 x H x W of 0 and 1; None: everything may change
     strength: float  # fraction of the steps that are taken, above 0 to 1
+    edge: int = 0  # pixels over which the repainted part blends into the kept one
+
+    def paste(self, drawn: Tensor) -> Tensor:
+        """Put the image's own pixels over drawn ones, B x 3 x H x W, where the mask keeps them."""
+        return pasted(drawn, self.pixels, self.mask, self.edge)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +49,29 @@ class Start:
     is_noise: bool = False  # whether x is noise everywhere, even where the image is kept
 
 
-def canvas(image: Image.Image, mask: Image.Image | None, strength: float, *, size: tuple[int, int]) -> Canvas:
-    """Convert the image and the mask, at height x width = size."""
-    pixels = to_pixels(resized(over_white(image), size))[None]
-    chosen = None
-    if mask is not None:
-        grey = resized(eight_bits(mask).convert("L"), size)
-        chosen = (torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8) >= 128).float().view(1, 1, *size)
-    return Canvas(pixels=pixels, mask=chosen, strength=strength)
+def canvas(
+    image: Image.Image, mask: Image.Image | None, strength: float, *, size: tuple[int, int], edge: int = 0
+) -> Canvas:
+    """Convert the image and the mask, of any mode, at height x width = size."""
+    pixels = to_pixels(resized(over_white(normalized(image)), size))[None]
+    chosen = None if mask is None else read_mask(normalized(mask), size)
+    return Canvas(pixels=pixels, mask=chosen, strength=strength, edge=edge)
+
+
+def canvas_of(request: DrawRequest, cell: int) -> Canvas | None:
+    """Convert a checked request's image and mask; None if it starts from noise. cell: pixels a side of a latent.
+
+    Warns of a mask that cannot be followed as it is.
+    """
+    if request.image is None:
+        return None
+    assert request.height is not None and request.width is not None and request.usual_strength is not None
+    size, edge = (request.height, request.width), request.options.mask_edge
+    found = canvas(request.image, request.mask, request.usual_strength, size=size, edge=edge)
+    if request.mask is not None and found.mask is not None:
+        for remark in remarks_on_mask(request.mask, request.image, found.mask, cell):
+            warnings.warn(f"{request.place}{remark}", stacklevel=2)
+    return found
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -13,6 +13,9 @@ WEIGHTINGS = ("none", "a1111")  # of words in a prompt
 FORMATS = ("diffusers", "single-file")  # of exports
 SCHEDULES = ("constant", "linear", "cosine")  # of guidance's scale over time
 FINER = "finer options"
+BEGINNING = "starting from a picture"
+TRANSPARENCIES = ("white", "mask")  # what transparent parts of the picture to start from become
+MAX_EDGE = 256  # pixels
 MAX_LORA_STRENGTH = 100
 MAX_CLIP_SKIP = 256  # more layers than any text encoder has
 
@@ -71,6 +74,16 @@ class DrawOptions:
         None, "the text encoder's layer to use, counted from its end as in A1111: 1 is the last, 2 the one before it "
         "(default: the model's own; diffusers counts from 0)", kind=int, flags=("--clip-skip",), metavar="N",
         group=FINER, within=Range(low=1, high=MAX_CLIP_SKIP), a1111="Clip skip",
+    )  # fmt: skip
+
+    mask_edge: int = parameter(
+        0, "pixels over which what is repainted blends into what is kept, within the mask's white part; the black part "
+        "stays as it is (default: {default})", kind=int, flags=("--mask-edge", "--mask-blur"), metavar="PIXELS",
+        group=BEGINNING, within=Range(low=0, high=MAX_EDGE),
+    )  # fmt: skip
+    transparency: str = parameter(
+        "white", "what transparent parts of the picture become: white, or a mask of what to repaint "
+        "(default: {default})", choices=TRANSPARENCIES, flags=("--transparency",), metavar="NAME", group=BEGINNING,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -15,32 +15,51 @@ from ldm.files.digest import SHORT, short_hash
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_PIXELS = 2**26
 FILE_HASH = "foundry_file_hash"  # key of an image's info
+TRANSPARENCY = "transparency"  # in the place of a hash: a mask that was made from the picture's own
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Read a PNG, JPEG or WebP file, rotated by its EXIF orientation; the image's info contains the file's hash.
+    """Read a picture file as training does: see `decode_picture`. The image's info contains the file's hash.
 
-    Raises ValueError or OSError, naming the file, for any other.
+    Raises ValueError or OSError, naming the file, if that is not possible.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from data.pictures import READ, decode_picture
 
     if not path.is_file():
-        raise FileNotFoundError(f"there is no picture {path}: give a PNG, JPEG or WebP file")
+        raise FileNotFoundError(f"there is no picture {path}: give a file, {READ}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error for large ones is below
-            opened = Image.open(path, formats=["PNG", "JPEG", "WEBP"])
-        with opened as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all")
-            image.load()
-            turned = ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a complete PNG, JPEG or WebP picture ({error}): give another") from error
-    turned.info[FILE_HASH] = short_hash([path])
-    return turned
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of odd metadata and of sizes that are an error here
+            picture = decode_picture(file)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used as a picture: {error}") from error
+    picture.info[FILE_HASH] = short_hash([path])
+    return picture
+
+
+def as_read(image: Image.Image) -> Image.Image:
+    """Convert an image as `read_picture` does, if it is not RGB or RGBA already; its info contains the hash of what it
+    was. Raises ValueError if it cannot be decoded."""
+    from PIL import Image
+
+    from data.pictures import normalized
+
+    if not isinstance(image, Image.Image):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"it is of type {type(image).__name__}, expected a PIL image: open the file first")
+    picture = normalized(image)
+    if picture is not image:
+        picture.info[FILE_HASH] = picture_hash(image)
+    return picture
+
+
+def mask_of_transparency(picture: Image.Image) -> Image.Image | None:
+    """Return a mask that is white where an image that was read is transparent; None if it is opaque."""
+    if picture.mode != "RGBA":
+        return None
+    mask = picture.getchannel("A").point(lambda alpha: 255 - alpha)
+    mask.info[FILE_HASH] = TRANSPARENCY
+    return mask
 
 
 def picture_hash(image: Image.Image) -> str:

@@ -18,7 +18,7 @@ from ldm.files.paths import user_path
 from ldm.inference.contact_sheet import to_images
 from ldm.inference.course import Course, course_of
 from ldm.inference.guiding import guided
-from ldm.inference.img2img import Canvas, Start, begin, canvas, keeping
+from ldm.inference.img2img import Canvas, Start, begin, canvas_of, keeping
 from ldm.inference.options import FORMATS, PLAIN
 from ldm.inference.progress import Progress, counted, reporter
 from ldm.inference.prompt_loras import LoraFolders, applied
@@ -244,7 +244,9 @@ class TextToImage:
     def _together(self, wanted: Sequence[DrawRequest], progress: Progress | None) -> Tensor:
         """Draw checked requests that differ only in prompt and seed, as pixels."""
         common = wanted[0]
-        drawn_on, size = self._canvas(common)
+        cell = self.model.vae.config.factor
+        assert common.height is not None and common.width is not None
+        drawn_on, size = canvas_of(common, cell), (common.height // cell, common.width // cell)
         course = course_of(common, self.parts, drawn_on)
         drawn: list[Tensor] = []
         rounds = self.prompts.batches(wanted, largest=1 if course.one_by_one else MAX_BATCH)
@@ -258,18 +260,9 @@ class TextToImage:
                     denoise = counted(denoise, report, course.times)
                 latents = course.draw(denoise, begun, generators, variance)
             report(len(course.times) - 1)  # the last evaluation of a sampler that chooses its own times may be before
-            drawn.append(self.model.decode(latents))
+            decoded = self.model.decode(latents)
+            drawn.append(decoded if drawn_on is None else drawn_on.paste(decoded))
         return torch.cat(drawn)
-
-    def _canvas(self, request: DrawRequest) -> tuple[Canvas | None, tuple[int, int]]:
-        """Return the initial image of a checked request, if any, and the size of its latents."""
-        assert request.height is not None and request.width is not None
-        size, factor = (request.height, request.width), self.model.vae.config.factor
-        drawn_on = None
-        if request.image is not None:
-            assert request.strength is not None
-            drawn_on = canvas(request.image, request.mask, request.strength, size=size)
-        return drawn_on, (size[0] // factor, size[1] // factor)
 
     def _begin(
         self, drawn_on: Canvas | None, generators: Sequence[torch.Generator], course: Course, size: tuple[int, int]

@@ -53,7 +53,8 @@ class Recipe(PictureSettings):
     loras: str = ""  # "name:0.8 0123456789, other 9876543210"
     lora_hashes: str = ""  # by which A1111 finds them, in the same order: "0123456789ab, ba9876543210"
     init_image: str = ""  # first 10 hex digits of the SHA-256 of the file that the drawing started from
-    mask: str = ""
+    mask: str = ""  # likewise, or "transparency" if that of the initial image was the mask
+    init_size: str = ""  # width x height of the initial image: if they are not the picture's own, it was scaled
     strength: float = 0.0  # 0: it started from noise
     prediction: str = ""  # as given to load; "": the model's own
     scheduler: str = ""  # the stock scheduler that was followed, or why it was not; "" for a sampler by name
@@ -106,6 +107,7 @@ def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Re
         software=software(),
         init_image="" if request.image is None else picture_hash(request.image),
         mask="" if request.mask is None else picture_hash(request.mask),
+        init_size="" if request.image is None else "{} x {}".format(*request.image.size),
         strength=float(request.strength or 0),
         scheduler=scheduler_of(request, pipe.facts),
         default_grid=pipe.facts.path.default_grid if pipe.facts.path else "",

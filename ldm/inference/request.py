@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from ldm.inference.options import PLAIN, DrawOptions
+from ldm.inference.options import BEGINNING, PLAIN, DrawOptions
 from ldm.inference.parameter import Range, check_ranges, keys_of, parameter
+from ldm.inference.pictures import TRANSPARENCY, as_read, mask_of_transparency, picture_hash
+from ldm.inference.size import MAX_SIDE, size_of
 from ldm.model.facts import STOCK, UNKNOWN, ModelFacts
 
 if TYPE_CHECKING:
@@ -17,10 +20,8 @@ RANDOM_SEED = -1
 OUR_SAMPLER = "dpmpp_2m"  # of models whose folder does not state one
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
-MAX_SIDE = 4096  # pixels
 MAX_CHARACTERS = 10_000  # of a prompt: far more than any text encoder reads, and few enough for an image's metadata
 IMAGE_STRENGTH, MASK_STRENGTH = 0.75, 1.0  # the defaults without a mask and with one
-BEGINNING = "starting from a picture"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +83,13 @@ class DrawRequest(PictureSettings):
     """
 
     image: Image.Image | None = parameter(
-        None, "picture to start from; the default size is then its own, rounded down to what the model can draw",
+        None, "picture to start from; the default size is then its own, rounded down to what the model can draw, and "
+        "scaled if it has more than four times the model's pixels, or less than a fourth",
         flags=("--init-img", "--image-path"), metavar="FILE", group=BEGINNING,
     )  # fmt: skip
     mask: Image.Image | None = parameter(
-        None, "picture of what to repaint: white is repainted, black is kept", flags=("--mask", "--mask-path"),
-        metavar="FILE", group=BEGINNING,
+        None, "picture of what to repaint: white is repainted; black, and what is transparent, is kept as it is",
+        flags=("--mask", "--mask-path"), metavar="FILE", group=BEGINNING,
     )  # fmt: skip
     strength: float | None = parameter(
         None, "how much may change, above 0 to 1: this fraction of the steps is taken (default: 0.75, with a mask 1)",
@@ -100,14 +102,36 @@ class DrawRequest(PictureSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._read_pictures()
         if self.image is None:
             for name in ("mask", "strength"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"a {name} was given without an image, which it needs: give an image to start from, too"
                     )
-        elif (strength := self.usual_strength) is not None:
+        if self.mask is None and self.options.mask_edge:
+            raise ValueError(f"mask edge is {self.options.mask_edge}, but there is no mask: give one, too")
+        if self.image is None:
+            return
+        if (strength := self.usual_strength) is not None:
             steps_left(self.steps, strength)
+
+    def _read_pictures(self) -> None:
+        """Convert image and mask as files are, and make a mask of the image's transparency if that is asked for."""
+        for name in ("image", "mask"):
+            if (given := getattr(self, name)) is not None:
+                try:
+                    object.__setattr__(self, name, as_read(given))
+                except ValueError as error:
+                    raise ValueError(f"the {name} cannot be used: {error}") from error
+        if self.options.transparency != "mask":
+            return
+        if self.mask is not None and picture_hash(self.mask) != TRANSPARENCY:
+            raise ValueError("transparency is 'mask', and a mask was given, too: leave one of them out")
+        mask = None if self.image is None else mask_of_transparency(self.image)
+        if mask is None:
+            raise ValueError("transparency is 'mask', but there is no picture with transparent parts: give a mask")
+        object.__setattr__(self, "mask", mask)
 
     @property
     def usual_strength(self) -> float | None:
@@ -155,9 +179,17 @@ class DrawRequest(PictureSettings):
             check_prompt(self.negative_prompt, evaluations)
         if facts.for_inpainting and self.mask is None:
             wanted = "it an image and a mask" if self.image is None else "a mask too, white where to paint"
+            if self.image is not None and self.image.mode == "RGBA":
+                wanted += ", or transparency 'mask' to paint where the picture is transparent"
             raise ValueError(f"{facts.name} is made for inpainting: give {wanted}")
-        height, width = self._size(facts)
+        height, width = size_of(self.image, self.height, self.width, facts, remark=self._remark)
+        if self.image is not None and self.image.mode == "RGBA" and self.options.transparency == "white":
+            instead = "" if self.mask else "; transparency 'mask' (--transparency mask) repaints them instead"
+            self._remark(f"the picture's transparent parts become white{instead}")
         return replace(self, sampler=name, height=height, width=width, strength=self.usual_strength, options=options)
+
+    def _remark(self, text: str) -> None:
+        warnings.warn(f"{self.place}{text}", stacklevel=5)
 
     def _sampler(self, facts: ModelFacts) -> tuple[str, str | None]:
         """Return the sampler and the time grid: keys of SAMPLERS and TIME_GRIDS (or times, or None for the path's
@@ -181,24 +213,6 @@ class DrawRequest(PictureSettings):
             )
         stock_plan(facts.scheduler, cast(Any, facts.path), "eps", self.steps)
         return STOCK, None
-
-    def _size(self, facts: ModelFacts) -> tuple[int | None, int | None]:
-        """Return height and width: the given ones, the image's rounded down to multiples of the factor, or the model's.
-
-        Raises ValueError unless they are multiples of the factor.
-        """
-        height = width = facts.native_size
-        if facts.factor is None:
-            return self.height, self.width
-        if self.image is not None:
-            height, width = (max(side // facts.factor, 1) * facts.factor for side in self.image.size[::-1])
-        height, width = self.height or height, self.width or width
-        for name, side in (("height", height), ("width", width)):
-            if side is not None and side % facts.factor:
-                lower = side // facts.factor * facts.factor
-                near = " or ".join(str(multiple) for multiple in (lower, lower + facts.factor) if multiple)
-                raise ValueError(f"{name} is {side}, expected a multiple of {facts.factor}: use {near}")
-        return height, width
 
 
 def check_text(name: str, text: str) -> None:

@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 import torch
 from helpers.painting import pngs
+from helpers.zoo import zoo
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -30,12 +31,17 @@ def short_hash(path: str) -> str:
 
 
 def test_a_picture_to_begin_with(command, model, pictures):
-    assert command("--prompt", "x", "--init-img", "photo.png", "--strength", "0.4", "--n-samples", "2")[0] == 0
+    code, _, err = command("--prompt", "x", "--init-img", "photo.png", "--strength", "0.4", "--n-samples", "2")
+    assert code == 0 and err == (
+        "warning: the picture has 50 x 41 pixels, far from the 16 x 16 of tiny: it is scaled to 16 x 16; height and "
+        "width (--H and --W) choose another size\n"
+    )
     (call,) = model.calls
     assert call["image"] == (50, 41) and call["mask"] is None and call["strength"] == 0.4
-    assert (call["height"], call["width"]) == (40, 48)  # multiples of 8
+    assert (call["height"], call["width"]) == (16, 16)
     recipe = read_recipes(Path("outputs/samples/00001.png"))[0]
     assert (recipe.init_image, recipe.mask, recipe.strength) == (short_hash("photo.png"), "", 0.4)
+    assert recipe.init_size == "50 x 41"
     with Image.open("outputs/samples/00000.png") as image:
         assert (
             f"Denoising strength: 0.4, Init image hash: {short_hash('photo.png')}, RNG: CPU, Version"
@@ -50,6 +56,41 @@ def test_a_mask(command, model, pictures, words):
     assert (call["mask"], call["strength"], call["height"], call["width"]) == ((50, 41), 1.0, 64, 32)
     recipe = read_recipes(Path("outputs/samples/00000.png"))[0]
     assert (recipe.mask, recipe.strength) == (short_hash("mask.png"), 1.0)
+
+
+def test_a_soft_edge_and_holes_as_a_mask(command, model, pictures):
+    """Words of the command line, in the request and in the record."""
+    Image.new("RGBA", (16, 16), (9, 9, 9, 0)).save("hole.png")
+    assert command("--prompt", "x", "--init-img", "photo.png", "--mask", "mask.png", "--mask-blur", "8")[0] == 0
+    assert model.calls[0]["options"] == DrawOptions(mask_edge=8)
+    words = ("--init-img", "hole.png", "--transparency", "mask", "--mask_edge", "2")
+    assert command("--prompt", "x", *words)[::2] == (0, "")
+    call, options = model.calls[1], DrawOptions(mask_edge=2, transparency="mask")
+    assert (call["mask"], call["strength"], call["options"]) == ((16, 16), 1.0, options)
+    recipe = read_recipes(Path("outputs/samples/00004.png"))[0]
+    assert (recipe.mask, recipe.options, recipe.init_size) == ("transparency", options, "16 x 16")
+    code, _, err = command("--prompt", "x", "--init-img", "hole.png")
+    assert code == 0 and err == (
+        "warning: the picture's transparent parts become white; transparency 'mask' (--transparency mask) repaints "
+        "them instead\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["EXIF, beside tag 0x100 of type 1, 1", "PNG, odd cHRM"])
+def test_odd_metadata_of_a_picture_harms_nothing(command, model, name):
+    odd = next(odd for odd in zoo() if odd.name == name)
+    Path("odd.jpg").write_bytes(odd.data)
+    assert command("--prompt", "x", "--init-img", "odd.jpg", "--H", "16", "--W", "16")[0] == 0
+    assert odd.shows is not None and model.calls[0]["image"] == odd.shows.shape[1::-1]
+
+
+def test_what_is_no_picture_names_the_remedy(command, model):
+    """The remedy that a message names is in it, at the command line as anywhere else."""
+    for name, words in (("HEIC", "pip install pillow-heif"), ("EPS", "convert it to PNG")):
+        odd = next(odd for odd in zoo() if odd.name == f"no picture: {name}")
+        Path("a.jpg").write_bytes(odd.data)
+        code, _, err = command("--prompt", "x", "--init-img", "a.jpg")
+        assert code == 2 and err.startswith("error: a.jpg cannot be used as a picture: it is ") and words in err
 
 
 def test_the_usual_strength_is_recorded_too(command, model, pictures):
@@ -112,12 +153,18 @@ def test_weighted_words(command, model):
     ("words", "told"),
     [
         (["--mask", "mask.png"], "--mask was given without --init-img, which it needs: give both"),
+        (["--mask-edge", "5"], "--mask-edge was given without --init-img, which it needs: give both"),
+        (["--transparency", "mask"], "--transparency was given without --init-img, which it needs: give both"),
+        (["--init-img", "photo.png", "--mask-edge", "5"], "mask edge is 5, but there is no mask: give one, too"),
+        (["--init-img", "photo.png", "--mask", "mask.png", "--mask-edge", "-1"], "mask edge is -1, expected 0 to 256"),
+        (["--init-img", "photo.png", "--transparency", "black"], "invalid choice: 'black'"),
+        (["--init-img", "photo.png", "--transparency", "mask"], "there is no picture with transparent parts: give a"),
         (["--strength", "0.5"], "--strength was given without --init-img, which it needs: give both"),
         (["--init-img", "nowhere.png"], "there is no picture nowhere.png"),
         (["--init-img", "model"], "there is no picture model"),
-        (["--init-img", "notes.txt"], "notes.txt is not a complete PNG, JPEG or WebP picture"),
-        (["--init-img", "half.png"], "half.png is not a complete PNG, JPEG or WebP picture"),
-        (["--init-img", "photo.png", "--mask", "notes.txt"], "notes.txt is not a complete PNG, JPEG or WebP picture"),
+        (["--init-img", "notes.txt"], "notes.txt cannot be used as a picture: it is "),
+        (["--init-img", "half.png"], "half.png cannot be used as a picture: it is "),
+        (["--init-img", "photo.png", "--mask", "notes.txt"], "notes.txt cannot be used as a picture: it is "),
         (["--init-img", "photo.png", "--strength", "0"], "--strength is 0.0, expected above 0 and at most 1"),
         (["--init-img", "photo.png", "--strength", "1.5"], "--strength is 1.5, expected above 0 and at most 1"),
         (["--init-img", "photo.png", "--strength", "nan"], "--strength is nan, expected above 0 and at most 1"),

@@ -202,9 +202,9 @@ def too_large() -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not a complete PNG, JPEG or WebP picture"),
-        (b"<svg/>", "is not a complete PNG, JPEG or WebP picture"),
-        (b"GIF89a" + bytes(50), "is not a complete PNG, JPEG or WebP picture"),
+        (b"", "a.png cannot be used as a picture: it is empty"),
+        (b"<svg/>", "cannot be used as a picture: it is SVG, which only a program can draw: convert it to PNG"),
+        (b"GIF89a" + bytes(50), "cannot be used as a picture: it is no JPEG, PNG, WebP, GIF, "),
         (too_large(), "it has 12000 x 10000 pixels, expected at most"),
     ],
 )

@@ -55,7 +55,7 @@ def test_checked_it_says_all_that_was_left_open():
     request = DrawRequest(prompt="x", sampler="DPM++ 2M", place="line 3: ")
     assert request.check(FACTS) == dataclasses.replace(request, sampler="dpmpp_2m", height=16, width=16)
     assert request.check(FACTS).check(FACTS) == request.check(FACTS)
-    begun = DrawRequest(image=PHOTO).check(FACTS)
+    begun = DrawRequest(image=PHOTO).check(dataclasses.replace(FACTS, native_size=32))
     assert (begun.height, begun.width, begun.strength) == (40, 48, 0.75)
     assert DrawRequest(image=PHOTO, mask=PHOTO, width=8).check(FACTS).strength == 1.0
     assert DrawRequest(image=PHOTO, strength=0.3, width=8).check(FACTS).strength == 0.3
