@@ -20,7 +20,7 @@ from ldm.training.engine.engine import Engine
 from ldm.training.run import ALLOWABLE, Run
 
 # No number depends on these settings: they may differ on resume.
-FREE_OF_ENGINE = ("zero_stage", "accumulation", "offload", "recompute", "save_in_background", "hang_seconds")
+FREE_OF_ENGINE = ("zero_stage", "accumulation", "offload", "recompute", "threads", "save_in_background", "hang_seconds")
 READING = {entry.name for entry in dataclasses.fields(ReadingConfig)}  # how shards are reached
 
 
