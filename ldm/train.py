@@ -1,9 +1,9 @@
 """Train a text-to-image denoiser on captioned shards.
 
-    deepspeed ldm/train.py --config configs/emoji64_dit.yaml [section.key=value ...]
+    python ldm/train.py --config configs/emoji64_dit.yaml [section.key=value ...]
 
-Plain `python` and torchrun start it too. Every run.sample_every steps the averaged weights are exported to RUN/model,
-which txt2img.py draws with: `python txt2img.py --ckpt runs/NAME/model --prompt "..."`.
+deepspeed and torchrun start it on several devices. Every run.sample_every steps the averaged weights are exported to
+RUN/model, which txt2img.py draws with: `python txt2img.py --ckpt runs/NAME/model --prompt "..."`.
 
 The algorithm is ldm/training/denoiser_task.py, the loop around it ldm/training/loop.py.
 """

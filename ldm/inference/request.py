@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from ldm.inference.given_pictures import given_picture
 from ldm.inference.options import PLAIN, DrawOptions
 from ldm.inference.parameter import Range, check_ranges, keys_of, parameter
 from ldm.model.facts import STOCK, UNKNOWN, ModelFacts
@@ -70,7 +71,10 @@ class PictureSettings:
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
             check_text(name.replace("_", " "), getattr(self, name))
+        check_text("sampler", self.sampler)
         check_ranges(self)
+        if not isinstance(self.options, DrawOptions):
+            raise TypeError(f"options is a {type(self.options).__name__}, expected DrawOptions(...)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,7 @@ class DrawRequest(PictureSettings):
     """One prompt and how to draw it: everything that a picture depends on in addition to the model.
 
     It is validated when it is created, and by `check` against a model: nowhere else. If several pictures are drawn,
-    picture i has seed + i.
+    picture i has seed + i. image and mask may be given as paths, arrays or tensors, too: see given_picture.
     """
 
     image: Image.Image | None = parameter(
@@ -100,6 +104,9 @@ class DrawRequest(PictureSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("image", "mask"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, given_picture(name, given))
         if self.image is None:
             for name in ("mask", "strength"):
                 if getattr(self, name) is not None:
@@ -202,7 +209,9 @@ class DrawRequest(PictureSettings):
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise ValueError for a text that is too long, or that a PNG cannot hold."""
+    """Raise ValueError for a text that is too long, or that a PNG cannot hold, and TypeError for what is no text."""
+    if not isinstance(text, str):
+        raise TypeError(f"the {name} is a {type(text).__name__}, expected text")
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"the {name} has {len(text)} characters, expected at most {MAX_CHARACTERS}: shorten it")
     # Python converts bytes on the command line that are not UTF-8 to surrogates. A PNG cannot store these, or zeros.
