@@ -1,9 +1,9 @@
 """Train a KL autoencoder on captioned shards.
 
-    deepspeed vae/train.py --config configs/emoji64_vae.yaml [section.key=value ...]
+    python vae/train.py --config configs/emoji64_vae.yaml [section.key=value ...]
 
-Plain `python` and torchrun start it too. At the end the latents' mean and standard deviation are measured over up to
-4,096 training images, and the averaged weights are written to RUN/vae, which ldm/train.py reads.
+deepspeed and torchrun start it on several devices. At the end the latents' mean and standard deviation are measured
+over up to 4,096 training images, and the averaged weights are written to RUN/vae, which ldm/train.py reads.
 
 The algorithm is ldm/training/vae_task.py, the loop around it ldm/training/loop.py.
 """
