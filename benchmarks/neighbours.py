@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-LAUNCHERS = {"one process": [sys.executable], "two ranks": [str(BIN / "deepspeed"), "-q", "--num_gpus", "2"]}
+TWO = [str(BIN / "deepspeed"), "--log_level", "critical", "--num_gpus", "2"]
+LAUNCHERS = {"one process": [sys.executable], "two ranks": TWO}
 BEFORE = {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": str(os.cpu_count())}  # libgomp's default, in each rank
 SHORT = ["preview.steps=1", "preview.pictures=1", "run.sample_every=10000", "run.log_every=2"]
 

@@ -68,7 +68,9 @@ class Outcome:
 
 def gone_on_from(folder: Path) -> str | None:
     """Return the name of the checkpoint from which the run in this folder resumes, as training finds it."""
-    run = Run(RunConfig(name=folder.parent.name, folder=str(folder.parent.parent), steps=9), is_main=True)
+    run = Run(
+        RunConfig(name=folder.parent.name, folder=str(folder.parent.parent), steps=9), is_main=True
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             chosen = choose(run, ALONE)

@@ -54,14 +54,17 @@ def hyphenated(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def warnings_in_one_line() -> Iterator[None]:
-    """Context manager: print each warning of this program once, as one line on stderr; those of others as they are."""
+    """Context manager: print each warning of this program once, as one line on stderr; those of others as they are.
+
+    They are about files and settings, which all ranks of a machine have in common: its first rank prints them.
+    """
     others, shown = warnings.showwarning, set[str]()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **further: Any) -> None:
         text = f"warning: {printable(one_line(str(message)))}"
         if category is not UserWarning:
             others(message, category, *where, **further)
-        elif text not in shown:
+        elif text not in shown and os.environ.get("LOCAL_RANK", "0") == "0":
             shown.add(text)
             print(text, file=sys.stderr)
 

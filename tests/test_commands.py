@@ -308,6 +308,20 @@ def test_a_port_that_is_in_use_is_answered_by_a_free_one(launcher, workshop):
     assert len(losses(workshop, f"port_{launcher}")) == 1
 
 
+@pytest.mark.parametrize(("setting", "code"), [("run.steps=2", 0), ("data.image_size=66", 2)])
+def test_a_launcher_that_keeps_quiet_adds_no_line(setting, code, workshop):
+    """docs/training.md says how it is called; figures differ by rounding."""
+    printed = []
+    for launcher in ("python", "quiet"):
+        words = ["ldm/train.py", "--config", str(workshop / "dit.yaml"), f"run.name={launcher}", setting]
+        finished = start(words, launcher=launcher, DS_ACCELERATOR="cpu")
+        assert finished.returncode == code
+        printed.append([line.split()[0] for line in finished.stdout.splitlines()])
+        said = finished.stderr.splitlines()
+        assert len(said) == (1 if code else 0) and all(line.startswith("error: ") for line in said)
+    assert printed[0] == printed[1]
+
+
 def test_a_second_training_in_the_same_folder_is_refused(workshop):
     lock = lock_folder(workshop / "runs" / "dit")
     try:

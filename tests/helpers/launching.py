@@ -39,6 +39,7 @@ UNET = {
 
 LAUNCHERS = {
     "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port"],  # and a free one
+    "quiet": [str(BIN / "deepspeed"), "--log_level", "critical", "--num_gpus", "2", "--master_port"],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
 }
 
@@ -57,7 +58,7 @@ def start(
     if launcher == "python":
         return python_here().complete(*words, environment=variables)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"} | variables
-    command = [*LAUNCHERS[launcher], *([port or free_port()] if launcher == "deepspeed" else []), *words]
+    command = [*LAUNCHERS[launcher], *([port or free_port()] if launcher != "torchrun" else []), *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 

@@ -159,9 +159,10 @@ def test_image_and_mask_may_be_given_in_any_form(pipe, tmp_path):
         (torch.from_numpy(array.copy()).permute(2, 0, 1), torch.from_numpy(chosen.copy())[None] / 255),
     ]
     expected = pixels(pipe("a cat", image=picture, mask=mask, **QUICK))
-    for image, given in forms:
-        assert pixels(pipe("a cat", image=image, mask=given, **QUICK)) == expected
-    drawn = pipe.draw(DrawRequest(prompt="a cat", image=array, mask=chosen, **QUICK))
+    for image, repainted in forms:
+        assert pixels(pipe("a cat", image=image, mask=repainted, **QUICK)) == expected
+    given: dict[str, Any] = {"image": array, "mask": chosen}
+    drawn = pipe.draw(DrawRequest(prompt="a cat", **given, **QUICK))
     assert [drawn[0].image.tobytes()] == expected
 
 

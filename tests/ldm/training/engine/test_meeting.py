@@ -51,8 +51,8 @@ def launch(port: str, *, world: int = 2) -> subprocess.Popen[str]:
     variables = {"WORLD_SIZE": str(world), "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch", RANK]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment | variables, text=True, **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment | variables, text=True, stdout=pipe, stderr=pipe)
 
 
 def lines(launched: subprocess.Popen[str]) -> list[str]:
