@@ -5,7 +5,8 @@
 
 Each round trains configs/demo.yaml for --steps steps in each situation, one after the other, so that what else the
 machine does slows all of them, and prints the median of their images/s. A busy core is a process that does nothing but
-count. --before: with the threads and the waiting that PyTorch and the launcher choose by themselves.
+count. --before: with the threads and the waiting that PyTorch and the launcher choose by themselves. Variables that say
+how OpenMP waits, such as GOMP_SPINCOUNT=10000, count as in training.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def local_ranks() -> int:
 def share_cores(threads: int | None) -> None:
     """Set the number of threads of this process's CPU operations: `threads`, or what the environment says
     (OMP_NUM_THREADS), or its part of the cores. Threads that wait for a core that another has cost several times more
-    than they bring. Call it before `LOCAL_SIZE` is removed."""
+    than they bring."""
     own = threads
     if own is None and not os.environ.get("OMP_NUM_THREADS"):
         cores = torch.get_num_threads()  # PyTorch counts the physical cores that the process's affinity allows

@@ -37,8 +37,6 @@ def start_process(*, threads: int | None = None) -> Ranks:
     # DeepSpeed compiles with ninja, which pip installs next to python: works without activating the environment.
     os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    # With it, DeepSpeed allocates shared memory for inference on CPUs, 66 MB per rank, which outlives killed processes.
-    os.environ.pop("LOCAL_SIZE", None)
     if os.environ["RANK"] == "0":
         print("starting DeepSpeed (which compiles a helper the first time: half a minute)", flush=True)
     _join()
@@ -60,13 +58,15 @@ def _join() -> None:
         logger.setLevel("ERROR")
         try:
             meet()
+            # With it, DeepSpeed allocates shared memory for inference, 66 MB per rank, which outlives killed processes.
+            os.environ.pop("LOCAL_SIZE", None)
             deepspeed.init_distributed(verbose=False)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise  # a rank that should have joined has ended
             raise ValueError(
-                f"port {os.environ['MASTER_PORT']} is in use, perhaps by another training: start this one with "
-                "deepspeed --master_port N, or torchrun --standalone"
+                f"port {os.environ['MASTER_PORT']} is in use, perhaps by another training: start all ranks again with "
+                "another, as deepspeed --master_port N does"
             ) from error
     # From here on faults.watchdog detects hangs: others may wait for minutes while one rank draws.
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before PyTorch 2.14
