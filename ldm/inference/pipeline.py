@@ -187,7 +187,7 @@ class TextToImage:
             write_single_file(self.parts, Path(path), dtype=stored)
 
     def __call__(
-        self, prompt: str | Sequence[str] = "", *, n: int = 1, output_type: str = "pil",
+        self, prompt: str | Sequence[str], *, n: int = 1, output_type: str = "pil",
         progress: Progress | None = None, callback: StepCallback | None = None, **settings: Any,
     ) -> Any:  # fmt: skip
         """Draw n pictures of each prompt; picture i depends on seed + i, not on the others.
