@@ -20,7 +20,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed
 	@echo "== Training a small denoiser from scratch on the embedded pictures (the loss falls)"
 	rm -rf runs/demo
-	$(BIN)/deepspeed --log_level error --num_gpus 1 ldm/train.py --config configs/demo.yaml
+	$(BIN)/python ldm/train.py --config configs/demo.yaml
 	@echo "== Drawing six prompts with the weights that this project trained"
 	$(BIN)/python txt2img.py $(PROMPTS) --seed 7 --outdir outputs/demo
 	@echo "== The pictures are in outputs/demo, what this short training draws in runs/demo/samples"

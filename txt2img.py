@@ -70,7 +70,7 @@ def draw_and_save(pipe: TextToImage, requests: list[DrawRequest], args: Namespac
     from tqdm import tqdm
 
     from ldm.inference.contact_sheet import Sheet
-    from ldm.inference.pipeline import draw_all, lost_words
+    from ldm.inference.many import draw_all, lost_words
     from ldm.inference.recipe import png_bytes
 
     for lost in lost_words(pipe, requests):

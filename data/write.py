@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,3 +56,12 @@ def _write_tar(samples: Sequence[tuple[bytes, str, dict[str, Any]]], path: Path,
             text = json.dumps(record, ensure_ascii=False, sort_keys=True)
             tar.write({"__key__": key, "webp": image, "txt": caption.encode(), "json": text.encode()})
     write_atomically(path, gzip.compress(buffer.getvalue(), compresslevel=9, mtime=0))
+
+
+if __name__ == "__main__":
+    print(
+        "error: data.write is no command: docs/training.md packs a folder of pictures into shards, and "
+        "python -m data.manifest FOLDER writes what they hold",
+        file=sys.stderr,
+    )
+    sys.exit(2)

@@ -1,10 +1,10 @@
 """Train a text-to-image denoiser on captioned shards.
 
-    deepspeed ldm/train.py --config configs/emoji64_dit.yaml [section.key=value ...]
+    python ldm/train.py --config configs/emoji64_dit.yaml [section.key=value ...]
 
-Plain `python` and torchrun start it too. txt2img.py draws with the averaged weights of the newest checkpoint, also of a
-run that was stopped: `python txt2img.py --ckpt runs/NAME --prompt "..."`. Every run.sample_every steps they are
-exported to RUN/model, for other programs.
+deepspeed and torchrun start it on several devices. txt2img.py draws with the averaged weights of the newest checkpoint,
+also of a run that was stopped: `python txt2img.py --ckpt runs/NAME --prompt "..."`. Every run.sample_every steps they
+are exported to RUN/model, for other programs.
 
 The algorithm is ldm/training/denoiser_task.py, the loop around it ldm/training/loop.py.
 """

@@ -343,16 +343,32 @@ def test_a_run_with_checkpoints_is_not_silently_started_again(workshop):
     assert "already holds step_0000010" in finished.stderr
 
 
-def test_a_port_that_is_taken_is_named(workshop):
+@pytest.mark.parametrize("launcher", ["python", "deepspeed"])
+def test_a_port_that_is_in_use_is_answered_by_a_free_one(launcher, workshop):
+    """deepspeed gives the same port to every training."""
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        words = ["ldm/train.py", "--config", str(workshop / "dit.yaml"), "run.name=mistake"]
-        finished = start(words, MASTER_PORT=port)
-    assert finished.returncode == 2
-    assert f"error: port {port} is in use, perhaps by another training" in finished.stderr
-    assert "Traceback" not in finished.stderr
+        words = ["ldm/train.py", "--config", str(workshop / "dit.yaml"), f"run.name=port_{launcher}", "run.steps=1"]
+        finished = start(words, launcher=launcher, port=port, MASTER_PORT=port)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count(f"warning: port {port} is in use, perhaps by another training: this one uses ") == 1
+    assert len(losses(workshop, f"port_{launcher}")) == 1
+
+
+@pytest.mark.parametrize(("setting", "code"), [("run.steps=2", 0), ("data.image_size=66", 2)])
+def test_a_launcher_that_keeps_quiet_adds_no_line(setting, code, workshop):
+    """docs/training.md says how it is called; figures differ by rounding."""
+    printed = []
+    for launcher in ("python", "quiet"):
+        words = ["ldm/train.py", "--config", str(workshop / "dit.yaml"), f"run.name={launcher}", setting]
+        finished = start(words, launcher=launcher, DS_ACCELERATOR="cpu")
+        assert finished.returncode == code
+        printed.append([line.split()[0] for line in finished.stdout.splitlines()])
+        said = finished.stderr.splitlines()
+        assert len(said) == (1 if code else 0) and all(line.startswith("error: ") for line in said)
+    assert printed[0] == printed[1]
 
 
 def test_a_second_training_in_the_same_folder_is_refused(workshop):

@@ -24,6 +24,7 @@ import txt2img
 from data.shards import Shard
 from ldm import export
 from ldm.cli import run_command
+from ldm.inference.recipe import read_recipes
 from ldm.interop.compvis.writing import single_file_tensors
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.training.clip_task import TextTrainConfig
@@ -87,7 +88,7 @@ def test_the_pages_show_a_command_for_everything():
     for script in ("vae/train.py", "text/train.py", "ldm/train.py", "txt2img.py", "ldm.export"):
         assert script in shown
     assert "make demo" in lines("README.md") and "make test" in lines("CONTRIBUTING.md")
-    assert (len(TRAINING), len(OWN_PICTURES), len(THEIR_WEIGHTS)) == (3, 4, 8) and len(DRAWING) >= 4
+    assert (len(TRAINING), len(OWN_PICTURES), len(THEIR_WEIGHTS)) == (4, 4, 8) and len(DRAWING) >= 4
 
 
 def test_the_readmes_first_page_is_one_picture_and_two_commands():
@@ -110,13 +111,39 @@ def test_every_command_of_the_pages_is_run_by_a_test():
     assert [command for command in COMMANDS if command not in tested] == [EXPORT]
 
 
+def test_one_device_needs_no_launcher_and_several_keep_its_lines_away():
+    """A launcher's own lines would hide ours."""
+    shown = [*TRAINING, *OWN_PICTURES]
+    launched = [command for command in shown if command.startswith(f"{BIN}deepspeed")]
+    assert shown[0].startswith(f"{BIN}python ") and launched
+    assert all(command.startswith(f"{BIN}deepspeed --log_level critical --num_gpus ") for command in launched)
+    assert "deepspeed" not in subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+MODULES = sorted({name for page in PAGES for name in re.findall(r"python -m ((?:data|ldm)[\w.]+)", page.read_text())})
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_the_pages_call_a_module_answers(module):
+    help_asked = python_here().complete("-m", module, "--help")
+    assert (help_asked.returncode, help_asked.stderr) == (0, "") and "usage" in help_asked.stdout
+
+
+def test_a_module_that_is_no_command_says_so():
+    done = subprocess.run([sys.executable, "-m", "data.write", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: data.write is no command: docs/training.md packs")
+
+
 @pytest.mark.parametrize("command", TRAINING, ids=lambda command: command.split()[1])
 def test_training_commands_train(command, tmp_path, few_emoji):
     drawings = ["preview.steps=2", "preview.pictures=2"] if "ldm/train.py" in command else []
     few = [f"data.shards=[{few_emoji}]", f"validation.shards=[{few_emoji}]"]
-    extra = [*SHORT, *few, *drawings, f"run.folder={tmp_path}", "run.log_every=1"]
+    lanes = ["data.lanes=2"] if "--num_gpus 2" in command else []
+    extra = [*SHORT, *lanes, *few, *drawings, f"run.folder={tmp_path}", "run.log_every=1"]
     finished = run(command, *extra, launched="ldm/train.py" in command)
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    if command.startswith(f"{BIN}python"):
+        assert finished.stderr == ""
     assert "step 1/1  loss" in finished.stdout
 
 
@@ -200,6 +227,14 @@ def test_the_python_examples_run(page, tmp_path, monkeypatch):
     scope = run_python(page)
     assert len(scope["images"]) == 4
     assert page == "README.md" or len(scope["drawings"]) == 4 and (tmp_path / "apple.png").exists()
+
+
+def test_the_example_of_lists_and_a_callback_runs(tmp_path, monkeypatch):
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    monkeypatch.chdir(tmp_path)
+    scope = run_python("docs/drawing.md", 1)
+    assert [len(pictures) for pictures in scope["previews"]] == [2, 2]
+    assert read_recipes(tmp_path / "cat.png")[0].seed == 3
 
 
 def make_pictures(folder: Path) -> None:

@@ -235,7 +235,7 @@ def test_drawing_needs_neither_deepspeed_nor_webdataset():
 import pathlib, sys
 import ldm.inference.contact_sheet
 from ldm import DrawRequest, TextToImage
-from ldm.inference.pipeline import draw_all
+from ldm.inference.many import draw_all
 from ldm.interop.read_model import read_facts
 request = DrawRequest(prompt="a noto emoji of red apple", steps=1)
 request.check(read_facts(pathlib.Path("weights/emoji64")))

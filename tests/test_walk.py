@@ -40,8 +40,8 @@ def test_a_drawing_goes_up_twice(tmp_path: Path):
     """For each step of the sampler, and to show the progress."""
     words = ["--prompt", "a red apple", "--steps", "2", "--n-samples", "1", "--outdir", str(tmp_path)]
     assert climbs(tmp_path, "txt2img.py", "--ckpt", str(WEIGHTS), *words) == {
-        ("ldm.samplers.multistep", "ldm.inference.progress"): "counted.<locals>.counting",
-        ("ldm.inference.pipeline", "txt2img"): "draw_and_save.<locals>.<lambda>",
+        ("ldm.samplers.multistep", "ldm.inference.progress"): "Reporter.watching.<locals>.watching",
+        ("ldm.inference.many", "txt2img"): "draw_and_save.<locals>.<lambda>",
     }
 
 

@@ -1,10 +1,10 @@
 """Train a small CLIP contrastively on captioned shards: the text encoder of a latent diffusion model.
 
-    deepspeed text/train.py --config configs/emoji64_clip.yaml [section.key=value ...]
+    python text/train.py --config configs/emoji64_clip.yaml [section.key=value ...]
 
-Plain `python` and torchrun start it too. ldm/train.py reads the averaged weights of the newest checkpoint, also of a
-run that was stopped: model.text=runs/NAME. At the end the averaged text tower is written to RUN/text_encoder and its
-tokenizer to RUN/tokenizer, as transformers reads them, and the complete CLIP to RUN/clip, as open_clip reads it.
+deepspeed and torchrun start it on several devices. ldm/train.py reads the averaged weights of the newest checkpoint,
+also of a run that was stopped: model.text=runs/NAME. At the end the averaged text tower is written to RUN/text_encoder
+and its tokenizer to RUN/tokenizer, as transformers reads them, and the complete CLIP to RUN/clip, as open_clip does.
 
 The algorithm is ldm/training/clip_task.py, the loop around it ldm/training/loop.py.
 """

@@ -1,10 +1,10 @@
 """Train a KL autoencoder on captioned shards.
 
-    deepspeed vae/train.py --config configs/emoji64_vae.yaml [section.key=value ...]
+    python vae/train.py --config configs/emoji64_vae.yaml [section.key=value ...]
 
-Plain `python` and torchrun start it too. ldm/train.py reads the averaged weights of the newest checkpoint, also of a
-run that was stopped: model.vae=runs/NAME. At the end the latents' mean and standard deviation are measured over up
-to 4,096 training images, and the weights are written to RUN/vae.
+deepspeed and torchrun start it on several devices. ldm/train.py reads the averaged weights of the newest checkpoint,
+also of a run that was stopped: model.vae=runs/NAME. At the end the latents' mean and standard deviation are measured
+over up to 4,096 training images, and the weights are written to RUN/vae.
 
 The algorithm is ldm/training/vae_task.py, the loop around it ldm/training/loop.py.
 """

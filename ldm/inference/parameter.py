@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,20 @@ def parameters(of: type) -> dict[str, Parameter]:
     return {entry.name: entry.metadata[_KEY] for entry in fields(of) if _KEY in entry.metadata}
 
 
+def check_number(words: str, value: object, kind: object) -> None:
+    """Raise TypeError unless the value is a number, of any library, and whole if kind is int."""
+    wanted, expected = (Integral, "a whole number") if kind is int else (Real, "a number")
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        raise TypeError(f"{words} is {value!r}, expected {expected}")
+
+
 def check_ranges(instance: object) -> None:
-    """Raise ValueError, naming the value, if a parameter is out of its range or not one of its choices."""
+    """Raise ValueError, naming the value, if a parameter is out of its range or not one of its choices, and TypeError
+    if it is no number and must be one."""
     for name, about in parameters(type(instance)).items():
         value, words = getattr(instance, name), name.replace("_", " ")
+        if about.within is not None and value is not None:
+            check_number(words, value, about.kind)
         if about.within is not None and value is not None:
             about.within.check(words, value)
         if about.choices and value not in about.choices:

@@ -41,12 +41,8 @@ def read_picture(path: Path) -> Image.Image:
 def as_read(image: Image.Image) -> Image.Image:
     """Convert an image as `read_picture` does, if it is not RGB or RGBA already; its info contains the hash of what it
     was. Raises ValueError if it cannot be decoded."""
-    from PIL import Image
-
     from data.pictures import normalized
 
-    if not isinstance(image, Image.Image):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"it is of type {type(image).__name__}, expected a PIL image: open the file first")
     picture = normalized(image)
     if picture is not image:
         picture.info[FILE_HASH] = picture_hash(image)

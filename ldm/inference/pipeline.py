@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,21 @@ from torch import Tensor
 from ldm.denoisers import Condition, Denoiser, choose_attention, describe_attention
 from ldm.diffusion import Prediction
 from ldm.files.paths import user_path
+from ldm.inference.call import requests_of_call
 from ldm.inference.contact_sheet import to_images
 from ldm.inference.course import Course, course_of
+from ldm.inference.devices import choose_device
 from ldm.inference.guiding import guided
 from ldm.inference.img2img import Canvas, Start, begin, canvas_of, keeping
 from ldm.inference.options import FORMATS, PLAIN
-from ldm.inference.progress import Progress, counted, reporter
+from ldm.inference.parameter import check_number
+from ldm.inference.progress import Progress, StepCallback, reporters
 from ldm.inference.prompt_loras import LoraFolders, applied
 from ldm.inference.prompts import Prompt, PromptReader
 from ldm.inference.recipe import Drawing, recipe_of
 from ldm.inference.request import DrawRequest
+from ldm.inference.results import carrying, check_output_type, returned
+from ldm.inference.turns import Turns
 from ldm.interop.compvis.writing import write_single_file
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.embedding_files import embedding_source
@@ -53,6 +58,7 @@ class TextToImage:
         """options: what the parts were loaded with, for the recipes."""
         self.parts, self.loaded_with, self.name = parts, options, name
         self._weights_hash = weights_hash
+        self._turns = Turns()  # of threads: a prompt's LoRAs change the weights for as long as it is drawn
         self.prompts = PromptReader(self.model.conditioner, tags=bool(options.lora_folders), scheduler=parts.scheduler)
         self.lora_folders = LoraFolders(options.lora_folders)
         choose_attention(self.denoiser, self.device, self.dtype)
@@ -183,23 +189,60 @@ class TextToImage:
             write_single_file(self.parts, path, dtype=stored)
 
     def __call__(
-        self, prompt: str, *, n: int = 1, progress: Progress | None = None, **settings: Any
-    ) -> list[Image.Image]:
-        """Draw n pictures; picture i depends on seed + i, not on the others.
+        self, prompt: str | Sequence[str], *, n: int = 1, output_type: str = "pil",
+        progress: Progress | None = None, callback: StepCallback | None = None, **settings: Any,
+    ) -> Any:  # fmt: skip
+        """Draw n pictures of each prompt; picture i depends on seed + i, not on the others.
 
         settings: the other fields of DrawRequest: negative_prompt, steps, scale, sampler, seed (by default 0),
-        height, width, image, mask, strength, options. progress(done, all) is called after each denoising step.
-        Raises ValueError, naming the value, for what cannot be drawn.
-        """
-        settings.setdefault("seed", 0)
-        request = DrawRequest(prompt=prompt, **settings)
-        return to_images(self._together(self._each(request, n), progress))
+        height, width, image, mask, strength, options. Prompts, negative prompts and seeds may be lists of equal length,
+        and the pictures of one entry follow those of the one before it. output_type, as in diffusers: "pil", a list of
+        PIL images, whose save() writes their record into a PNG; "np", a float32 array N x H x W x 3 in [0, 1]; "pt", a
+        tensor N x 3 x H x W in [0, 1]; "latent", a tensor N x C x h x w of unit variance, see `decode`.
+        progress(done, all) is called after each denoising step, callback(step) with the estimate of the pictures: see
+        Step. What they raise ends the drawing. Several threads may call it: they take turns.
 
-    def draw(self, request: DrawRequest, *, n: int = 1, progress: Progress | None = None) -> list[Drawing]:
+        Raises ValueError, naming the value, for what cannot be drawn, and TypeError for a value of another type.
+        """
+        check_output_type(output_type)
+        given = requests_of_call({"seed": 0, "prompt": prompt} | settings)
+        requests = [own for request in given for own in self._each(request, n)]
+        drawn = self._together(requests, progress, callback, decode=output_type != "latent")
+        if output_type == "pil":
+            return [drawing.image for drawing in self._drawings(requests, drawn)]
+        return returned(drawn, output_type)
+
+    def draw(
+        self, request: DrawRequest, *, n: int = 1, progress: Progress | None = None,
+        callback: StepCallback | None = None,
+    ) -> list[Drawing]:  # fmt: skip
         """Draw n pictures, picture i with seed + i, each with its recipe. See `__call__`."""
         requests = self._each(request, n)
-        images = to_images(self._together(requests, progress))
-        return [Drawing(image, recipe_of(own, self, image)) for own, image in zip(requests, images, strict=True)]
+        return self._drawings(requests, self._together(requests, progress, callback))
+
+    def _drawings(self, requests: Sequence[DrawRequest], pixels: Tensor) -> list[Drawing]:
+        found: list[Drawing] = []
+        for request, image in zip(requests, to_images(pixels), strict=True):
+            recipe = recipe_of(request, self, image)
+            found.append(Drawing(carrying(image, recipe), recipe))
+        return found
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Decode latents B x C x h x w of unit variance, such as a Step's x0, to pictures without a record."""
+        with self._turns:
+            return to_images(self.model.decode(latents.to(self.device)))
+
+    def to(self, device: str | torch.device) -> TextToImage:
+        """Move the model to a device: "cpu", "cuda", "cuda:1", or "auto". Returns itself. The precision stays.
+
+        Raises ValueError if this machine does not have the device.
+        """
+        place = choose_device(device)
+        with self._turns:
+            for network in self.parts.networks:
+                network.to(device=place)
+            choose_attention(self.denoiser, self.device, self.dtype)
+        return self
 
     def check(self, request: DrawRequest) -> DrawRequest:
         """Return the request as it is drawn: see DrawRequest.check. Warns of words that look like syntax."""
@@ -223,6 +266,7 @@ class TextToImage:
         }
 
     def _each(self, request: DrawRequest, n: int) -> list[DrawRequest]:
+        check_number("n", n, int)
         if n < 1:
             raise ValueError(f"n is {n}, expected at least 1 picture")
         first = self.check(request).seeded(n)
@@ -241,8 +285,11 @@ class TextToImage:
             )
         return self._together(wanted, progress)
 
-    def _together(self, wanted: Sequence[DrawRequest], progress: Progress | None) -> Tensor:
-        """Draw checked requests that differ only in prompt and seed, as pixels."""
+    def _together(
+        self, wanted: Sequence[DrawRequest], progress: Progress | None, callback: StepCallback | None = None, *,
+        decode: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """Draw checked requests that differ only in prompts and seed, as pixels; decode=False: as latents."""
         common = wanted[0]
         cell = self.model.vae.config.factor
         assert common.height is not None and common.width is not None
@@ -250,18 +297,19 @@ class TextToImage:
         course = course_of(common, self.parts, drawn_on)
         drawn: list[Tensor] = []
         rounds = self.prompts.batches(wanted, largest=1 if course.one_by_one else MAX_BATCH)
-        for number, batch in enumerate(rounds):
+        for batch, steps in zip(rounds, reporters(rounds, len(course.times) - 1, progress, callback), strict=True):
             generators = [torch.Generator().manual_seed(own.seed) for own, _ in batch]
-            report = reporter(progress, len(course.times) - 1, number=number, of=len(rounds))
-            with torch.no_grad(), applied(self.parts, self.lora_folders.find(batch[0][1].loras)):
+            loras = self.lora_folders.find(batch[0][1].loras)
+            with self._turns, torch.no_grad(), applied(self.parts, loras):
                 begun = self._begin(drawn_on, generators, course, size)
-                denoise, variance = self._denoise([prompt for _, prompt in batch], begun, course)
-                if progress is not None:
-                    denoise = counted(denoise, report, course.times)
-                latents = course.draw(denoise, begun, generators, variance)
-            report(len(course.times) - 1)  # the last evaluation of a sampler that chooses its own times may be before
-            decoded = self.model.decode(latents)
-            drawn.append(decoded if drawn_on is None else drawn_on.paste(decoded))
+                denoise, variance = self._denoise(batch, begun, course)
+                latents = course.draw(steps.watching(denoise, course.times), begun, generators, variance)
+            steps.reached(steps.steps)  # the last evaluation of a sampler that chooses its own times may be before
+            if decode:
+                pixels = self.model.decode(latents)
+                drawn.append(pixels if drawn_on is None else drawn_on.paste(pixels))
+            else:
+                drawn.append(latents)
         return torch.cat(drawn)
 
     def _begin(
@@ -273,9 +321,11 @@ class TextToImage:
         own, stock = self.parts.for_inpainting, course.stock is not None
         return begin(model, drawn_on, generators, times, for_inpainting=own, stock=stock)
 
-    def _denoise(self, prompts: Sequence[Prompt], begun: Start, course: Course) -> tuple[Denoise, Variance]:
+    def _denoise(
+        self, batch: Sequence[tuple[DrawRequest, Prompt]], begun: Start, course: Course
+    ) -> tuple[Denoise, Variance]:
         """Return the function for the sampler, with guidance and the mask applied, and the network's variance."""
-        model, request = course.model, course.request
+        model, request, prompts = course.model, batch[0][0], [prompt for _, prompt in batch]
 
         def network(condition: Condition) -> NetworkDenoise:
             return model.denoise_with(self.denoiser, condition._replace(concat=begun.concat))
@@ -288,54 +338,3 @@ class TextToImage:
     def cut_off(self, prompt: str) -> str:
         """Return the part of a prompt beyond the text encoder's context length; "" if it fits."""
         return self.model.conditioner.cut_off(self.prompts.text(prompt, PLAIN))
-
-
-def draw_all(
-    pipe: TextToImage,
-    requests: Sequence[DrawRequest],
-    *,
-    n: int = 1,
-    repeats: int = 1,
-    started: Callable[[DrawRequest], object] | None = None,
-    progress: Progress | None = None,
-) -> Iterator[list[Drawing]]:
-    """Draw n pictures of each request, `repeats` times, and yield n at a time. Seeds increase from the request's.
-
-    started(request) is called before its first picture, progress(done, all) after each step. All requests are checked
-    before anything is drawn. Raises ValueError, naming the value, for what cannot be drawn.
-    """
-    checked = [pipe.check(request).seeded(n * repeats) for request in requests]
-    total, before = repeats * sum(request.steps for request in checked), 0
-
-    def stepped(done: int, of_all: int) -> None:
-        if progress is not None:
-            progress(before + request.steps * done // of_all, total)
-
-    for request in checked:
-        if started is not None:
-            started(request)
-        for repeat in range(repeats):
-            yield pipe.draw(replace(request, seed=request.seed + repeat * n), n=n, progress=stepped)
-            before += request.steps
-
-
-def lost_words(pipe: TextToImage, requests: Iterable[DrawRequest]) -> list[str]:
-    """List the ends of prompts beyond the text encoder's context, each once. Prompts in chunks have none."""
-    whole = [request for request in requests if request.options.weighting == "none"]
-    texts = dict.fromkeys(text for request in whole for text in (request.prompt, request.negative_prompt))
-    return [lost for text in texts if (lost := pipe.cut_off(text))]
-
-
-def choose_device(device: str) -> torch.device:
-    """Return the named device, or the best available. Raises ValueError if this machine does not have it."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}, expected auto, cpu or cuda") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices: use auto or cpu"
-        )
-    return place

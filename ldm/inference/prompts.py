@@ -84,13 +84,14 @@ class PromptReader:
     def batches(self, requests: Sequence[DrawRequest], *, largest: int) -> list[list[tuple[DrawRequest, Prompt]]]:
         """Read checked requests and split them, in order, into batches of at most `largest` that are drawn together.
 
-        Their LoRAs are the same, and so are the lengths of plain prompts; a prompt that changes has a batch of its own.
+        Their LoRAs and negative prompts are the same, and so are the lengths of plain prompts; a prompt that changes
+        has a batch of its own.
         """
         read = [(request, self.read(request)) for request in requests]
         keys = [
-            (prompt.loras, self.conditioner.chunks(prompt.text, request.options.weighting))
+            (prompt.loras, request.negative_prompt, self.conditioner.chunks(prompt.text, request.options.weighting))
             if prompt.is_plain
-            else (prompt.loras, prompt.text)
+            else (prompt.loras, request.negative_prompt, prompt.text)
             for request, prompt in read
         ]
         return in_batches(read, keys, largest=largest)

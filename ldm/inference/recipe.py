@@ -11,7 +11,7 @@ import importlib.metadata
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -171,17 +171,28 @@ def lora_hash(path: Path) -> str:
     return digest.hexdigest()[:LONGER_DIGITS]
 
 
+def png_texts(recipes: Sequence[Recipe]) -> dict[str, str]:
+    """Return the texts of a PNG file of a picture with its recipe, or of a contact sheet with those of its pictures."""
+    items = [asdict(recipe) for recipe in recipes]
+    return {PARAMETERS: parameters_text(recipes[0]), FOUNDRY: json.dumps(items[0] if len(items) == 1 else items)}
+
+
+def png_info(texts: Mapping[Any, Any]) -> PngInfo:
+    """Return what Pillow writes into a PNG file: the record among these texts, by their names."""
+    info = PngInfo()
+    for name in (PARAMETERS, FOUNDRY):
+        if name in texts:
+            info.add_text(name, texts[name])
+    return info
+
+
 def png_bytes(image: Image.Image, recipes: Sequence[Recipe]) -> bytes:
     """Encode a PNG file of a picture with its recipe, or of a contact sheet with those of its pictures in order.
 
     The same picture and recipes give the same bytes. A sheet's `parameters` are its first picture's, as in A1111.
     """
-    info = PngInfo()
-    info.add_text(PARAMETERS, parameters_text(recipes[0]))
-    items = [asdict(recipe) for recipe in recipes]
-    info.add_text(FOUNDRY, json.dumps(items[0] if len(items) == 1 else items))
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
+    image.save(buffer, format="PNG", pnginfo=png_info(png_texts(recipes)))
     return buffer.getvalue()
 
 

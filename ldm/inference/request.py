@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from ldm.inference.given_pictures import given_picture
 from ldm.inference.options import BEGINNING, PLAIN, DrawOptions
 from ldm.inference.parameter import Range, check_ranges, keys_of, parameter
 from ldm.inference.pictures import TRANSPARENCY, as_read, mask_of_transparency, picture_hash
@@ -71,7 +72,10 @@ class PictureSettings:
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
             check_text(name.replace("_", " "), getattr(self, name))
+        check_text("sampler", self.sampler)
         check_ranges(self)
+        if not isinstance(self.options, DrawOptions):
+            raise TypeError(f"options is a {type(self.options).__name__}, expected DrawOptions(...)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,7 @@ class DrawRequest(PictureSettings):
     """One prompt and how to draw it: everything that a picture depends on in addition to the model.
 
     It is validated when it is created, and by `check` against a model: nowhere else. If several pictures are drawn,
-    picture i has seed + i.
+    picture i has seed + i. image and mask may be given as paths, arrays or tensors, too: see given_picture.
     """
 
     image: Image.Image | None = parameter(
@@ -120,8 +124,9 @@ class DrawRequest(PictureSettings):
         """Convert image and mask as files are, and make a mask of the image's transparency if that is asked for."""
         for name in ("image", "mask"):
             if (given := getattr(self, name)) is not None:
+                picture = given_picture(name, given)
                 try:
-                    object.__setattr__(self, name, as_read(given))
+                    object.__setattr__(self, name, as_read(picture))
                 except ValueError as error:
                     raise ValueError(f"the {name} cannot be used: {error}") from error
         if self.options.transparency != "mask":
@@ -216,7 +221,9 @@ class DrawRequest(PictureSettings):
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise ValueError for a text that is too long, or that a PNG cannot hold."""
+    """Raise ValueError for a text that is too long, or that a PNG cannot hold, and TypeError for what is no text."""
+    if not isinstance(text, str):
+        raise TypeError(f"the {name} is a {type(text).__name__}, expected text")
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"the {name} has {len(text)} characters, expected at most {MAX_CHARACTERS}: shorten it")
     # Python converts bytes on the command line that are not UTF-8 to surrogates. A PNG cannot store these, or zeros.

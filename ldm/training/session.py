@@ -109,8 +109,8 @@ class Session(Generic[Config]):
 
 def open_session(config: Config, stop: StopSignal, *, reader: Reader) -> Session[Config]:
     """Join the other processes and open the shards."""
-    world = start_process()
     engine = config.engine
+    world = start_process(threads=engine.threads)
     watch = Watchdog(world, meeting_store(world), hang_seconds=engine.hang_seconds, compiles=engine.compile, stop=stop)
     run = Run(config.run, is_main=world.is_main)
     seed, rank, ranks = config.run.seed, world.rank, world.ranks

@@ -39,6 +39,7 @@ UNET = {
 
 LAUNCHERS = {
     "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port"],  # and a free one
+    "quiet": [str(BIN / "deepspeed"), "--log_level", "critical", "--num_gpus", "2", "--master_port"],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
 }
 
@@ -49,12 +50,15 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start(words: list[str], *, launcher: str = "python", **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a training command: by plain python, or in two processes by one of the other launchers."""
+def start(
+    words: list[str], *, launcher: str = "python", port: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a training command: by plain python, or in two processes by one of the other launchers. port: deepspeed's; a
+    free one by default."""
     if launcher == "python":
         return python_here().complete(*words, environment=variables)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"} | variables
-    command = [*LAUNCHERS[launcher], *([free_port()] if launcher == "deepspeed" else []), *words]
+    command = [*LAUNCHERS[launcher], *([port or free_port()] if launcher != "torchrun" else []), *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 

@@ -24,7 +24,7 @@ from ldm.training.optim.lr_schedule import lr_at
 from ldm.training.run import Run, is_allowable
 
 # No number depends on these settings: they may differ on resume.
-FREE_OF_ENGINE = ("zero_stage", "accumulation", "offload", "recompute", "save_in_background", "hang_seconds")
+FREE_OF_ENGINE = ("zero_stage", "accumulation", "offload", "recompute", "threads", "save_in_background", "hang_seconds")
 READING = {entry.name for entry in dataclasses.fields(ReadingConfig)}  # how shards are reached
 
 

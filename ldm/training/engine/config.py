@@ -23,6 +23,8 @@ class EngineConfig:
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to CPU memory; parameters: optimiser state as well
     recompute: bool = False  # activation checkpointing of each block: a third more time, far less memory
     compile: bool = False  # the network by torch.compile; the first two steps may then take half an hour each
+    # Of the CPU operations of each rank. None: what OMP_NUM_THREADS says, or the cores divided by the machine's ranks.
+    threads: int | None = None
     save_in_background: bool = True  # write checkpoints from a staging buffer while training continues
     hang_seconds: float = 300.0  # a rank without progress or heartbeat for this long has hung: all ranks end
 
@@ -33,6 +35,8 @@ class EngineConfig:
             raise ValueError(f"engine.clip is {self.clip}, expected a norm above 0, or 0 for none")
         if self.accumulation < 1:
             raise ValueError(f"engine.accumulation must be at least 1, not {self.accumulation}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"engine.threads must be at least 1, not {self.threads}")
         if not self.hang_seconds > 0:
             raise ValueError(f"engine.hang_seconds must be above 0, not {self.hang_seconds}")
         needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]

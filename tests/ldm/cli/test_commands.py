@@ -3,10 +3,11 @@
 import argparse
 import json
 import sys
+import warnings
 
 import pytest
 
-from ldm.cli import OneLineParser, hyphenated, run_command, training_arguments
+from ldm.cli import OneLineParser, hyphenated, run_command, training_arguments, warnings_in_one_line
 from ldm.errors import IN_TRAINING, CheckpointError, DataError, NonFiniteError, PeerError, Stopped
 from ldm.training.checkpoints.saver import NonFiniteStateError
 
@@ -57,6 +58,15 @@ def test_what_one_rank_may_meet_alone_is_said_by_it(error, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     fail(error, note=f"{IN_TRAINING}, rank 1, step 70")
     assert capsys.readouterr().err == f"error: rank 1: {error}\n"
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "warning: a file has a tail\n"), ("1", "")])
+def test_a_warning_is_said_once_by_a_machines_first_rank(rank, said, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with warnings_in_one_line():
+        for _ in range(2):
+            warnings.warn("a file\nhas a tail", stacklevel=2)
+    assert capsys.readouterr().err == said
 
 
 def test_hyphenated_leaves_values_alone():

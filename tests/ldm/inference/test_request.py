@@ -20,9 +20,9 @@ import ldm
 from ldm import DrawOptions, DrawRequest, TextToImage
 from ldm.diffusion import RectifiedFlowPath
 from ldm.inference.contact_sheet import Sheet
+from ldm.inference.many import draw_all, lost_words
 from ldm.inference.parameter import parameters
 from ldm.inference.pictures import NumberedFiles, picture_hash, read_picture
-from ldm.inference.pipeline import draw_all, lost_words
 from ldm.inference.recipe import Recipe, png_bytes, read_recipes, recorded, software
 from ldm.inference.request import MAX_SEED
 from ldm.interop.compvis.writing import write_single_file

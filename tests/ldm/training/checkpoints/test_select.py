@@ -270,6 +270,12 @@ def test_shards_may_move_if_manifests_say_that_they_are_the_same():
     check_state(state_of_a_run(data=old), config, FEW | {"contents": "124"})
 
 
+def test_how_a_step_is_computed_may_change():
+    """Also by settings that did not exist when the run began."""
+    words = ["engine.zero_stage=2", "engine.threads=3", "engine.recompute=true", "engine.hang_seconds=9"]
+    assert check_state(state_of_a_run(data=FEW), config_of_a_run(*words), FEW) == []
+
+
 def test_what_run_allow_names_may_change_and_is_logged():
     state, lower = state_of_a_run(data=FEW), "optim.lr=0.0005"
     with pytest.raises(ValueError, match=r"optim.lr was 0.001 .* allow it with run.allow=\[optim.lr\], or begin anew"):

@@ -17,6 +17,7 @@ from ldm.training.engine.config import EngineConfig, OptimConfig, deepspeed_sett
         ({"clip": -0.5}, "engine.clip is -0.5, expected a norm above 0, or 0 for none"),
         ({"clip": math.nan}, "engine.clip is nan, expected a norm above 0"),
         ({"accumulation": 0}, "engine.accumulation must be at least 1, not 0"),
+        ({"threads": 0}, "engine.threads must be at least 1, not 0"),
         ({"hang_seconds": 0.0}, "engine.hang_seconds must be above 0, not 0.0"),
         ({"hang_seconds": math.nan}, "engine.hang_seconds must be above 0, not nan"),
         (

@@ -30,6 +30,7 @@ def test_only_a_port_that_is_taken_is_called_so(
     logger = logging.getLogger("stand-in")
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(init_distributed=init_distributed))
     monkeypatch.setitem(sys.modules, "deepspeed.utils", SimpleNamespace(logger=logger))
-    monkeypatch.setenv("MASTER_PORT", "7")
+    for name, value in {"MASTER_PORT": "7", "WORLD_SIZE": "2", "LOCAL_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(error, match=message):
         _join()
