@@ -231,5 +231,5 @@ def short(error: BaseException) -> str:
 def shown(value: Any) -> Any:
     """Return a value of a configuration, or a list of them, with each location as Source.shown."""
     if isinstance(value, list):
-        return [shown(one) for one in value]
+        return [shown(one) for one in cast(list[Any], value)]
     return Source(value).shown if isinstance(value, str) else value

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -23,7 +24,7 @@ from ldm.interop.compvis.writing import write_single_file
 from ldm.interop.diffusers_layout.folder import read_folder, write_folder
 from ldm.interop.export_files import Listing, read_listing
 
-FP32 = {"dtype": torch.float32}
+FP32: Any = {"dtype": torch.float32}
 CARD = {"README.md": b"# card\n"}
 UNET, DIT = stable_diffusion(1), stable_diffusion(transformer=True)
 

@@ -59,7 +59,7 @@ def test_a_sample_that_was_not_written_is_written_when_the_run_is_resumed(few_em
 
 
 def test_checkpoints_that_do_not_fit_end_the_run_with_code_4(few_emoji: str, tmp_path: Path):
-    config = denoiser_config(tmp_path, "r", few_emoji, DIT | {"width": 128, "depth": 4}, **SHIPPED)
+    config = denoiser_config(tmp_path, "r", few_emoji, {**DIT, "width": 128, "depth": 4}, **SHIPPED)
     with small_disk("2M") as disk:
         code, out, err = trained(config, f"run.folder={disk}", "run.steps=5", "run.checkpoint_every=1")
         assert (code, len(err)) == (4, 1), (out, err)
@@ -69,7 +69,7 @@ def test_checkpoints_that_do_not_fit_end_the_run_with_code_4(few_emoji: str, tmp
 
 @pytest.mark.parametrize("snapshot", [True, False])
 def test_snapshots_that_do_not_fit_are_left_out(few_emoji: str, tmp_path: Path, snapshot: bool):
-    config = denoiser_config(tmp_path, "r", few_emoji, DIT | {"width": 64}, **SHIPPED)
+    config = denoiser_config(tmp_path, "r", few_emoji, {**DIT, "width": 64}, **SHIPPED)
     (tmp_path / "runs/r").mkdir(parents=True)
     words = ["run.steps=2", "run.checkpoint_every=2", "run.snapshot_every=1", "optim.ema_lengths=[0.05]"]
     with small_disk("100K" if snapshot else "8M") as disk:
