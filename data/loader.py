@@ -135,8 +135,7 @@ class CaptionedImages:
         self.bad_samples: dict[tuple[int, int], BadSample] = {}
         self._missing: set[tuple[int, int]] = set()  # the bad samples that are absent from their shards
         self._bad_fraction = BadShare()
-        asked = {*config.image_keys, *config.caption_keys} - {*USUAL.caption_keys}
-        self.remarks = Remarks(remarks, lambda line: print(f"remark: {line}", flush=True), asked=asked, most=len(self))
+        self.remarks = Remarks(remarks, lambda line: print(f"remark: {line}", flush=True), config, samples=len(self))
         self.cut_captions: CutCaptions | None = None
 
     def count_cut(self, cut_off: Callable[[str], str], *, tokens: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from data.bad_samples import BadSample, Quarantine
+from data.config import SampleConfig
+from data.shards import USUAL
 
 MOST_LISTED = 1000  # samples with remarks in the file
 MOST_MEASURED = 10_000  # captions: measuring costs as much as tokenizing
@@ -15,11 +17,17 @@ class Remarks:
     """Reports what of a usable sample is not used: the first of each kind of reason, and up to 1,000 in a file."""
 
     def __init__(
-        self, listing: Quarantine | None, say: Callable[[str], None], *, asked: Iterable[str] = (), most: int = 1
+        self,
+        listing: Quarantine | None,
+        say: Callable[[str], None],
+        config: SampleConfig = USUAL,
+        *,
+        samples: int = MOST_LISTED,
     ) -> None:
-        """asked: names of members that somebody gave, of which each should be found within `most` samples."""
+        """config: each name that it gives should be found among the first 1,000 of the `samples`."""
         self.listing, self.say = listing, say
-        self._asked, self._most, self._seen = set(asked), min(most, MOST_LISTED), 0
+        self._asked = {*config.image_keys, *config.caption_keys} - {*USUAL.caption_keys}
+        self._most, self._seen = min(samples, MOST_LISTED), 0
         self._kinds: set[str] = set()
         self._listed: set[tuple[str, str, str]] = set()
         self._lock = threading.Lock()
@@ -34,8 +42,8 @@ class Remarks:
             last = self._seen == self._most and bool(self._asked)
         if last:
             self.say(
-                f"none of the first {self._most:,} samples has {', '.join(sorted(self._asked))}, which data.image_keys or "
-                "data.caption_keys names: look for a misspelling, or leave it out"
+                f"none of the first {self._most:,} samples has {', '.join(sorted(self._asked))}, which data.image_keys "
+                "or data.caption_keys names: look for a misspelling, or leave it out"
             )
 
     def add(self, remark: BadSample) -> None:
