@@ -52,7 +52,7 @@ def test_pipes_and_urls_are_listed_in_a_file_of_their_own(folder: Path, tmp_path
 
 def test_the_command_says_where_to_write_what_has_no_folder(capsys: pytest.CaptureFixture[str]):
     assert main(["pipe:cat x"]) == 2
-    assert "error: no file can be written next to pipe:cat x: give --out FILE" in capsys.readouterr().err
+    assert "error: no file can be written next to a pipe: give --out FILE" in capsys.readouterr().err
 
 
 def test_a_shard_that_is_not_whole_is_named_and_left_out(folder: Path, capsys: pytest.CaptureFixture[str]):

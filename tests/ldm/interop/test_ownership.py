@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from ldm import DrawRequest, TextToImage
 from ldm.cli import run_command
 from ldm.export import arguments, main
 from ldm.inference.recipe import png_bytes
+from ldm.interop.compvis.writing import write_single_file
 from ldm.interop.diffusers_layout.folder import write_folder
 from ldm.interop.model_card import CARD
 from ldm.interop.ownership import inherited, ownership_of
@@ -172,3 +174,23 @@ def test_a_picture_names_its_model_and_no_place(tmp_path: Path):
     ((image, recipe),) = pipe.draw(DrawRequest(prompt="x", steps=1, seed=1))
     content = png_bytes(image, [recipe])
     assert b'"model": "a"' in content and str(tmp_path.parent).encode() not in content
+
+
+def test_a_run_of_an_autoencoder_says_whose_it_is(tmp_path: Path):
+    (tmp_path / "my_vae" / "vae").mkdir(parents=True)
+    config = tmp_path / "my_vae" / "config.yaml"
+    config.write_text("kind: vae\npublish: {license: mit, credits: [of Bob], pictures: 3}\n")
+    found = inherited(PublishConfig(), start=None, parts=[tmp_path / "my_vae"])
+    assert found == PublishConfig(license="mit", credits=("of Bob",))
+    config.write_text("publish: {of_a_later_version: 1}\n")
+    assert inherited(PublishConfig(), start=None, parts=[tmp_path / "my_vae"]) == PublishConfig()
+
+
+def test_a_single_file_states_its_licence_and_passes_it_on(tmp_path: Path):
+    notes = "publish: {license: mit, credits: [of Bob]}\ndata: {shards: /home/alice/a.tar}\n"
+    write_single_file(replace(stable_diffusion(1), notes=notes), tmp_path / "m.safetensors", dtype=torch.float32)
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        header = file.metadata()
+    assert header["modelspec.license"] == "mit" and "alice" not in str(header)
+    assert ownership_of(tmp_path / "m.safetensors").publish == PublishConfig(license="mit", credits=("of Bob",))
+    assert ownership_of(tmp_path / "no.safetensors").publish == PublishConfig()

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers.disks import small_disk
+from helpers.disks import remount_read_only, small_disk
 from helpers.launching import DIT, VAE, denoiser_config, start, write_config
 
 SHIPPED = {"vae": "weights/emoji64", "text": "weights/emoji64"}  # 40 MB of an export
@@ -95,3 +95,13 @@ def test_an_autoencoder_that_does_not_fit_at_the_end_is_one_line_and_comes_when_
     (tmp_path / "runs/v/vae").unlink()
     assert trained(config, "run.steps=2", command="vae/train.py")[0] == 0
     assert (tmp_path / "runs/v/vae/config.json").exists()
+
+
+def test_a_run_in_a_folder_that_is_read_only_is_one_line_before_it_begins(few_emoji: str, tmp_path: Path):
+    config = denoiser_config(tmp_path, "r", few_emoji, DIT, **SHIPPED)
+    with small_disk("8M") as disk:
+        remount_read_only(disk)
+        code, _, err = trained(config, f"run.folder={disk}", "run.steps=1")
+        said = f"error: {disk}/r cannot be written (Read-only file system): write elsewhere, or mount "
+        assert (code, len(err)) == (2, 1) and err[0].startswith(said)
+    assert trained(config, "run.steps=1")[0] == 0  # the remedy
