@@ -95,7 +95,11 @@ class CaptionedImages:
     the last 10,000 visits, or of missing ones among all, exceeds config.max_bad_fraction; and if more shards are absent
     at the start than config.max_missing_shards allows, whose samples then do not count. Raises ValueError if lanes,
     batch size and ranks do not divide, if a pipe is not allowed, or if a package is missing.
+
+    main: whether this process reports the shards that are left out.
     """
+
+    cut_captions: CutCaptions | None = None
 
     def __init__(
         self,
@@ -109,6 +113,7 @@ class CaptionedImages:
         quarantine: Quarantine | None = None,
         remarks: Quarantine | None = None,
         section: str = "data",
+        main: bool = True,
     ) -> None:
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: truncated images would pass; leave it False")
@@ -130,13 +135,12 @@ class CaptionedImages:
             on_damage=lambda line: print(f"damaged: {line}", flush=True),
             samples=config,
         )
-        self._lost = lost_shards(self.store, config, section=section, say=rank == 0)
+        self._lost = lost_shards(self.store, config, section=section, say=main)
         self.deal(config.lanes if config.lanes is not None else self._default_lanes())
         self.bad_samples: dict[tuple[int, int], BadSample] = {}
         self._missing: set[tuple[int, int]] = set()  # the bad samples that are absent from their shards
         self._bad_fraction = BadShare()
         self.remarks = Remarks(remarks, lambda line: print(f"remark: {line}", flush=True), config, samples=len(self))
-        self.cut_captions: CutCaptions | None = None
 
     def count_cut(self, cut_off: Callable[[str], str], *, tokens: int) -> None:
         """Count from now on, in `cut_captions`, those that are longer than a text encoder reads: see CutCaptions."""
@@ -324,12 +328,13 @@ def held_out(
     image_size: int,
     reader: Reader | None = None,
     samples: SampleConfig = USUAL,
+    main: bool = True,
 ) -> CaptionedImages:
     """Open the held-out images, for `once(config.batch_size)`. Raises the same errors as CaptionedImages.
 
-    samples: which members make a sample, as in training.
+    samples: which members make a sample, as in training. main: whether this process reports shards that are left out.
     """
     reading = {entry.name: getattr(config, entry.name) for entry in fields(HeldOutConfig)}
     kinds = {entry.name: getattr(samples, entry.name) for entry in fields(SampleConfig)}
     in_order = DataConfig(**reading, **kinds, image_size=image_size, lanes=1, captions="best")
-    return CaptionedImages(in_order, seed=0, reader=reader, section="validation")
+    return CaptionedImages(in_order, seed=0, reader=reader, section="validation", main=main)

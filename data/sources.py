@@ -195,7 +195,8 @@ def _what_to_give(name: str) -> str:
     folder = Path(name).parent
     if not Source(name).is_local or not folder.is_dir():
         return "give paths of .tar files"
-    return f"{folder} holds {contents(folder)}: give paths of .tar files"
+    where = "the current folder" if folder == Path() else folder
+    return f"{where} holds {contents(folder)}: give paths of .tar files"
 
 
 def file_system(source: Source, *, timeout: float = 30.0) -> tuple[FileSystem, str]:

@@ -117,10 +117,19 @@ def open_session(config: Config, stop: StopSignal, *, reader: Reader) -> Session
     quarantine = Quarantine(config.run.path / "bad_samples.jsonl", rank=rank)
     remarks = Quarantine(config.run.path / "remarks.jsonl", rank=rank)
     images = CaptionedImages(
-        config.data, seed=seed, reader=reader, rank=rank, ranks=ranks, quarantine=quarantine, remarks=remarks
+        config.data,
+        seed=seed,
+        reader=reader,
+        rank=rank,
+        ranks=ranks,
+        quarantine=quarantine,
+        remarks=remarks,
+        main=world.is_main,
     )
     validation = None
     if config.validation is not None:
         size = config.data.image_size
-        validation = held_out(config.validation, image_size=size, reader=reader, samples=config.data)
+        validation = held_out(
+            config.validation, image_size=size, reader=reader, samples=config.data, main=world.is_main
+        )
     return Session(config, world, run, images, validation, stop, watch)

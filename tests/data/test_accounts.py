@@ -43,6 +43,20 @@ def test_sets_are_mixed_by_weight(tiny_shards: Callable[..., str]):
 # --- accounts ---
 
 
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_lanes_that_share_a_shard_lose_nothing(tiny_shards: Callable[..., str], lanes: int):
+    shards = tiny_shards([9, 7], bad=[(0, 3)])
+    loader = images(shards, lanes=lanes, batch_size=8, on_bad=lambda bad: None)
+    batches = first(loader, 12)
+    closed = accounts_of(loader, batches).closed
+    assert len(closed) > 6
+    for account in closed:
+        assert (account.delivered + account.rejected, account.rejected) == (account.expected, account.shard == 0)
+    ranks = [first(images(shards, lanes=lanes, rank=rank, ranks=8, on_bad=lambda bad: None), 12) for rank in range(8)]
+    for number, batch in enumerate(batches):
+        assert [own[number].samples[0] for own in ranks] == batch.samples
+
+
 def counted(shards: str) -> str:
     write_manifest([str(Path(shards).parent)])
     return shards

@@ -17,6 +17,17 @@ def locations(patterns: str | list[str], *, allow_pipe: bool = False) -> list[st
     return [source.location for source in expand(patterns, allow_pipe=allow_pipe)]
 
 
+def test_a_pattern_without_a_match_says_what_the_folder_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(DataError, match=rf"no shard matches .*: {tmp_path} holds 1 \.zip: give paths of \.tar files"):
+        expand(f"{tmp_path}/*.tar")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"the current folder holds 1 \.zip: give"):
+        expand("*.tar")
+    with pytest.raises(DataError, match=r"'nowhere/\*\.tar'\): give paths of \.tar files"):
+        expand("nowhere/*.tar")
+
+
 def test_urls_and_pipes_have_brace_ranges_in_the_order_given():
     assert locations("https://x.org/a/{00001,00000}.tar") == ["https://x.org/a/00001.tar", "https://x.org/a/00000.tar"]
     assert locations(["memory://b/{0..1}.tar", "memory://a/7.tar"]) == [
