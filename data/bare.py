@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 PNG, JPEG, TIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", {b"II*\0": "<", b"MM\0*": ">"}
 CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")  # PNG, third edition, section 11
-PROFILE = {"png": b"iCCP", "jpeg": b"ICC_PROFILE\0", "tiff": 34675}
+PNG_PROFILE, JPEG_PROFILE, TIFF_PROFILE = b"iCCP", b"ICC_PROFILE\0", 34675
 # TIFF 6.0, section 8 and on: size, depth, colours, packing, strips and tiles, orientation.
 TAGS = {
     *(254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325),
@@ -44,7 +44,7 @@ def _bare_png(data: bytes, keep_profile: bool) -> bytes:
     while place < len(data):
         (length,) = struct.unpack_from(">I", data, place)
         name, end = data[place + 4 : place + 8], place + 12 + length
-        needed = name in CHUNKS or (keep_profile and name == PROFILE["png"])
+        needed = name in CHUNKS or (keep_profile and name == PNG_PROFILE)
         sound = zlib.crc32(data[place + 4 : end - 4]).to_bytes(4, "big") == data[end - 4 : end]
         if needed and (sound or name[:1].isupper()):  # a critical chunk that is damaged must stay an error
             kept.append(data[place:end])
@@ -60,7 +60,7 @@ def _bare_jpeg(data: bytes, keep_profile: bool) -> bytes:
             raise IndexError
         segment = data[place : place + 2 + length]
         is_exif = marker == EXIF_SEGMENT and segment[4:].startswith(b"Exif\0\0")
-        is_profile = keep_profile and segment[4:].startswith(PROFILE["jpeg"])
+        is_profile = keep_profile and segment[4:].startswith(JPEG_PROFILE)
         is_adobe = marker == ADOBE and len(segment) >= 4 + ADOBE_BYTES
         if not (marker in APPLICATION or marker == COMMENT) or is_exif or is_profile or is_adobe:
             kept.append(segment)
@@ -74,7 +74,7 @@ def _bare_tiff(data: bytes, keep_profile: bool) -> bytes:
     (start,) = struct.unpack_from(f"{order}I", data, 4)
     (count,) = struct.unpack_from(f"{order}H", data, start)
     entries = [data[place : place + ENTRY] for place in range(start + 2, start + 2 + count * ENTRY, ENTRY)]
-    wanted = TAGS | ({PROFILE["tiff"]} if keep_profile else set[int]())
+    wanted = TAGS | ({TIFF_PROFILE} if keep_profile else set[int]())
     kept = [entry for entry in entries if struct.unpack_from(f"{order}H", entry)[0] in wanted]
     directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
     return data[:start] + directory + data[start + len(directory) :]

@@ -115,9 +115,7 @@ class DrawRequest(PictureSettings):
                     )
         if self.mask is None and self.options.mask_edge:
             raise ValueError(f"mask edge is {self.options.mask_edge}, but there is no mask: give one, too")
-        if self.image is None:
-            return
-        if (strength := self.usual_strength) is not None:
+        if self.image is not None and (strength := self.usual_strength) is not None:
             steps_left(self.steps, strength)
 
     def _read_pictures(self) -> None:

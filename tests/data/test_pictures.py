@@ -169,6 +169,18 @@ def test_exif_of_any_bytes_turns_at_worst_nothing(data: bytes, after: bytes):
     assert decode_picture(jpeg_with(exif((0x112, 3, 1, b"\1")) + after)).size == (32, 32)
 
 
+def test_no_tag_of_any_type_beside_the_orientation_matters():
+    """Over a thousand JPEGs, each with an orientation and one more tag of a wrong type, length or place."""
+    expected = decode_picture(jpeg_with(exif((0x112, 3, 1, b"\6")))).tobytes()
+    tags = (0x100, 0x102, 0x10E, 0x10F, 0x110, 0x11A, 0x128, 0x131, 0x13B, 0x2BC, 0x8769, 0x8825, 0x9286, 0xA005)
+    for tag in tags:
+        for kind in (*range(15), 99):
+            for count, value in ((0, 0), (1, 0x26), (8, 0x26), (1, 0xFFFFFFFF), (0xFFFFFFFF, 8)):
+                entries = sorted([(0x112, 3, 1, b"\6"), (tag, kind, count, value.to_bytes(4, "little"))])
+                found = decode_picture(jpeg_with(exif(*entries, data=b"A" * 64)))
+                assert found.tobytes() == expected, (tag, kind, count, value)
+
+
 def test_threads_share_a_profile():
     """Transforms are kept, and used by all of the loader's threads at once."""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (200, 200, 3), dtype=np.uint8))

@@ -333,6 +333,12 @@ def profiles() -> Iterator[Odd]:
     yield Odd(name="TIFF, CMYK with a profile of RGB", data=data, extension="tif", shows=rgba(naive))
     red = Image.new("CMYK", (32, 32), (0, 255, 255, 0))
     data = saved(red, "JPEG", quality=100)
+    inked: Any = ImageCms.profileToProfile(
+        red, ImageCms.ImageCmsProfile(io.BytesIO(cmyk())), ImageCms.createProfile("sRGB"), outputMode="RGB"
+    )
+    by_profile = saved(red, "JPEG", quality=100, icc_profile=cmyk())
+    shows = rgba(np.asarray(inked))
+    yield Odd(name="JPEG, CMYK by profile", data=by_profile, extension="jpg", shows=shows, within=6)
     yield Odd(name="JPEG, CMYK", data=data, extension="jpg", shows=rgba(np.full((32, 32, 3), (255, 0, 0))), within=3)
     lab: Any = ImageCms.profileToProfile(
         image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
