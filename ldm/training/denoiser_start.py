@@ -20,7 +20,6 @@ from ldm.interop.read_model import read_text, read_vae
 from ldm.interop.trained_run import TrainedWeights, trained_weights
 from ldm.model.latent_diffusion import LatentDiffusion
 from ldm.training.denoiser_config import TrainConfig
-from text.conversion import prefixed_weights
 from vae.autoencoder import AutoencoderKL
 
 ROUNDING = 0.01  # relative distance of a tensor from itself after rounding to bf16 (0.002), with a margin
@@ -84,7 +83,7 @@ def others(model: LatentDiffusion, path: Path, trained: TrainedWeights | None) -
         yield "vae"
     if text.exists():
         towers = zip(model.conditioner.towers, theirs := read_text(text, dtype=torch.float32), strict=False)
-        pairs = [(prefixed_weights(our.encoder), prefixed_weights(their.encoder)) for our, their in towers]
+        pairs = [(our.encoder.state_dict(), their.encoder.state_dict()) for our, their in towers]
         if len(theirs) != len(model.conditioner.towers) or not all(alike(*pair) for pair in pairs):
             yield "text"
     if named or (folder / SCHEDULER).exists():

@@ -6,8 +6,10 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,9 +19,9 @@ def main(name: str, step: str, script: str, *words: str) -> None:
 
     update = Engine.update
 
-    def updating(engine: Engine, *given: Any, **named: Any) -> Update:
-        found = update(engine, *given, **named)
-        if engine.step == int(step):
+    def updating(self: Engine, losses: Iterable[Tensor], wishes: Sequence[bool] = ()) -> Update:
+        found = update(self, losses, wishes)
+        if self.step == int(step):
             os.kill(os.getpid(), signal.Signals[name])
         return found
 

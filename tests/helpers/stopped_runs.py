@@ -47,8 +47,9 @@ def random_stops(count: int, seed: int) -> list[Stop]:
     stops: list[Stop] = []
     for number in range(count):
         training, by = list(SCRIPTS)[number % 3], SIGNALS[number // 3 % 4]
-        first = 7 if by == "SIGKILL" else 1  # by then two checkpoints have been begun
-        stops.append(Stop(training, by, draw.randint(first, STEPS - 1), damage=by == "SIGTERM" and number % 2 == 0))
+        damage = by == "SIGTERM" and number % 3 == number // 12 % 3
+        first = 7 if by == "SIGKILL" else 4 if damage else 1  # by then a checkpoint is complete, another begun
+        stops.append(Stop(training, by, draw.randint(first, STEPS - 1), damage))
     return stops
 
 
@@ -65,7 +66,7 @@ class Workshop:
         }
 
     def _run(self, name: str) -> dict[str, object]:
-        return RUN | {"name": name, "folder": str(self.folder / "runs")}
+        return {**RUN, "name": name, "folder": str(self.folder / "runs")}
 
     def stopped(self, stop: Stop) -> Path:
         """Train until the stop; returns the run's folder, which is the only one of its training."""

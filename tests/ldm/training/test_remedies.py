@@ -211,3 +211,21 @@ def test_an_average_of_steps_that_are_past_is_begun_in_another_run(folder: Path)
         assert code == 2 and "run.allow" not in error
     (word,) = re.findall(r"model\.start=\S+(?=,)", error)
     assert train(folder, "optim.ema_lengths=[0.1]", "run.name=averaged", word)[0] == 0
+
+
+def test_each_word_of_the_lines_is_explained(parts: Path):
+    """And a line says where; the first and the last sheet, which may take a while, are announced."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    explained = page[page.index("## What a run prints") : page.index("## Your own pictures")]
+    for script, config in (("ldm/train.py", "dit"), ("vae/train.py", "vae"), ("text/train.py", "clip")):
+        words = [f"run.name=words_{config}", "run.log_every=1"]
+        code, printed = train(parts, *words, script=script, config=config)
+        assert code == 0 and "docs/training.md explains what the lines below say" in printed
+        assert "step 0: evaluating and drawing\n" in printed
+        assert re.search(r"^step 2: evaluating and drawing, about 0:\d\d:\d\d$", printed, re.MULTILINE)
+        (line,) = re.findall(r"^step 2/2  (.*)$", printed, re.MULTILINE)
+        names = re.findall(r"([a-z]\w*) [\d.]", line) + ["images/s", "ETA"]
+        assert {"loss", "lr"} < set(names)
+        assert not [
+            name for name in names if name not in ("data", "loss_q2", "loss_q3") and f"`{name}`" not in explained
+        ]
