@@ -33,6 +33,13 @@ def requests_of_call(settings: Mapping[str, Any]) -> list[DrawRequest]:
     return [DrawRequest(**one, **{name: values[i] for name, values in lists.items()}) for i in range(number)]
 
 
+def check_functions(**given: object) -> None:
+    """Raise TypeError for what is neither None nor a function, before anything is drawn."""
+    for name, function in given.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} is a {type(function).__name__}, expected a function")
+
+
 def is_list(value: Any) -> bool:
     """Whether a value is several: a list, a tuple, a range, an array or a tensor of one dimension."""
     return (isinstance(value, Sequence) and not isinstance(value, (str, bytes))) or getattr(value, "ndim", 0) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm.files.messages import unknown_name
 from ldm.files.paths import user_path
-from ldm.inference.parameter import Range, check_ranges, keys_of, parameter
+from ldm.inference.parameter import Range, check_is_text, check_number, check_ranges, keys_of, parameter
 
 WEIGHTINGS = ("none", "a1111")  # of words in a prompt
 FORMATS = ("diffusers", "single-file")  # of exports
@@ -88,9 +88,16 @@ class DrawOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_is_text("guidance schedule", self.guidance_schedule)
+        if self.time_grid is not None:
+            check_is_text("time grid", self.time_grid)
         if self.guidance_schedule not in SCHEDULES:
             raise unknown_name("guidance schedule", self.guidance_schedule, {name: name for name in SCHEDULES})
+        if not isinstance(self.guidance_interval, (tuple, list)) or len(self.guidance_interval) != 2:
+            raise TypeError(f"the guidance interval is {self.guidance_interval!r}, expected a pair, such as (0.1, 0.8)")
         start, stop = self.guidance_interval
+        for time in (start, stop):
+            check_number("a time of the guidance interval", time, float)
         if not 0 <= start <= stop <= 1:
             raise ValueError(f"the guidance interval is {start:g} to {stop:g}, expected 0 <= start <= stop <= 1")
         if self.is_projected and self.guidance_rescale:

@@ -92,6 +92,12 @@ def check_number(words: str, value: object, kind: object) -> None:
         raise TypeError(f"{words} is {value!r}, expected {expected}")
 
 
+def check_is_text(words: str, value: object) -> None:
+    """Raise TypeError unless the value is text."""
+    if not isinstance(value, str):
+        raise TypeError(f"the {words} is a {type(value).__name__}, expected text")
+
+
 def check_ranges(instance: object) -> None:
     """Raise ValueError, naming the value, if a parameter is out of its range or not one of its choices, and TypeError
     if it is no number and must be one."""

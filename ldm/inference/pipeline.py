@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.denoisers import Condition, Denoiser, choose_attention, describe_attention
 from ldm.diffusion import Prediction
 from ldm.files.paths import user_path
-from ldm.inference.call import requests_of_call
+from ldm.inference.call import check_functions, requests_of_call
 from ldm.inference.contact_sheet import to_images
 from ldm.inference.course import Course, course_of
 from ldm.inference.devices import choose_device
@@ -205,6 +205,7 @@ class TextToImage:
         Raises ValueError, naming the value, for what cannot be drawn, and TypeError for a value of another type.
         """
         check_output_type(output_type)
+        check_functions(progress=progress, callback=callback)
         given = requests_of_call({"seed": 0, "prompt": prompt} | settings)
         requests = [own for request in given for own in self._each(request, n)]
         drawn = self._together(requests, progress, callback, decode=output_type != "latent")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ldm.inference.given_pictures import given_picture
 from ldm.inference.options import BEGINNING, PLAIN, DrawOptions
-from ldm.inference.parameter import Range, check_ranges, keys_of, parameter
+from ldm.inference.parameter import Range, check_is_text, check_ranges, keys_of, parameter
 from ldm.inference.pictures import TRANSPARENCY, as_read, mask_of_transparency, picture_hash
 from ldm.inference.size import MAX_SIDE, size_of
 from ldm.model.facts import STOCK, UNKNOWN, ModelFacts
@@ -72,7 +72,7 @@ class PictureSettings:
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
             check_text(name.replace("_", " "), getattr(self, name))
-        check_text("sampler", self.sampler)
+        check_is_text("sampler", self.sampler)
         check_ranges(self)
         if not isinstance(self.options, DrawOptions):
             raise TypeError(f"options is a {type(self.options).__name__}, expected DrawOptions(...)")
@@ -220,8 +220,7 @@ class DrawRequest(PictureSettings):
 
 def check_text(name: str, text: str) -> None:
     """Raise ValueError for a text that is too long, or that a PNG cannot hold, and TypeError for what is no text."""
-    if not isinstance(text, str):
-        raise TypeError(f"the {name} is a {type(text).__name__}, expected text")
+    check_is_text(name, text)
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"the {name} has {len(text)} characters, expected at most {MAX_CHARACTERS}: shorten it")
     # Python converts bytes on the command line that are not UTF-8 to surrogates. A PNG cannot store these, or zeros.

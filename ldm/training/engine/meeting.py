@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from ldm.training.engine.cores import local_ranks
 
 LAUNCHER = b"deepspeed.launcher.launch"  # in the command line of the process that starts a machine's ranks
 WAIT_SECONDS, POLL_SECONDS = 300.0, 0.05
+PATIENCE = timedelta(minutes=30)  # with a rank that has not yet written what others read, as in PyTorch
 
 
 def meet() -> None:
@@ -57,8 +59,8 @@ def _meet_locally(launcher: str) -> None:
     """Join the other ranks of a launch on this machine, through a file that they can all name and nobody else has."""
     notice = Path(tempfile.gettempdir(), f"latent-foundry-port-{os.getuid()}-{launcher}")
     if os.environ["RANK"] != "0":
-        os.environ["MASTER_PORT"] = _announced(notice)
-        _join(dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False))
+        os.environ["MASTER_PORT"] = port = _announced(notice)
+        _join(dist.TCPStore(os.environ["MASTER_ADDR"], int(port), is_master=False, timeout=PATIENCE))
         return
     store = _host()
     write_new(notice, os.environ["MASTER_PORT"].encode())
@@ -72,11 +74,11 @@ def _host() -> dist.TCPStore:
     """Open the store on MASTER_PORT or, if that is in use or not given, on a free port, which MASTER_PORT becomes."""
     address, given = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "0"))
     try:
-        store = dist.TCPStore(address, given, is_master=True)
+        store = dist.TCPStore(address, given, is_master=True, timeout=PATIENCE)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        store = dist.TCPStore(address, 0, is_master=True)
+        store = dist.TCPStore(address, 0, is_master=True, timeout=PATIENCE)
         warnings.warn(f"port {given} is in use, perhaps by another training: this one uses {store.port}", stacklevel=2)
     os.environ["MASTER_PORT"] = str(store.port)
     return store

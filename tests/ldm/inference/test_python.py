@@ -79,6 +79,7 @@ def test_progress_counts_over_all_entries_of_a_list(pipe):
         ({"stpes": 3}, TypeError, "no setting stpes, did you mean steps?"),
         ({"zzz": 3}, TypeError, "no setting zzz, expected height, image, mask"),
         ({"eta": 0.5}, TypeError, r"eta is one of the options: give options=DrawOptions\(eta=...\)"),
+        ({"callback": 3}, TypeError, "callback is a int, expected a function"),
         ({"image": 3}, TypeError, "image is a int, expected a PIL image, a path, a NumPy array or a PyTorch tensor"),
         ({"image": "nowhere.png"}, FileNotFoundError, "there is no picture nowhere.png"),
     ],
@@ -87,6 +88,22 @@ def test_a_wrong_value_is_one_line_that_says_what_is_expected(pipe, changes, err
     with pytest.raises(error, match=message) as raised:
         pipe(**QUICK | {"prompt": "a cat"} | changes)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"time_grid": [1, 0.5, 0]}, "the time grid is a list, expected text"),
+        ({"guidance_schedule": 3}, "the guidance schedule is a int, expected text"),
+        ({"guidance_interval": 0.5}, r"the guidance interval is 0.5, expected a pair, such as \(0.1, 0.8\)"),
+        ({"guidance_interval": ("0", "1")}, "a time of the guidance interval is '0', expected a number"),
+        ({"eta": "1"}, "eta is '1', expected a number"),
+        ({"clip_skip": 1.5}, "clip skip is 1.5, expected a whole number"),
+    ],
+)
+def test_a_wrong_option_is_one_line_too(options, message):
+    with pytest.raises(TypeError, match=message):
+        DrawOptions(**options)
 
 
 def test_the_remedies_for_names_work(pipe):

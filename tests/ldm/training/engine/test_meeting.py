@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,14 +19,20 @@ from ldm.errors import PeerError
 from ldm.training.engine import meeting
 
 RANK = """
-import os, warnings, torch
+import os, pathlib, time, warnings, torch
 import torch.distributed as dist
 from ldm.training.engine.meeting import meet
-warnings.showwarning = lambda message, *rest: print("warning:", message, flush=True)
+say = lambda line: os.write(1, f"{line}\\n".encode())  # at once: the ranks share a pipe
+warnings.showwarning = lambda message, *rest: say(f"warning: {message}")
 meet()
 total = torch.tensor([10.0 ** dist.get_rank()])
 dist.all_reduce(total)
-print(int(total), os.environ["MASTER_PORT"], flush=True)
+say(f"{int(total)} {os.environ['MASTER_PORT']}")
+if "GO" in os.environ:  # stay until the test says so
+    go = pathlib.Path(os.environ["GO"])
+    go.with_name(os.environ["MASTER_PORT"]).touch()
+    while not go.exists():
+        time.sleep(0.05)
 dist.destroy_process_group()
 """
 LAUNCHER = """
@@ -70,12 +77,17 @@ def test_a_port_in_use_is_answered_by_a_free_one(taken):
     assert not list(Path(tempfile.gettempdir()).glob(f"latent-foundry-port-{os.getuid()}-*"))
 
 
-def test_two_trainings_that_start_at_once_do_not_mix():
-    port = free_port()
-    both = [lines(launched) for launched in [launch(port), launch(port)]]
-    sums = [line for own in both for line in own if not line.startswith("warning")]
-    assert [line.split()[0] for line in sums] == ["11"] * 4
-    assert len({line.split()[1] for line in sums}) == 2 and sum(map(len, both)) == 5  # one warning
+def test_two_trainings_that_start_at_once_do_not_mix(tmp_path, monkeypatch):
+    monkeypatch.setenv("GO", str(tmp_path / "go"))
+    port, ends = free_port(), time.monotonic() + 150
+    launched = [launch(port), launch(port)]
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < ends:  # one file for each port
+        time.sleep(0.1)
+    (tmp_path / "go").touch()
+    both = [lines(one) for one in launched]
+    sums = [[line for line in own if not line.startswith("warning")] for own in both]
+    assert all(len(own) == 2 and own[0] == own[1] and own[0].startswith("11 ") for own in sums)
+    assert sums[0] != sums[1] and sum(map(len, both)) == 5  # one warning
 
 
 def test_a_single_process_takes_a_free_port(taken, monkeypatch):
