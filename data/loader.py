@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.bad_samples import FEWEST_BAD, LONGEST, BadSample, BadShare, Quarantine
 from data.config import DataConfig, HeldOutConfig, SampleConfig
-from data.losses import find_shards, lost_shards
+from data.lost_shards import find_shards, lost_shards
 from data.order import SampleOrder, SetSpan, Visit, default_lanes
 from data.readers import NAMES, UNUSED, Column, ImageCaptionReader, Reader
 from data.remarks import CutCaptions, Remarks
