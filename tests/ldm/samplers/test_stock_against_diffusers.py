@@ -91,8 +91,6 @@ def said(pair: Any) -> str:
 def test_it_is_diffusers_step_by_step(kind, values):
     """1e-4 relative; nearly all are below 1e-5. DEIS of order 3 loses digits there, in float32 coefficients."""
     tolerance = 5e-4 if kind == "DEISMultistepScheduler" and values.get("solver_order") == 3 else 1e-4
-    if kind == "LMSDiscreteScheduler" or values.get("use_beta_sigmas"):
-        pytest.importorskip("scipy")
     for prediction in ("v",) if values.get("rescale_betas_zero_snr") else ("eps", "v"):
         content = SCHEDULERS["1.5"] | {"prediction_type": THEIR_NAMES[prediction]} | values
         scheduler = getattr(diffusers, kind).from_config(content)

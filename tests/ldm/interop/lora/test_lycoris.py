@@ -5,6 +5,7 @@ LyCORIS's merge_to multiplies LoHa and LoKr by alpha / rank twice (3.2 to 4.1.3)
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from helpers.loras import Model, merge, read
 from torch import Tensor, nn
 
-lycoris: Any = pytest.importorskip("lycoris")
+lycoris: Any = importlib.import_module("lycoris")
 
 SIZES = {"lora_dim": 2, "conv_lora_dim": 2, "alpha": 3.0, "conv_alpha": 1.5}
 KINDS: dict[str, dict[str, Any]] = {

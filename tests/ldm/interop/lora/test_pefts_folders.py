@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from ldm.interop.lora import open_lora, read_lora
 
-peft: Any = pytest.importorskip("peft")
+peft: Any = importlib.import_module("peft")
 
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_in"]
 LAYERS = [*LINEAR, "conv1", "conv2", "up_blocks.0.resnets.0.conv_shortcut"]
