@@ -106,7 +106,7 @@ class TextEncoderConfig:
 
     @property
     def unusual_clip_skip(self) -> int:
-        """The model's own if it is not the least, so that other programs have to be told; 0 otherwise."""
+        """The model's own if it is not the least, which other programs assume; 0 otherwise."""
         return self.own_clip_skip if self.own_clip_skip > self.least_clip_skip else 0
 
     @property

@@ -21,7 +21,7 @@ class ModelFacts:
     learned_variance: bool | None = None  # whether the network has learned one
     native_size: int | None = None  # pixels a side, as in training
     factor: int | None = None  # height and width must be multiples of it: whole latents, and whole patches of them
-    unusual_clip_skip: int = 0  # its own, if other programs have to be told
+    unusual_clip_skip: int = 0  # its own, if other programs assume another; 0 otherwise
     for_inpainting: bool | None = None
 
 

@@ -174,19 +174,19 @@ def read_text_tower(path: Path, *, dtype: torch.dtype) -> TextTower:
     sidecar = read_sidecar(path, weights.metadata)
     with described_by(path):
         shapes = _below(shapes_of(weights.tensors), CONDITIONER)
-        plan = _planned_text(shapes, sidecar)
+        plan = _planned_text(shapes, sidecar, source=path)
         wanted = {CONDITIONER + name: tensor for name, tensor in plan.wanted.items()}
         check_fit(wanted, {name: weights.tensors[name] for name in wanted if name in weights.tensors}, source=path)
         return _text_tower(plan, weights, dtype=dtype)
 
 
-def _planned_text(shapes: Shapes, sidecar: Sidecar) -> TextEncoderPlan:
-    """Plan the text encoder; a header may say that the model was trained with clip skip 2 (kohya-ss/sd-scripts,
-    library/sai_model_spec.py)."""
+def _planned_text(shapes: Shapes, sidecar: Sidecar, *, source: Path) -> TextEncoderPlan:
+    """Plan the text encoder. A header may say clip skip 2 (kohya-ss/sd-scripts, library/sai_model_spec.py)."""
     plan = plan_text_encoder(shapes, _stated_text(sidecar))
     skip, own = sidecar.clip_skip or 1, plan.config.own_clip_skip
     if skip > 2:
-        warnings.warn(f"its header says clip skip {skip}, which is not followed: give --clip-skip {skip}", stacklevel=2)
+        stated = f"{source}: its header says clip skip {skip}"
+        warnings.warn(f"{stated}, which is not followed: give --clip-skip {skip}", stacklevel=2)
     if skip != 2 or own == 2:
         return plan
     return plan._replace(config=replace(plan.config, hidden="penultimate"))
@@ -244,7 +244,7 @@ def make_plan(shapes: Shapes, sidecar: Sidecar, *, source: Path) -> Plan:
         vae=autoencoder,
         config=config,
         context_width=context_width,
-        text_encoder=_planned_text(text, sidecar) if text else None,
+        text_encoder=_planned_text(text, sidecar, source=source) if text else None,
         unet_names={ours: DENOISER + theirs for ours, theirs in of_unet.items()},
         vae_names={ours: FIRST_STAGE + theirs for ours, theirs in of_vae.items()},
     )

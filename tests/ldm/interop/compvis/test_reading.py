@@ -323,7 +323,9 @@ def test_clip_skip_is_in_the_header(stated, skip, tmp_path, recwarn):
 
 def test_a_stated_clip_skip_that_is_not_followed_names_its_option(tmp_path):
     save_file(foreign(stable_diffusion(1)), tmp_path / "m.safetensors", metadata={"modelspec.encoder_layer": "3"})
-    with pytest.warns(UserWarning, match="its header says clip skip 3, which is not followed: give --clip-skip 3"):
+    with pytest.warns(
+        UserWarning, match=r"m\.safetensors: its header says clip skip 3, which is not followed: give --clip-skip 3"
+    ):
         read_single_file(tmp_path / "m.safetensors", **FP32)
 
 
