@@ -171,6 +171,11 @@ class CaptionedImages:
         """The number of samples in all shards: one epoch of each set."""
         return sum(self.store.sizes)
 
+    @property
+    def available(self) -> int:
+        """The number of samples in the shards that were there at the start."""
+        return len(self) - sum(self.store.sizes[number] for number in self.store.absent)
+
     def stream(self, position: int = 0) -> Generator[Batch]:
         """Yield global batches `position`, `position` + 1, ..., decoded ahead by `prefetch` threads."""
         self._bad_fraction = BadShare()

@@ -98,7 +98,8 @@ def forward() -> Figure:
 
 def emoji(caption: str) -> Tensor:
     """Pixels 3 x 64 x 64 in [-1, 1] of the embedded training picture with this caption."""
-    from data.readers import decode_pixels, read_captions
+    from data.captions import read_captions
+    from data.readers import decode_pixels
     from data.shards import Shard
     from data.sources import expand
 

@@ -68,11 +68,10 @@ def warnings_in_one_line() -> Iterator[None]:
             shown.add(text)
             print(text, file=sys.stderr)
 
-    warnings.showwarning = show
-    try:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged pictures, without a name: our errors have one
+        warnings.showwarning = show
         yield
-    finally:
-        warnings.showwarning = others
 
 
 def wait_politely() -> None:

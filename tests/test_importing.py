@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from helpers.forking import ROOT
+from helpers.installing import CODE, installed, sources
 
 import latent_foundry
 import ldm
 from latent_foundry import OFFERED
-
-ROOT = Path(__file__).parent.parent
-CODE = ("ldm", "vae", "text", "data")
-SHIPPED = ("latent_foundry.py", "txt2img.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
-
 
 WHOSE = "WHOSE = 'theirs'"
 # Each folder's own modules say whose they are, and the program asks for them after ours.
@@ -57,28 +51,7 @@ for name in theirs:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a build needs of the repository: building writes into the folder that it builds from."""
-    copy = tmp_path_factory.mktemp("source")
-    for name in CODE:
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in SHIPPED:
-        shutil.copy(ROOT / name, copy)
-    return copy
-
-
-def installed(source: Path, out: Path, kind: str) -> Path:
-    """The interpreter of an empty environment that has our package alone, and what it depends on from this one."""
-    build = f"import sys, setuptools.build_meta as backend; backend.build_{kind}(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(out)], cwd=source, check=True, capture_output=True, text=True)
-    (wheel,) = out.glob("*.whl")
-    venv.create(out / "environment", with_pip=False, symlinks=True)
-    python = out / "environment" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
-    subprocess.run([*pip, str(wheel)], check=True, capture_output=True, text=True)
-    site = next((out / "environment").glob("lib/python*/site-packages"))
-    # A folder in a .pth file is searched, but the .pth files in it are not read: not this environment's link to us.
-    (site / "zz-dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return python
+    return sources(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ def test_training_commands_train(command, tmp_path, few_emoji):
 def test_drawing_commands_draw(command, tmp_path):
     extra = ["--outdir", str(tmp_path), "--steps", "2"]
     launched = command == DRAWING[0]
-    finished = run(command.replace("runs/emoji64_dit/model", "weights/emoji64"), *extra, launched=launched)
+    finished = run(command.replace("runs/emoji64_dit", "weights/emoji64"), *extra, launched=launched)
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "grid-0000.png").exists()
     assert (tmp_path / "samples" / "00003.png").exists()
@@ -297,7 +297,8 @@ def settings_of(config: Any) -> set[str]:
 
 
 def test_the_settings_that_are_explained_exist():
-    known = settings_of(TrainConfig) | settings_of(TextTrainConfig) | {"model.denoiser.sample_size"}
+    kinds = {"model.denoiser.sample_size", "model.objective.prediction"}  # of settings that depend on a kind
+    known = settings_of(TrainConfig) | settings_of(TextTrainConfig) | kinds
     pages = ("training", "gpu", "reliability", "data")
     spans = [span for page in pages for span in re.findall(r"`([^`\n]+)`", (ROOT / "docs" / f"{page}.md").read_text())]
     sections = "run|data|validation|engine|optim|model|preview|image"

@@ -16,6 +16,7 @@ from ldm.files.paths import user_path
 MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BLOB = re.compile(r"[0-9a-f]+")  # git's or SHA-256's digits
 SNAPSHOTS, BLOBS, PREFIX = "snapshots", "blobs", "models--"
+RUNS = "runs"  # the folder of runs, before there is one
 
 
 def model_path(given: str | Path) -> Path:
@@ -27,7 +28,7 @@ def model_path(given: str | Path) -> Path:
 
 def missing_model(path: Path) -> str:
     """Return the error for a path at which there is no model; what to give instead stands at its end."""
-    if MODEL_ID.fullmatch(str(path)) and not path.parent.exists():
+    if MODEL_ID.fullmatch(str(path)) and not path.parent.exists() and path.parent.name != RUNS:
         return (
             f"there is no model at {path}, nor one of that name in the Hub's cache ({cache_folder()}), and nothing is "
             f"downloaded: run `hf download {path}`, or give the folder or file of a model"

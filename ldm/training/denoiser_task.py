@@ -85,7 +85,7 @@ class DenoiserTask(Task[TrainConfig]):
 
     def describe(self) -> list[str]:
         millions = sum(p.numel() for p in self.network.parameters()) / 1e6
-        precision, images = self.session.precision, len(self.session.images)
+        precision, images = self.session.precision, self.session.images.available
         length = self.config.model.denoiser.attention_length(self.side)
         attention = describe_attention(self.device, length, self.dtype)
         return [f"{millions:.1f} M parameters, {images} pictures, {precision} on {self.device}", attention]

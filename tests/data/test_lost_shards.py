@@ -76,6 +76,7 @@ def test_a_shard_that_a_manifest_counts_and_that_is_gone_is_an_error_or_a_counte
     (listed,) = quarantine.path.read_text().splitlines()
     assert json.loads(listed)["shard"] == f"{counted}/00001.tar"
     assert len(loader) == 14 and loader.fingerprint["samples"] == 14  # so that a run resumes
+    assert loader.available == 9
 
 
 def test_what_is_allowed_to_be_missing_is_no_bad_sample(counted: Path):

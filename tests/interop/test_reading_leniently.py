@@ -23,7 +23,7 @@ from ldm.interop.compvis.names import ema_name
 from ldm.interop.compvis.reading import read_single_file
 from ldm.interop.compvis.writing import single_file_tensors
 from ldm.interop.diffusers_layout.denoiser import PixArtJson, UNetJson
-from ldm.interop.diffusers_layout.folder import read_folder, write_folder
+from ldm.interop.diffusers_layout.folder import NOTES, read_folder, write_folder
 from ldm.interop.diffusers_layout.vae import VaeJson
 from ldm.interop.read_model import read_vae
 from ldm.interop.weight_reader import open_weights
@@ -47,6 +47,7 @@ def tensors() -> Tensors:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "model"
     write_folder(stable_diffusion(1), folder, **FP32)
+    (folder / NOTES).unlink()  # as another program's
     return folder
 
 

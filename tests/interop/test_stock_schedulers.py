@@ -68,6 +68,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         index = json.loads((folder / "model_index.json").read_text())
         index["scheduler"] = ["diffusers", kind or content["_class_name"]]
         (folder / "model_index.json").write_text(json.dumps(index))
+        (folder / "foundry.yaml").unlink()  # which stock folders do not have
         return folder
 
     return lambda model, kind=None, **values: made(model, kind, json.dumps(values))

@@ -65,6 +65,7 @@ BAD = [
         ("--sampler dpmp_2m", "no sampler 'dpmp_2m', did you mean dpmpp_2m? There are ddpm, ddpm_large, "),
         ("--sampler xyz", "no sampler 'xyz': There are ddpm, ddpm_large, "),
         ("--ckpt missing", "there is no model at missing"),
+        ("--ckpt runs/mine", "there is no model at runs/mine: give the folder or file of one"),
         ("--from-file missing.txt", "missing.txt is missing: give a text file with one prompt per line"),
         ("--from-file model", "model is not a plain file"),
         ("--outdir file", "pictures cannot be written to file: "),

@@ -72,7 +72,7 @@ def settle_lanes(run: Run, config: Any, images: CaptionedImages, then: str | Non
             deal_as_before(config, images, before)
         kept = images.order.lanes == before
         run.log(f"data.lanes is {images.order.lanes}{', as when this run began' if kept else ' by default'}")
-    pictures = config.publish.pictures or len(images)
+    pictures = config.publish.pictures or images.available
     data, publish = replace(config.data, lanes=images.order.lanes), replace(config.publish, pictures=pictures)
     run.config_text = dump(replace(config, data=data, publish=publish))
 
