@@ -6,7 +6,6 @@ One test, which types what a person types and reads what is printed. Each step g
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 from helpers.disks import small_disk
-from helpers.forking import ROOT
+from helpers.forking import ROOT, Forking
 from helpers.installing import installed, sources
 from helpers.zoo import zoo
 from PIL import Image
@@ -47,16 +46,11 @@ class Person:
     """Types commands in a folder, and reads what they print."""
 
     def __init__(self, python: Path, folder: Path) -> None:
-        self.python, self.folder = python, folder
-        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        self.environment = kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        self.python, self.folder, self.forking = python, folder, Forking(folder, python)
 
     def types(self, *words: str, code: int = 0) -> str:
         """Run `python WORDS`; returns what it prints, and its errors after it."""
-        done = subprocess.run(
-            [str(self.python), *words], cwd=self.folder, env=self.environment, capture_output=True, text=True,
-            timeout=250, check=False,
-        )  # fmt: skip
+        done = self.forking.complete(*words)
         assert "Traceback" not in done.stderr and done.returncode == code, done.stdout + done.stderr
         if code:
             *_, last = done.stderr.splitlines()
@@ -70,8 +64,9 @@ class Person:
         """Train, and press Ctrl-C once a line begins with `after`."""
         command = [str(self.python), "-m", "ldm.train", "--config", "mine.yaml", *words]
         with subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as process:
+            command, cwd=self.folder, env=self.forking.environment, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ) as process:  # fmt: skip
             assert process.stdout is not None
             lines = list[str]()
             for line in process.stdout:
@@ -249,3 +244,4 @@ def test_an_afternoon(tmp_path: Path) -> None:
     exports_again(person, step)
     programs(person)
     fills_the_disk(person, step)
+    person.forking.close()

@@ -1,4 +1,7 @@
-"""File systems on which writing really fails: full, read-only, or without rights; skipped where they cannot be made."""
+"""File systems on which writing really fails or waits: full, read-only, without rights, or stalled for a while.
+
+Tests are skipped where these cannot be made.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,31 @@ def small_disk(size: str) -> Iterator[Path]:
         _mount("-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", str(disk))
         stack.callback(subprocess.run, ["umount", "--lazy", str(disk)], check=True)
         yield disk
+
+
+@contextmanager
+def slow_disk(mebibytes: int = 64) -> Iterator[Path]:
+    """A folder on an ext4 of its own, which `stall` can stop."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slow-disk-")))
+        image, disk = folder / "image", folder / "disk"
+        disk.mkdir()
+        with image.open("wb") as file:
+            file.truncate(mebibytes << 20)
+        try:
+            subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True, capture_output=True, timeout=30)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no ext4 can be made here: {error}")
+        _mount("-o", "loop", str(image), str(disk))
+        stack.callback(subprocess.run, ["umount", "--lazy", str(disk)], check=True)
+        yield disk
+
+
+def stall(disk: Path, seconds: float) -> None:
+    """Let everything that writes to a slow_disk wait, as an overloaded server of files does."""
+    words = f"fsfreeze --freeze '{disk}' && sleep {seconds}; fsfreeze --unfreeze '{disk}'"
+    # A process of its own, in a session of its own, so that the disk moves again whatever becomes of this one.
+    subprocess.run(["sh", "-c", words], check=True, start_new_session=True, timeout=60 + seconds)
 
 
 def remount_read_only(disk: Path) -> None:

@@ -35,12 +35,14 @@ class Command(TypedDict):
 
 
 class Forking:
-    """Python in a folder whose packages are the ones imported."""
+    """Python in a folder; python: an interpreter that has our packages, otherwise the folder has them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.environment = folder, {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(folder)}
+    def __init__(self, folder: Path, python: Path | None = None) -> None:
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        own |= {} if python is not None else {"PYTHONPATH": str(folder)}
+        self.folder, self.environment = folder, {"OMP_NUM_THREADS": "1"} | own
         self.process = subprocess.Popen(
-            [sys.executable, __file__], cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [python or sys.executable, __file__], cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=self.environment,
         )  # fmt: skip
 
@@ -90,6 +92,7 @@ def run_here(command: Command) -> int:
     try:
         if words[0] in ("-m", "-c"):
             sys.argv = words[1:]
+            sys.path.insert(0, command["folder"])
             if words[0] == "-m":
                 runpy.run_module(words[1], run_name="__main__", alter_sys=True)
             else:

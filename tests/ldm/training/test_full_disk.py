@@ -1,13 +1,15 @@
-"""A training whose disk fills up goes on without what is for show, and ends as promised if it cannot be saved."""
+"""A training whose disk fills up goes on without what is for show, or ends as promised; one whose disk stalls waits."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers.disks import remount_read_only, small_disk
+from helpers.disks import remount_read_only, slow_disk, small_disk, stall
 from helpers.launching import DIT, VAE, denoiser_config, start, write_config
 
 SHIPPED = {"vae": "weights/emoji64", "text": "weights/emoji64"}  # 40 MB of an export
@@ -105,3 +107,20 @@ def test_a_run_in_a_folder_that_is_read_only_is_one_line_before_it_begins(few_em
         said = f"error: {disk}/r cannot be written (Read-only file system): write elsewhere, or mount "
         assert (code, len(err)) == (2, 1) and err[0].startswith(said)
     assert trained(config, "run.steps=1")[0] == 0  # the remedy
+
+
+def test_a_disk_that_stalls_costs_time_and_nothing_else(few_emoji: str, tmp_path: Path):
+    """Every write waits for two seconds from the first checkpoint on; what is trained is what it would have been."""
+    config = denoiser_config(tmp_path, "r", few_emoji, DIT, **SHIPPED)
+    words = ("run.steps=12", "run.log_every=4", "run.checkpoint_every=2", "run.sample_every=100")
+    assert trained(config, *words)[0] == 0
+    with slow_disk(128) as disk, ThreadPoolExecutor() as pool:
+        training = pool.submit(trained, config, *words, f"run.folder={disk}")
+        while not training.done() and not (disk / "r/checkpoints/latest").exists():
+            time.sleep(0.01)
+        stall(disk, 2)
+        code, out, err = training.result()
+        assert (code, err) == (0, []), (out, err)
+        manifest = "r/checkpoints/step_0000012/manifest.json"
+        there, here = (json.loads((folder / manifest).read_text()) for folder in (disk, tmp_path / "runs"))
+        assert there["files"]["rank_00000.safetensors"] == here["files"]["rank_00000.safetensors"]
