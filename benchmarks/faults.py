@@ -124,7 +124,7 @@ def _child(rank: int, ranks: int, port: str, log: Path, words: list[str], before
         from ldm.cli import run_command, training_arguments
         from ldm.train import main
 
-        note_order()
+        note_order(log.with_suffix(""))
         if before is not None:
             before(rank)
         code = run_command(main, training_arguments(""), ["--config", "configs/demo.yaml", *TINY, *words])
@@ -138,15 +138,19 @@ def _child(rank: int, ranks: int, port: str, log: Path, words: list[str], before
         os._exit(code)
 
 
-def note_order() -> None:
+def order_file(run: Path, ranks: int, rank: int) -> Path:
+    """Where a rank records which samples its steps use: next to the run, whose own disk may fail."""
+    return run.with_name(f"{run.name}.order_{ranks}_{rank}.txt")
+
+
+def note_order(run: Path) -> None:
     """Let each rank record which samples its steps use, before it uses them."""
     from ldm.training.loop import Training
 
     plain = Training._parts
 
     def noting(self: Training, batch: Any) -> Any:
-        path = self.run.config.path / f"order_{self.world.ranks}_{self.world.rank}.txt"
-        with path.open("a") as file:
+        with order_file(run, self.world.ranks, self.world.rank).open("a") as file:
             file.write(f"{self.engine.position} {' '.join(batch.keys)}\n")
         return plain(self, batch)
 
@@ -158,7 +162,7 @@ def order(run: Path, ranks: int) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for rank in range(ranks):
         own: dict[int, list[str]] = {}
-        for line in (run / f"order_{ranks}_{rank}.txt").read_text().splitlines():
+        for line in order_file(run, ranks, rank).read_text().splitlines():
             position, *keys = line.split()
             own[int(position)] = keys
         for position, keys in own.items():

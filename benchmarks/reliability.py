@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # in this order: tests/ has folders of the packages' names
 
-from faults import PEER_ERROR, Job, final_state, import_everything, order, start  # noqa: E402
+from faults import PEER_ERROR, Job, final_state, import_everything, order, order_file, start  # noqa: E402
 from helpers.points import Calls, How, Point  # noqa: E402
 
 from ldm.files.checkpoints import Checkpoints, fault  # noqa: E402
@@ -130,7 +130,7 @@ def signals(count: int, folder: Path, seed: int) -> bool:
         took = time.monotonic() - began
         job.end()
         run = folder / name
-        used = max(order(run, 2), default=-1) + 1 if (run / "order_2_0.txt").exists() else 0
+        used = max(order(run, 2), default=-1) + 1 if order_file(run, 2, 0).exists() else 0
         steps = [int(path.name[5:]) for path in run.glob("checkpoints/step_*")]
         saved = max(steps, default=0) == used
         early = used == 0  # before the first step, where ranks may leave one after the other

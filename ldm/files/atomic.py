@@ -1,4 +1,4 @@
-"""Write to a temporary path and rename it into place on success; on failure, remove what was written.
+"""Write to a temporary path and, once all of it is on the disk, rename it into place; on failure, remove it.
 
 Also lock a folder, so that only one process at a time works in it, on any machine that shares it.
 """
@@ -35,6 +35,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             mode = partial.stat().st_mode & 0o777
             yield partial
             partial.chmod(mode)  # a library may have replaced the file with other permissions
+            to_disk(partial)  # or, without power, the name could be there before the content
             partial.replace(path)
         finally:
             with suppress(OSError):  # what failed before is the error to report
@@ -64,6 +65,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         with scratch_folder(target) as own:
             (own / NEW).mkdir()
             yield own / NEW
+            for path in (*(own / NEW).rglob("*"), own / NEW):
+                to_disk(path)
             _replace(target, own)
 
 
@@ -127,6 +130,7 @@ def write_new(path: Path, content: bytes) -> None:
         try:
             with partial.open("xb") as file:
                 file.write(content)
+            to_disk(partial)
             _link(partial, path)
         finally:
             with suppress(OSError):  # what failed before is the error to report

@@ -148,7 +148,6 @@ class Checkpoints:
         with contextlib.suppress(OSError):  # best effort: the checkpoint itself is already safe
             with atomic_file(self.folder / LATEST) as latest:
                 latest.write_text(path.name + "\n")
-                to_disk(latest)
             to_disk(self.folder)
         return path
 

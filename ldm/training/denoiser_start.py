@@ -56,13 +56,18 @@ def start_from(
     load_strictly(denoiser, load_denoiser(source).network.state_dict(), source=source)
 
 
-def check_same_half(config: TrainConfig, model: LatentDiffusion) -> None:
+def check_same_half(config: TrainConfig, model: LatentDiffusion, log: Callable[[str], object]) -> None:
     """Raise ValueError if the run of this configuration began with another autoencoder or text encoder than `model`
     has: the folder that is named may hold a training that went on, or another by now."""
     export = config.run.path / RUN_MODEL
     if not export.is_dir():
         return
-    for key in others(model, export, None):
+    try:
+        changed = list(others(model, export, None))
+    except (OSError, ValueError):
+        log(f"{export} is damaged, so model.vae and model.text are not compared with it; the next sample replaces it")
+        return
+    for key in changed:
         if key in ("vae", "text") and f"model.{key}" not in config.run.allow:
             raise ValueError(
                 f"model.{key} ({getattr(config.model, key)}) is no longer the {WORDS[key]} that this run began with: "

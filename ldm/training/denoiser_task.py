@@ -46,7 +46,7 @@ class DenoiserTask(Task[TrainConfig]):
         config = session.config
         self.model = frozen_half(config, self.device, session.run.log)
         if session.run.checkpoints.all():
-            check_same_half(config, self.model)
+            check_same_half(config, self.model, session.run.log)
         size, factor = config.data.image_size, self.model.vae.config.factor
         if size % factor:
             raise ValueError(f"data.image_size is {size}, not a multiple of {factor}, the factor of {config.model.vae}")

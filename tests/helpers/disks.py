@@ -5,7 +5,9 @@ Tests are skipped where these cannot be made.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +17,8 @@ from pathlib import Path
 import pytest
 
 NOBODY = 65534
+# The kernel's EXT4_IOC_SHUTDOWN, and EXT4_GOING_FLAGS_NOLOGFLUSH (fs/ext4/ext4.h).
+SHUTDOWN, WITHOUT_JOURNAL = 0x8004587D, 2
 
 
 def _mount(*words: str) -> None:
@@ -39,12 +43,20 @@ def small_disk(size: str) -> Iterator[Path]:
         yield disk
 
 
+IMAGE = "image"  # of a disk, in the folder where it is mounted
+
+
+def mounted(image: Path, disk: Path) -> None:
+    """Mount a file that holds a file system."""
+    _mount("-o", "loop", str(image), str(disk))
+
+
 @contextmanager
 def slow_disk(mebibytes: int = 64) -> Iterator[Path]:
-    """A folder on an ext4 of its own, which `stall` can stop."""
+    """A folder on an ext4 of its own, for `stall` and `cut_power`."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slow-disk-")))
-        image, disk = folder / "image", folder / "disk"
+        image, disk = folder / IMAGE, folder / "disk"
         disk.mkdir()
         with image.open("wb") as file:
             file.truncate(mebibytes << 20)
@@ -52,7 +64,7 @@ def slow_disk(mebibytes: int = 64) -> Iterator[Path]:
             subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True, capture_output=True, timeout=30)
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"no ext4 can be made here: {error}")
-        _mount("-o", "loop", str(image), str(disk))
+        mounted(image, disk)
         stack.callback(subprocess.run, ["umount", "--lazy", str(disk)], check=True)
         yield disk
 
@@ -62,6 +74,21 @@ def stall(disk: Path, seconds: float) -> None:
     words = f"fsfreeze --freeze '{disk}' && sleep {seconds}; fsfreeze --unfreeze '{disk}'"
     # A process of its own, in a session of its own, so that the disk moves again whatever becomes of this one.
     subprocess.run(["sh", "-c", words], check=True, start_new_session=True, timeout=60 + seconds)
+
+
+def cut_power(disk: Path) -> None:
+    """Let a slow_disk lose what is not on it yet, and let all that reads or writes there fail from now on."""
+    place = os.open(disk, os.O_RDONLY)
+    try:
+        fcntl.ioctl(place, SHUTDOWN, struct.pack("I", WITHOUT_JOURNAL))
+    finally:
+        os.close(place)
+
+
+def restore_power(disk: Path) -> None:
+    """Mount it again."""
+    subprocess.run(["umount", str(disk)], check=True)
+    mounted(disk.with_name(IMAGE), disk)
 
 
 def remount_read_only(disk: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.disks import remount_read_only, small_disk, without_rights
+from helpers.disks import cut_power, remount_read_only, restore_power, slow_disk, small_disk, without_rights
 
 from ldm.errors import exit_code
-from ldm.files.atomic import atomic_file, atomic_folder, write_atomically, write_new
+from ldm.files.atomic import atomic_file, atomic_folder, to_disk, write_atomically, write_new
 from ldm.files.writing import WriteError, writing
 from ldm.interop.fragments import write_fragments
 from ldm.interop.network_files import write_weights
@@ -73,6 +73,19 @@ def test_a_folder_without_rights(writer: str):
         ):
             WRITERS[writer](disk / "closed" / "out")
         WRITERS[writer](disk / "out")  # the remedy
+
+
+@pytest.mark.parametrize("writer", WRITERS.keys() - {"fragments"})  # of a checkpoint, whose writer flushes it
+def test_what_has_its_name_when_the_power_fails_has_its_content(writer: str, tmp_path: Path):
+    WRITERS[writer](tmp_path / "out")
+    expected = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with slow_disk() as disk:
+        WRITERS[writer](disk / "out")
+        (disk / "another").touch()
+        to_disk(disk / "another")  # and with it all names, but not what files hold
+        cut_power(disk)
+        restore_power(disk)
+        assert {path: (disk / path).read_bytes() for path in expected} == expected
 
 
 def test_a_folder_that_vanishes_while_a_file_is_written(tmp_path: Path):

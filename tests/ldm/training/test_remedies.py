@@ -139,6 +139,17 @@ def test_a_start_from_weights_of_another_kind_is_refused_unless_allowed(parts: P
     assert train(parts, *begin, f"run.allow=[{key}]")[0] == 0
 
 
+def test_a_run_whose_export_was_cut_off_by_a_loss_of_power_is_resumed(parts: Path):
+    assert train(parts, "run.name=cut")[0] == 0
+    export = parts / "runs/cut/model"
+    for file in ("text_encoder/model.safetensors", "vae/config.json"):
+        (export / file).write_bytes(b"")
+    code, printed = train(parts, "run.name=cut", "run.steps=3")
+    assert code == 0 and f"{export} is damaged, so model.vae and model.text are not compared with it" in printed
+    assert train(parts, "run.name=cut", "run.steps=4")[1].count("damaged") == 0
+    assert (export / "vae/config.json").read_bytes()
+
+
 def test_an_autoencoder_that_was_trained_on_is_not_swapped_under_a_run(parts: Path):
     shutil.copytree(parts / "runs" / "vae", parts / "runs" / "going_on")
     words = ["run.name=on_it", f"model.vae={parts}/runs/going_on"]
