@@ -76,6 +76,7 @@ reliability: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/reliability_data.py --plans 10000 --shards 2000
 	$(BIN)/python benchmarks/reliability_checkpoints.py --damages 1000 --points
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reliability_readers.py --stops 100
+	$(BIN)/python benchmarks/reliability_storage.py --runs 60
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reliability.py --kills 200 --points 200 --signals 50 --hangs 10 --ranks 2 \
 		--disks 10
 	$(BIN)/python benchmarks/engine_overhead.py

@@ -70,11 +70,9 @@ def draw_and_save(pipe: TextToImage, requests: list[DrawRequest], args: Namespac
     from tqdm import tqdm
 
     from ldm.inference.contact_sheet import Sheet
-    from ldm.inference.many import draw_all, lost_words
+    from ldm.inference.many import draw_all
     from ldm.inference.recipe import png_bytes
 
-    for lost in lost_words(pipe, requests):
-        print(f"warning: a prompt is too long for the model, its end is ignored: {printable(lost)}", file=sys.stderr)
     samples = None if args.skip_save else NumberedFiles(args.outdir / "samples", digits=5)
     grids = None if args.skip_grid else NumberedFiles(args.outdir, prefix="grid-", digits=4)
     sheet = Sheet(grids, columns=args.n_rows or args.n_samples) if grids else None

@@ -12,6 +12,7 @@ from ldm.inference.parameter import parameters
 from ldm.inference.request import DrawRequest
 
 LISTED = ("prompt", "negative_prompt", "seed")
+INTERNAL = ("place", "remarks")  # fields of DrawRequest that are not asked for
 # Diffusers' names of arguments that are called otherwise here, in addition to those that the command line has.
 THEIRS = {"num_images_per_prompt": "n", "generator": "seed", "mask_image": "mask", "callback_on_step_end": "callback"}
 
@@ -51,7 +52,7 @@ def as_list(values: Any) -> list[Any]:
 
 def check_names(settings: Mapping[str, Any]) -> None:
     """Raise TypeError for a name that is no field of DrawRequest; it says what the setting is called here."""
-    known = {field.name for field in fields(DrawRequest) if field.name != "place"}
+    known = {field.name for field in fields(DrawRequest) if field.name not in INTERNAL}
     for name in settings:
         if name in known:
             continue

@@ -5,7 +5,6 @@ B batch, C latent channels, H x W pixels, h x w latents. White (1) in a mask is 
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -58,20 +57,22 @@ def canvas(
     return Canvas(pixels=pixels, mask=chosen, strength=strength, edge=edge)
 
 
-def canvas_of(request: DrawRequest, cell: int) -> Canvas | None:
-    """Convert a checked request's image and mask; None if it starts from noise. cell: pixels a side of a latent.
-
-    Warns of a mask that cannot be followed as it is.
-    """
+def canvas_of(request: DrawRequest) -> Canvas | None:
+    """Convert a checked request's image and mask; None if it starts from noise."""
     if request.image is None:
         return None
     assert request.height is not None and request.width is not None and request.usual_strength is not None
     size, edge = (request.height, request.width), request.options.mask_edge
-    found = canvas(request.image, request.mask, request.usual_strength, size=size, edge=edge)
-    if request.mask is not None and found.mask is not None:
-        for remark in remarks_on_mask(request.mask, request.image, found.mask, cell):
-            warnings.warn(f"{request.place}{remark}", stacklevel=2)
-    return found
+    return canvas(request.image, request.mask, request.usual_strength, size=size, edge=edge)
+
+
+def remarks_on(request: DrawRequest, cell: int) -> list[str]:
+    """List, a line each, why a checked request's mask cannot be followed as it is. cell: pixels a side of a latent."""
+    if request.image is None or request.mask is None:
+        return []
+    assert request.height is not None and request.width is not None
+    mask = normalized(request.mask)
+    return remarks_on_mask(mask, request.image, read_mask(mask, (request.height, request.width)), cell)
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

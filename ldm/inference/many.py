@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from ldm.inference.pipeline import TextToImage
@@ -38,10 +38,3 @@ def draw_all(
         for repeat in range(repeats):
             yield pipe.draw(replace(request, seed=request.seed + repeat * n), n=n, progress=stepped)
             before += request.steps
-
-
-def lost_words(pipe: TextToImage, requests: Iterable[DrawRequest]) -> list[str]:
-    """List the ends of prompts beyond the text encoder's context, each once. Prompts in chunks have none."""
-    whole = [request for request in requests if request.options.weighting == "none"]
-    texts = dict.fromkeys(text for request in whole for text in (request.prompt, request.negative_prompt))
-    return [lost for text in texts if (lost := pipe.cut_off(text))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,8 @@ from ldm.inference.contact_sheet import to_images
 from ldm.inference.course import Course, course_of
 from ldm.inference.devices import choose_device
 from ldm.inference.guiding import guided
-from ldm.inference.img2img import Canvas, Start, begin, canvas_of, keeping
-from ldm.inference.options import FORMATS, PLAIN
+from ldm.inference.img2img import Canvas, Start, begin, canvas_of, keeping, remarks_on
+from ldm.inference.options import FORMATS
 from ldm.inference.parameter import check_number
 from ldm.inference.progress import Progress, StepCallback, reporters
 from ldm.inference.prompt_loras import LoraFolders, applied
@@ -246,14 +245,13 @@ class TextToImage:
         return self
 
     def check(self, request: DrawRequest) -> DrawRequest:
-        """Return the request as it is drawn: see DrawRequest.check. Warns of words that look like syntax."""
+        """Return the request as it is drawn: see DrawRequest.check. Prompts and masks are checked, too."""
         checked = request.check(self.facts)
         for encoder in self.model.conditioner.encoders:
             encoder.config.layer_from_end(checked.options.clip_skip)  # raises if there are fewer
-        prompt = self.prompts.read(checked)
-        for remark in [*self.prompts.remarks(checked), *self.lora_folders.missing(prompt.loras)]:
-            warnings.warn(f"{request.place}{remark}", stacklevel=3)
-        return checked
+        missing = self.lora_folders.missing(self.prompts.read(checked).loras)
+        on_mask = remarks_on(checked, self.model.vae.config.factor)
+        return checked.remarked([*self.prompts.remarks(checked), *missing, *on_mask])
 
     def named_in(self, request: DrawRequest) -> dict[str, list[tuple[str, Path]]]:
         """List the LoRAs, with their strengths, and the embeddings that a checked request's prompts name, and their
@@ -294,7 +292,7 @@ class TextToImage:
         common = wanted[0]
         cell = self.model.vae.config.factor
         assert common.height is not None and common.width is not None
-        drawn_on, size = canvas_of(common, cell), (common.height // cell, common.width // cell)
+        drawn_on, size = canvas_of(common), (common.height // cell, common.width // cell)
         course = course_of(common, self.parts, drawn_on)
         drawn: list[Tensor] = []
         rounds = self.prompts.batches(wanted, largest=1 if course.one_by_one else MAX_BATCH)
@@ -338,4 +336,4 @@ class TextToImage:
 
     def cut_off(self, prompt: str) -> str:
         """Return the part of a prompt beyond the text encoder's context length; "" if it fits."""
-        return self.model.conditioner.cut_off(self.prompts.text(prompt, PLAIN))
+        return self.prompts.cut_off(prompt)

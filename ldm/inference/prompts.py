@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ldm.denoisers import Condition
-from ldm.inference.options import DrawOptions
+from ldm.files.messages import printable
+from ldm.inference.options import PLAIN, DrawOptions
 from ldm.inference.progress import Evaluations
 from ldm.inference.request import DrawRequest
 from ldm.model.conditioner import Conditioner, in_batches
@@ -129,7 +130,7 @@ class PromptReader:
         return self._untagged(prompt, options).text
 
     def remarks(self, request: DrawRequest) -> list[str]:
-        """List, a line each, what looks like syntax and is drawn as words, or removed."""
+        """List, a line each, what looks like syntax and is drawn as words, what is removed, and what is too long."""
         options, lines = request.options, []
         reads_tags = self.tags or options.weighting == "a1111"
         for prompt in (request.prompt, request.negative_prompt):
@@ -141,7 +142,15 @@ class PromptReader:
         lines += [
             f"the negative prompt has {tag.written}, which works only in the prompt: it is left out" for tag in negative
         ]
+        if options.weighting == "none":  # others read a prompt in chunks, however long
+            for prompt in (request.prompt, request.negative_prompt):
+                if lost := self.cut_off(prompt):
+                    lines.append(f"a prompt is too long for the model, its end is ignored: {printable(lost)}")
         return list(dict.fromkeys(lines))
+
+    def cut_off(self, prompt: str) -> str:
+        """Return the part of a prompt beyond the text encoder's context length; "" if it fits."""
+        return self.conditioner.cut_off(self.text(prompt, PLAIN))
 
     def _untagged(self, prompt: str, options: DrawOptions) -> Untagged:
         a1111 = options.weighting == "a1111"

@@ -64,6 +64,7 @@ class Recipe(PictureSettings):
     default_clip_skip: int = 0  # this model's own, used where the options name none; 0: what programs assume of it
     prompt_loras: str = ""  # those that the prompt names and that were found: "name:0.8 0123456789ab"
     embeddings: str = ""  # those that the prompts use: "name 0123456789, other 9876543210"
+    remarks: str = ""  # what was not drawn as it was asked for, a line each
 
 
 class Drawing(NamedTuple):
@@ -112,6 +113,7 @@ def recipe_of(request: DrawRequest, pipe: TextToImage, image: Image.Image) -> Re
         scheduler=scheduler_of(request, pipe.facts),
         default_grid=pipe.facts.path.default_grid if pipe.facts.path else "",
         default_clip_skip=pipe.facts.unusual_clip_skip,
+        remarks="\n".join(request.remarks),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -103,6 +104,8 @@ class DrawRequest(PictureSettings):
         ),
     )  # fmt: skip
     place: str = field(default="", compare=False, repr=False)  # start of an error message: "prompts.txt, line 3: "
+    # What is not drawn as it was asked for: `check` finds it, and warns of it.
+    remarks: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,14 +188,20 @@ class DrawRequest(PictureSettings):
             if self.image is not None and self.image.mode == "RGBA":
                 wanted += ", or transparency 'mask' to paint where the picture is transparent"
             raise ValueError(f"{facts.name} is made for inpainting: give {wanted}")
-        height, width = size_of(self.image, self.height, self.width, facts, remark=self._remark)
+        remarks: list[str] = []
+        height, width = size_of(self.image, self.height, self.width, facts, remark=remarks.append)
         if self.image is not None and self.image.mode == "RGBA" and self.options.transparency == "white":
             instead = "" if self.mask else "; transparency 'mask' (--transparency mask) repaints them instead"
-            self._remark(f"the picture's transparent parts become white{instead}")
-        return replace(self, sampler=name, height=height, width=width, strength=self.usual_strength, options=options)
+            remarks.append(f"the picture's transparent parts become white{instead}")
+        checked = replace(self, sampler=name, height=height, width=width, strength=self.usual_strength, options=options)
+        return checked.remarked(remarks)
 
-    def _remark(self, text: str) -> None:
-        warnings.warn(f"{self.place}{text}", stacklevel=5)
+    def remarked(self, remarks: Sequence[str]) -> DrawRequest:
+        """Return the request with further remarks, and warn of those that are new."""
+        new = [remark for remark in dict.fromkeys(remarks) if remark not in self.remarks]
+        for remark in new:
+            warnings.warn(f"{self.place}{remark}", stacklevel=5)
+        return replace(self, remarks=(*self.remarks, *new))
 
     def _sampler(self, facts: ModelFacts) -> tuple[str, str | None]:
         """Return the sampler and the time grid: keys of SAMPLERS and TIME_GRIDS (or times, or None for the path's

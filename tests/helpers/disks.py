@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import struct
 import subprocess
 import tempfile
@@ -93,6 +94,17 @@ def restore_power(disk: Path) -> None:
 
 def remount_read_only(disk: Path) -> None:
     _mount("-o", "remount,ro", str(disk))
+
+
+@contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """Let this process write no file beyond a size, as shells (ulimit -f) and batch systems do."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextmanager

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.disks import cut_power, remount_read_only, restore_power, slow_disk, small_disk, without_rights
+from helpers.disks import (
+    cut_power,
+    limited_files,
+    remount_read_only,
+    restore_power,
+    slow_disk,
+    small_disk,
+    without_rights,
+)
 
 from ldm.errors import exit_code
 from ldm.files.atomic import atomic_file, atomic_folder, to_disk, write_atomically, write_new
@@ -73,6 +81,18 @@ def test_a_folder_without_rights(writer: str):
         ):
             WRITERS[writer](disk / "closed" / "out")
         WRITERS[writer](disk / "out")  # the remedy
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_limit_of_the_size_of_files(writer: str, tmp_path: Path):
+    with limited_files(2**20), pytest.raises(WriteError, match=r"out cannot be written \(File too large\): .*as large"):
+        WRITERS[writer](tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quota_has_a_remedy_of_its_own(tmp_path: Path):
+    with pytest.raises(WriteError, match="free disk space within your quota"), writing(tmp_path / "out"):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
 
 @pytest.mark.parametrize("writer", WRITERS.keys() - {"fragments"})  # of a checkpoint, whose writer flushes it

@@ -208,8 +208,9 @@ def test_a_soft_edge_leaves_thin_lines_and_the_pictures_own_border():
     ],
 )
 def test_a_mask_that_cannot_be_followed_is_told(plain: TextToImage, mask: Image.Image, words: str):
-    with pytest.warns(UserWarning, match=words):
-        plain("x", image=photo(), mask=mask, steps=1)
+    with pytest.warns(UserWarning, match=words) as told:
+        ((_, recipe),) = plain.draw(DrawRequest(prompt="x", image=photo(), mask=mask, steps=1))
+    assert recipe.remarks.splitlines() == [str(one.message) for one in told]
 
 
 def test_a_mask_that_is_too_fine_for_the_model_is_told(plain: TextToImage):
@@ -363,6 +364,7 @@ def test_what_is_not_known_of_the_model_waits(tmp_path: Path):
 def test_the_record_says_how_large_the_picture_was(plain: TextToImage):
     with pytest.warns(UserWarning, match="far from"):
         ((_, recipe),) = plain.draw(DrawRequest(prompt="x", image=Image.new("RGB", (1000, 1000)), steps=2, seed=1))
+    assert "it is scaled to" in recipe.remarks
     assert recipe.init_size == "1000 x 1000" and (recipe.width, recipe.height) == (plain.native_size, plain.native_size)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -168,7 +169,13 @@ def test_bfloat16_draws_nearly_the_same(dit_folder):
 def test_a_prompt_that_is_too_long_says_what_is_lost(dit_folder):
     pipe = TextToImage.load(dit_folder)
     assert pipe.cut_off("a red apple") == ""
-    assert pipe.cut_off("apple " * 40).split() == ["apple"] * 10
+    assert pipe.cut_off(long := "apple " * 40).split() == ["apple"] * 10
+    with pytest.warns(UserWarning, match="a prompt is too long for the model, its end is ignored: apple") as told:
+        first, second = pipe.draw(DrawRequest(prompt=long, negative_prompt=long, steps=1, seed=1), n=2)
+    assert [str(one.message) for one in told] == [first.recipe.remarks] == [second.recipe.remarks]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # in chunks nothing is lost
+        pipe(long, steps=1, options=DrawOptions(weighting="a1111"))
 
 
 def test_a_decoded_picture_that_is_no_number_is_an_error(dit_folder):

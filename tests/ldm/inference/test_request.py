@@ -20,7 +20,7 @@ import ldm
 from ldm import DrawOptions, DrawRequest, TextToImage
 from ldm.diffusion import RectifiedFlowPath
 from ldm.inference.contact_sheet import Sheet
-from ldm.inference.many import draw_all, lost_words
+from ldm.inference.many import draw_all
 from ldm.inference.parameter import parameters
 from ldm.inference.pictures import NumberedFiles, picture_hash, read_picture
 from ldm.inference.recipe import Recipe, png_bytes, read_recipes, recorded, software
@@ -206,13 +206,6 @@ def test_all_are_checked_before_one_is_drawn(painter):
     with pytest.raises(ValueError, match="width is 7"):
         next(draw_all(painter, [DrawRequest(), DrawRequest(width=7)]))
     assert painter.calls == []
-
-
-def test_lost_words_are_told_once_and_chunks_lose_none(painter):
-    long = "12345678901234567890 and the rest"
-    requests = [DrawRequest(prompt=long), DrawRequest(prompt="short", negative_prompt=long)]
-    assert lost_words(painter, requests) == [" and the rest"]
-    assert lost_words(painter, [DrawRequest(prompt=long, options=DrawOptions(weighting="a1111"))]) == []
 
 
 def test_a_sheet_is_written_when_the_size_changes(painter, tmp_path):
