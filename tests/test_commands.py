@@ -115,7 +115,7 @@ def test_a_network_learns_its_variance_and_draws_with_it(workshop, remembering):
     assert all({f"held_out_{name}" for name in quarters} <= r.keys() for r in records if "held_out_loss" in r)
 
 
-@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+@pytest.mark.parametrize("launcher", ["python", "ranks"])
 def test_what_a_run_remembers_comes_back(launcher, workshop, remembering):
     """Stopped and resumed, or on two ranks, the losses by time and the averages are those of the whole run."""
     name = f"resumed_{launcher}"
@@ -251,7 +251,7 @@ def test_one_shard_trains_two_ranks_without_validation_or_preview(workshop, odd_
     words = ["ldm/train.py", "--config", str(workshop / "dit.yaml"), f"run.folder={runs}", f"data.shards={odd_shards}"]
     refused = start([*words, *sections, "run.name=refused"])
     assert refused.returncode == 3 and "set data.max_missing_shards=0.34" in refused.stderr
-    for name, launcher in (("shared", "torchrun"), ("alone", "python")):
+    for name, launcher in (("shared", "ranks"), ("alone", "python")):
         done = start([*words, *sections, f"run.name={name}", "data.max_missing_shards=0.34"], launcher=launcher)
         assert done.returncode == 0, done.stdout + done.stderr
         for told in ("00002.tar: it is missing, with an unknown", "00001.tar: it holds no samples", "no section valid"):
@@ -289,7 +289,7 @@ def test_two_ranks_train_as_one(launcher, stage, workshop, few_emoji):
 
 def test_clip_trains_on_two_ranks(workshop, few_emoji):
     config = write_config(workshop, "clip2", few_emoji, text=TEXT, image=IMAGE, engine={"precision": "fp32"})
-    finished = start(["text/train.py", "--config", config, "run.steps=2"], launcher="deepspeed")
+    finished = start(["text/train.py", "--config", config, "run.steps=2"], launcher="ranks")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     one = start(["text/train.py", "--config", config, "run.steps=2", "run.name=clip1"])
     assert one.returncode == 0

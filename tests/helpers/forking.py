@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,11 +27,11 @@ SECONDS = 280  # after which a command is killed by SIGALRM: its exit status is 
 
 
 class Command(TypedDict):
-    """What `python WORDS` is run with."""
+    """What `python WORDS` is run with, by one process or by several ranks."""
 
     words: list[str]
     folder: str
-    environment: dict[str, str]
+    environments: list[dict[str, str]]  # of each rank
     outputs: tuple[str, str]  # files for what it prints and for its errors
 
 
@@ -46,16 +47,21 @@ class Forking:
             env=self.environment,
         )  # fmt: skip
 
-    def complete(self, *words: str, folder: Path | None = None, environment: Mapping[str, str] | None = None
-    ) -> CompletedProcess[str]:  # fmt: skip
-        """Run `python WORDS` in a folder, its own by default, with these environment variables too."""
+    def complete(
+        self, *words: str, folder: Path | None = None, environment: Mapping[str, str] | None = None, ranks: int = 1
+    ) -> CompletedProcess[str]:
+        """Run `python WORDS` in a folder, its own by default, with these environment variables too.
+
+        ranks: how many processes do so, with the variables that launchers give them; the exit status is the first that
+        is not 0.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
         with tempfile.TemporaryDirectory() as place:
             out, err = Path(place, "out"), Path(place, "err")
             command = Command(
                 words=list(words),
                 folder=str(folder or self.folder),
-                environment=self.environment | dict(environment or {}),
+                environments=[self.environment | own | dict(environment or {}) for own in _of_ranks(ranks)],
                 outputs=(str(out), str(err)),
             )
             print(json.dumps(command), file=self.process.stdin, flush=True)
@@ -72,6 +78,16 @@ class Forking:
         self.process.communicate("")
 
 
+def _of_ranks(number: int) -> list[dict[str, str]]:
+    if number == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    everyone = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **everyone} for rank in range(number)]
+
+
 @cache
 def python_here() -> Forking:
     """Python in this repository, of which a process of tests needs one."""
@@ -80,14 +96,14 @@ def python_here() -> Forking:
     return forking
 
 
-def run_here(command: Command) -> int:
+def run_here(command: Command, environment: Mapping[str, str]) -> int:
     """Do what `python WORDS` does, with its output in files."""
     words = command["words"]
     for stream, path in enumerate(command["outputs"], start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.chdir(command["folder"])
     os.environ.clear()
-    os.environ.update(command["environment"])
+    os.environ.update(environment)
     signal.alarm(SECONDS)
     try:
         if words[0] in ("-m", "-c"):
@@ -118,13 +134,17 @@ def serve() -> None:
 
     sys.path.remove(str(Path(__file__).parent))  # where this file is, whose neighbours nobody asked for
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            status = run_here(json.loads(line))
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=replies, flush=True)
+        command: Command = json.loads(line)
+        children: list[int] = []
+        for environment in command["environments"]:
+            if (child := os.fork()) == 0:
+                status = run_here(command, environment)
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(next((code for code in codes if code), 0), file=replies, flush=True)
 
 
 if __name__ == "__main__":

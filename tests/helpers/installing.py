@@ -40,6 +40,7 @@ def installed(source: Path, out: Path, kind: str) -> Path:
     # A folder in a .pth file is searched, but the .pth files in it are not read: not this environment's link to us.
     dependencies = Path(sysconfig.get_path("purelib"))
     (site / "zz-dependencies.pth").write_text(f"{dependencies}\n")
+    (out / "environment/bin/ninja").symlink_to(Path(sys.executable).with_name("ninja"))  # DeepSpeed compiles with it
     for hook in dependencies.glob("distutils-precedence.pth"):  # setuptools', without which it warns
         shutil.copy(hook, site / f"zzz-{hook.name}")
     return python

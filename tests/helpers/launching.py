@@ -53,10 +53,10 @@ def free_port() -> str:
 def start(
     words: list[str], *, launcher: str = "python", port: str = "", **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a training command: by plain python, or in two processes by one of the other launchers. port: deepspeed's; a
-    free one by default."""
-    if launcher == "python":
-        return python_here().complete(*words, environment=variables)
+    """Run a training command: by plain python, or in two processes by one of the LAUNCHERS or, much faster, as "ranks"
+    that nobody launched. port: deepspeed's; a free one by default."""
+    if launcher in ("python", "ranks"):
+        return python_here().complete(*words, environment=variables, ranks=1 + (launcher == "ranks"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"} | variables
     command = [*LAUNCHERS[launcher], *([port or free_port()] if launcher != "torchrun" else []), *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)

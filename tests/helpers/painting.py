@@ -76,9 +76,6 @@ class FakeTextToImage:
     def named_in(self, request):
         return {}
 
-    def cut_off(self, prompt):
-        return prompt[20:]
-
 
 def pngs(folder: str = "outputs") -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())

@@ -258,14 +258,6 @@ def test_prompt_file_lines_override_the_command_line(command, model):
     assert model.calls[7]["seed"] == model.calls[6]["seed"] + 4
 
 
-def test_what_the_model_does_not_read_is_told_once(command):
-    long = "12345678901234567890 and\nthe rest"
-    code, _, err = command("--prompt", long, "--prompt", "short", "--neg", long + "!")
-    assert code == 0
-    begin = "warning: a prompt is too long for the model, its end is ignored:  and\\nthe rest"
-    assert err.splitlines() == [begin, begin + "!"]
-
-
 @pytest.mark.parametrize(
     "prompt",
     ["", " ", "👩\u200d🚀 é", "a, b: c\nNegative prompt: d", "--x y", "a" * 10_000, "%s {} $(id) ../x\x1b[31m"],

@@ -171,8 +171,11 @@ def test_a_prompt_that_is_too_long_says_what_is_lost(dit_folder):
     assert pipe.cut_off("a red apple") == ""
     assert pipe.cut_off(long := "apple " * 40).split() == ["apple"] * 10
     with pytest.warns(UserWarning, match="a prompt is too long for the model, its end is ignored: apple") as told:
-        first, second = pipe.draw(DrawRequest(prompt=long, negative_prompt=long, steps=1, seed=1), n=2)
-    assert [str(one.message) for one in told] == [first.recipe.remarks] == [second.recipe.remarks]
+        request = DrawRequest(prompt=long, negative_prompt=f"{long}\nand more", steps=1, seed=1)
+        first, second = pipe.draw(request, n=2)
+    lines = [str(one.message) for one in told]
+    assert lines == first.recipe.remarks.splitlines() == second.recipe.remarks.splitlines()
+    assert len(lines) == 2 and lines[1].endswith("\\nand more")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # in chunks nothing is lost
         pipe(long, steps=1, options=DrawOptions(weighting="a1111"))

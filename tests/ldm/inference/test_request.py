@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import ldm
 from ldm import DrawOptions, DrawRequest, TextToImage
 from ldm.diffusion import RectifiedFlowPath
+from ldm.inference.call import INTERNAL
 from ldm.inference.contact_sheet import Sheet
 from ldm.inference.many import draw_all
 from ldm.inference.parameter import parameters
@@ -38,7 +39,7 @@ ALL = parameters(DrawRequest) | parameters(DrawOptions)
 
 def test_every_field_is_a_parameter_with_a_help_and_an_option():
     names = {entry.name for part in (DrawRequest, DrawOptions) for entry in dataclasses.fields(part)}
-    assert names - ALL.keys() == {"options", "place"}
+    assert names - ALL.keys() == {"options", *INTERNAL}
     for name, about in ALL.items():
         default = getattr(DrawRequest, name, None) if name in parameters(DrawRequest) else getattr(DrawOptions, name)
         assert about.flags and about.help_for(default) and "{" not in about.help_for(default)
