@@ -277,7 +277,7 @@ def test_an_autoencoder_trains_without_validation(workshop, odd_shards):
     assert (workshop / "runs" / "unmeasured" / "vae" / "config.json").exists()
 
 
-@pytest.mark.parametrize(("launcher", "stage"), [("deepspeed", 2), ("torchrun", 3)])
+@pytest.mark.parametrize(("launcher", "stage"), [("ranks", 2), ("torchrun", 3)])
 def test_two_ranks_train_as_one(launcher, stage, workshop, few_emoji):
     config = denoiser_config(workshop, "dit", few_emoji, DIT)
     words = ["ldm/train.py", "--config", config, f"run.name={launcher}", f"engine.zero_stage={stage}"]
