@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from helpers.forking import free_port
 
 ROOT = Path(__file__).parents[1]
 PEER_ERROR = 5
@@ -88,12 +89,6 @@ class Job:
             if code is None:
                 self.kill(rank, signal.SIGKILL)
         self.wait(10)
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def start(folder: Path, name: str, *, ranks: int, words: list[str], before: Any = None) -> Job:

@@ -13,7 +13,6 @@ The exit code is 0 if all of it holds, else 1.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import traceback
@@ -24,22 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from helpers.emoji import write_few_emoji  # noqa: E402
 from helpers.stopped_runs import Workshop, check_readers, random_stops  # noqa: E402
-
-from data.shards import Shard  # noqa: E402
-from data.write import write_shards  # noqa: E402
-
-PICTURES = 16
-
-
-def few_pictures(folder: Path) -> str:
-    """Write two shards of the embedded set's validation pictures; returns their glob."""
-    (source,) = (ROOT / "data" / "emoji64" / "val").glob("*.tar.gz")
-    raw = [Shard(source)[index].members for index in range(PICTURES)]
-    samples = [(one["webp"], one["txt"].decode(), json.loads(one["json"])) for one in raw]
-    folder.mkdir()
-    write_shards(samples, folder, shards=2)
-    return str(folder / "*.tar.gz")
 
 
 def main() -> int:
@@ -51,7 +36,9 @@ def main() -> int:
     warnings.filterwarnings("ignore", "checkpoint .* is damaged")
     done, held = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
-        workshop = Workshop(Path(scratch), few_pictures(Path(scratch) / "shards"), ROOT / "weights" / "emoji64")
+        shards = Path(scratch) / "shards"
+        shards.mkdir()
+        workshop = Workshop(Path(scratch), write_few_emoji(shards), ROOT / "weights" / "emoji64")
         for stop in random_stops(args.stops, args.seed)[args.first :]:
             kind = f"{stop.training} {stop.signal}{' and a damage' * stop.damage}"
             done[kind] += 1

@@ -56,15 +56,15 @@ def survives(name: str, kind: str, whole: Path, folder: Path, moment: float, sec
         FAULTS[kind](disk, seconds)
         codes = job.wait(LONGEST)
         job.end()
-        told[f"{kind} ended by themselves"] += codes == [0] * RANKS and kind != "power"
+        ended = codes == [0] * RANKS and kind != "power"  # without power, what was written last may be lost
+        told[f"{kind} ended by themselves"] += ended
+        if kind == "power":
+            restore_power(disk)
         for _ in range(STARTS):
-            if kind == "power":  # once: the first start after it finds a disk that works
-                restore_power(disk)
-                kind = "started again"
-            elif codes == [0] * RANKS:
-                break
-            codes = finish(start(folder, name, ranks=RANKS, words=[*WORDS, f"run.folder={disk}"]))
-        if codes != [0] * RANKS:
+            if not ended:
+                codes = finish(start(folder, name, ranks=RANKS, words=[*WORDS, f"run.folder={disk}"]))
+                ended = codes == [0] * RANKS
+        if not ended:
             return f"codes {codes}"
         found, expected = final_state(disk / name), final_state(whole)
         wrong = [key for key in expected if found[key] != expected[key]]

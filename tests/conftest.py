@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from helpers.emoji import write_few_emoji
 from hypothesis import settings
 from PIL import Image
 
@@ -81,12 +82,4 @@ def tiny_shards(
 @pytest.fixture(scope="session")
 def few_emoji(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two shards with the first 16 of the embedded validation pictures; the glob that names them."""
-    from data.shards import Shard
-    from data.write import write_shards
-
-    (source,) = (Path(__file__).parents[1] / "data" / "emoji64" / "val").glob("*.tar.gz")
-    raw = [Shard(source)[index].members for index in range(16)]
-    samples = [(one["webp"], one["txt"].decode(), json.loads(one["json"])) for one in raw]
-    folder = tmp_path_factory.mktemp("few_emoji")
-    write_shards(samples, folder, shards=2)
-    return str(folder / "*.tar.gz")
+    return write_few_emoji(tmp_path_factory.mktemp("few_emoji"))

@@ -71,8 +71,8 @@ def remarks_on(request: DrawRequest, cell: int) -> list[str]:
     if request.image is None or request.mask is None:
         return []
     assert request.height is not None and request.width is not None
-    mask = normalized(request.mask)
-    return remarks_on_mask(mask, request.image, read_mask(mask, (request.height, request.width)), cell)
+    white = read_mask(request.mask, (request.height, request.width))
+    return remarks_on_mask(request.mask, request.image, white, cell)
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -78,13 +78,16 @@ class Forking:
         self.process.communicate("")
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def _of_ranks(number: int) -> list[dict[str, str]]:
     if number == 1:
         return [{}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    everyone = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    everyone = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **everyone} for rank in range(number)]
 
 

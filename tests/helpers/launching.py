@@ -2,14 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import yaml
 
-from helpers.forking import ROOT, python_here
+from helpers.forking import ROOT, free_port, python_here
 
 BIN = Path(sys.executable).parent
 
@@ -42,12 +41,6 @@ LAUNCHERS = {
     "quiet": [str(BIN / "deepspeed"), "--log_level", "critical", "--num_gpus", "2", "--master_port"],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
 }
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def start(
