@@ -1,4 +1,4 @@
-"""Measure training on a CPU next to other programs: one process and two ranks, undisturbed and beside a busy core.
+"""Measure training on a CPU next to other programs: one process and two ranks, undisturbed and with one core busy.
 
     python benchmarks/neighbours.py --rounds 3
     python benchmarks/neighbours.py --rounds 3 --before
